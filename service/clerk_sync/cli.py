@@ -1,0 +1,507 @@
+"""The commands. The only place that reads the environment and sets exit codes."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import dataclasses
+import itertools
+import json
+import secrets
+import sys
+import time
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import aiohttp
+import click
+import structlog
+
+from clerk_sync import __version__, housekeeping, logs, samples, schema, signature
+from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.database import Unavailable, engine_of
+from clerk_sync.mapping import InvalidMapping, Mapping, change_of
+from clerk_sync.mapping import load as load_mapping
+from clerk_sync.settings import InvalidSettings, Settings
+from clerk_sync.settings import load as load_settings
+from clerk_sync.signature import Delivery
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Coroutine, Iterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+SIGNING_SECRET_MISSING = (
+    "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
+    "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
+)
+
+
+def main() -> None:
+    """Run a command."""
+    cli(prog_name="clerk-sync")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="clerk-sync")
+def cli() -> None:
+    """Keep an app's MySQL tables in step with Clerk.
+
+    Settings come from the environment: DATABASE_URL, CLERK_WEBHOOK_SIGNING_SECRET and others;
+    `clerk-sync check` says what is wrong with them.
+    """
+
+
+def _fail(*faults: str) -> NoReturn:
+    for fault in faults:
+        click.echo(f"clerk-sync: {fault}", err=True)
+    sys.exit(1)
+
+
+def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run a command's work on uvloop; its exit code is the process's."""
+    try:
+        import uvloop  # noqa: PLC0415 -- there is none for Windows
+    except ImportError:
+        factory = None
+    else:
+        factory = uvloop.new_event_loop
+    try:
+        with asyncio.Runner(loop_factory=factory) as runner:
+            sys.exit(runner.run(work))
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except Unavailable as error:
+        _fail(str(error))
+
+
+def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
+    """Settings and mapping, or the end: with every fault in them at once."""
+    faults: list[str] = []
+    try:
+        settings = load_settings()
+    except InvalidSettings as error:
+        _fail(*error.faults)
+    try:
+        settings.locate()
+    except InvalidSettings as error:
+        faults += error.faults
+    if signing:
+        faults += _signing_faults(settings)
+    mapping = None
+    if mapped:
+        try:
+            mapping = load_mapping(settings.config)
+        except InvalidMapping as error:
+            faults += [f"CLERK_SYNC_CONFIG: {fault}" for fault in error.faults]
+    if faults:
+        _fail(*faults)
+    return settings, mapping
+
+
+def _signing_faults(settings: Settings) -> list[str]:
+    if settings.signing_secret is None:
+        return [SIGNING_SECRET_MISSING]
+    try:
+        signature.signers(settings.signing_secret.read())
+    except signature.InvalidSecret as error:
+        return [f"{settings.signing_secret.name}: {error}"]
+    except InvalidSettings as error:
+        return list(error.faults)
+    return []
+
+
+def command(example: str, **options: Any) -> Callable[[Callable[..., None]], click.Command]:
+    """A command of the group, whose help ends with an example."""
+
+    def decorate(function: Callable[..., None]) -> click.Command:
+        epilog = f"\b\nExample:\n  {example}"
+        return cli.command(epilog=epilog, **options)(function)
+
+    return decorate
+
+
+@command("CLERK_WEBHOOK_SIGNING_SECRET=whsec_… DATABASE_URL=mysql://… clerk-sync serve")
+def serve() -> None:
+    """Receive Clerk's webhooks until SIGTERM.
+
+    It never changes the schema: with one that is missing or old it is live, not ready, and says
+    what to run.
+    """
+    settings, mapping = _settled(signing=True, mapped=True)
+    assert mapping is not None
+    from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
+
+    logs.configure(settings.log_level, settings.log_format)
+    for warning in mapping.warnings:
+        structlog.get_logger().warning("mapping", detail=warning)
+
+    async def work() -> int:
+        try:
+            await service.serve(settings, mapping)
+        except OSError as error:
+            _fail(f"cannot listen: {error.strerror or error}")
+        return 0
+
+    _run(work())
+
+
+@command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
+@click.option("--print", "print_", is_flag=True, help="Print the SQL instead of running it.")
+def migrate(*, print_: bool) -> None:
+    """Make clerk-sync's tables, and what the mapping needs of others.
+
+    Safe to run from several pods at once, and again. With --print nothing is changed: the SQL
+    that is missing now goes to stdout, as for a PlanetScale deploy request.
+    """
+    settings, mapping = _settled(signing=False, mapped=True)
+    assert mapping is not None
+
+    async def work() -> int:
+        engine = engine_of(settings.locate, size=1)
+        try:
+            if print_:
+                sql = await schema.migration_sql(engine, mapping)
+                click.echo(
+                    sql or "-- Nothing to do: the schema is what clerk-sync needs.", nl=False
+                )
+                return 0
+            for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
+                click.echo(line)
+            try:
+                await schema.bound(engine, mapping)
+            except schema.SchemaFaults as error:
+                _fail(*error.faults)
+            return 0
+        finally:
+            await engine.dispose()
+
+    _run(work())
+
+
+@command("clerk-sync check")
+def check() -> None:
+    """Check settings, secrets, database, schema, mapping and Clerk's key: a line each.
+
+    Exit code 1 if any fails.
+    """
+    _run(_check())
+
+
+async def _check() -> int:
+    failed = 0
+
+    def line(what: str, faults: list[str], fine: str) -> None:
+        nonlocal failed
+        failed += bool(faults)
+        for fault in faults or [""]:
+            sign = "FAIL" if faults else "ok  "
+            click.echo(f"{sign} {what:<9} {fault or fine}")
+
+    try:
+        settings = load_settings()
+    except InvalidSettings as error:
+        line("settings", list(error.faults), "")
+        return 1
+    line("settings", [], f"listen on {settings.port} and {settings.internal_port}")
+    line("secrets", _signing_faults(settings), "the signing secret is one")
+    mapping = None
+    try:
+        mapping = load_mapping(settings.config)
+        line("mapping", [], f"{mapping.source}: {', '.join(mapping.tables)}")
+        for warning in mapping.warnings:
+            click.echo(f"warn mapping   {warning}")
+    except InvalidMapping as error:
+        line("mapping", list(error.faults), "")
+    await _check_database(settings, mapping, line)
+    await _check_clerk(settings, line)
+    return 1 if failed else 0
+
+
+async def _check_database(
+    settings: Settings, mapping: Mapping | None, line: Callable[[str, list[str], str], None]
+) -> None:
+    try:
+        target = settings.locate()
+    except InvalidSettings as error:
+        line("database", list(error.faults), "")
+        return
+    engine = engine_of(settings.locate, size=1)
+    try:
+        try:
+            live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
+        except Unavailable as error:
+            line("database", [f"{target.where}: {error}"], "")
+            return
+        tls = ", TLS verified" if target.tls else ", no TLS" if target.path is None else ""
+        line("database", [], f"{target.where}{tls}")
+        if mapping is not None:
+            try:
+                schema.store_of(mapping, live)
+                line("schema", [], "as the mapping needs it")
+            except schema.SchemaFaults as error:
+                line("schema", list(error.faults), "")
+    finally:
+        await engine.dispose()
+
+
+async def _check_clerk(settings: Settings, line: Callable[[str, list[str], str], None]) -> None:
+    key = settings.clerk_key
+    if key is None:
+        line("clerk key", [], "not set; webhooks do not need it")
+        return
+    try:
+        headers = {"Authorization": f"Bearer {key.read()}"}
+        timeout = aiohttp.ClientTimeout(total=10)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{settings.api_url}/users/count", headers=headers) as response,
+        ):
+            status = response.status
+    except InvalidSettings as error:
+        line("clerk key", list(error.faults), "")
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        line("clerk key", [f"CLERK_API_URL: not reachable: {type(error).__name__}"], "")
+    else:
+        fault = (
+            f"{key.name}: Clerk answers {status}: copy the secret key (sk_…) again"
+            if status in (401, 403)
+            else f"CLERK_API_URL: Clerk answers {status}"
+        )
+        line("clerk key", [] if status == 200 else [fault], "Clerk takes it")  # noqa: PLR2004
+
+
+@command("clerk-sync trigger user.created --id user_ada --url http://127.0.0.1:8080/webhooks/clerk")
+@click.argument("type_", metavar="TYPE")
+@click.option("--url", help="Where to post. Default: the service on this machine.")
+@click.option("--id", "clerk_id", help="The Clerk id of the object. Default: a new one.")
+@click.option(
+    "--file",
+    "file",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="Send this JSON instead: a whole event, or its `data`.",
+)
+def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None) -> None:
+    """Post a signed, realistic event of this TYPE, such as user.created.
+
+    Exit code 0 if it was answered 2xx.
+    """
+    settings, _ = _settled(signing=True, mapped=False)
+    assert settings.signing_secret is not None
+    now_ms = time.time_ns() // 1_000_000
+    try:
+        event = samples.event(type_, clerk_id=clerk_id, now_ms=now_ms)
+        if file is not None:
+            event = _event_from(file, event, clerk_id)
+    except ValueError as error:
+        _fail(str(error))
+    body = json.dumps(event, ensure_ascii=False).encode()
+    svix_id = f"msg_{secrets.token_urlsafe(20)}"
+    signer = signature.signers(settings.signing_secret.read())[0]
+    sent_at = datetime.now(UTC)
+    headers = {
+        "Content-Type": "application/json",
+        "svix-id": svix_id,
+        "svix-timestamp": str(int(sent_at.timestamp())),
+        "svix-signature": signer.sign(svix_id, sent_at, body.decode()),
+    }
+    target = url or f"http://127.0.0.1:{settings.port}{settings.webhook_path}"
+
+    async def work() -> int:
+        try:
+            async with (
+                aiohttp.ClientSession(timeout=aiohttp.ClientTimeout(total=15)) as session,
+                session.post(target, data=body, headers=headers) as response,
+            ):
+                text = await response.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+            _fail(f"{target}: {type(error).__name__}: is the service running there?")
+        data = event.get("data")
+        named = data.get("id") if isinstance(data, dict) else None
+        click.echo(f"{event.get('type')} {named or ''} as {svix_id}: {response.status} {text}")
+        return 0 if response.ok else 1
+
+    _run(work())
+
+
+def _event_from(file: Path, event: dict[str, Any], clerk_id: str | None) -> dict[str, Any]:
+    """The event in the file; or `event` with the file's object for its `data`."""
+    try:
+        given = json.loads(file.read_text())
+    except (ValueError, OSError) as error:
+        raise ValueError(f"{file}: not JSON: {error}") from None
+    if not isinstance(given, dict):
+        raise ValueError(f"{file}: must hold a JSON object")  # noqa: TRY004 -- of the input
+    if "data" not in given or "type" not in given:
+        given = {**event, "data": given}
+    if clerk_id is not None and isinstance(given["data"], dict):
+        given["data"]["id"] = clerk_id
+    return given
+
+
+@command("clerk-sync replay deliveries.ndjson")
+@click.argument("file", type=click.File("r"))
+def replay(file: Any) -> None:
+    """Apply recorded deliveries from FILE, or from stdin with `-`.
+
+    One JSON object per line with `headers` and `body_b64`, as Clerk's own CLI listener prints
+    them. Their signatures are checked, their age is not. Exit code 1 if any was not taken.
+    """
+    settings, mapping = _settled(signing=True, mapped=True)
+    assert mapping is not None
+    assert settings.signing_secret is not None
+    keys = signature.signers(settings.signing_secret.read())
+
+    def deliveries() -> Iterator[tuple[str, Delivery | Answer]]:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield f"line {number}", _recorded(line, keys)
+
+    _run(_applied(settings, mapping, deliveries()))
+
+
+def _recorded(line: str, keys: Any) -> Delivery | Answer:
+    try:
+        record = json.loads(line)
+        headers = {str(name).lower(): str(value) for name, value in record["headers"].items()}
+        body = base64.b64decode(record["body_b64"], validate=True)
+    except (ValueError, TypeError, KeyError, AttributeError):
+        return Answer(Outcome.REJECTED, Reason.MALFORMED)
+    try:
+        return signature.recorded(headers, body, signers=keys)
+    except signature.Rejected as error:
+        return Answer(Outcome.REJECTED, error.reason)
+
+
+async def _applied(
+    settings: Settings,
+    mapping: Mapping,
+    deliveries: Iterator[tuple[str, Delivery | Answer]],
+) -> int:
+    """Apply deliveries as the service would, many at a time; 1 if any was not taken."""
+    from clerk_sync import service  # noqa: PLC0415
+
+    counts: Counter[str] = Counter()
+
+    async def told(name: str, delivery: Delivery | Answer) -> None:
+        answer = delivery if isinstance(delivery, Answer) else await taken(delivery)
+        counts[answer.outcome.value] += 1
+        click.echo(
+            f"{name}: {answer.outcome.value}" + (f" {answer.reason}" if answer.reason else "")
+        )
+
+    async def taken(delivery: Delivery) -> Answer:
+        try:
+            return await committer.commit(
+                change_of(delivery, mapping, instance_id=settings.instance_id)
+            )
+        except signature.Rejected as error:
+            return Answer(Outcome.REJECTED, error.reason)
+
+    try:
+        async with service.committing(settings, mapping) as committer:
+            while some := list(itertools.islice(deliveries, settings.batch_limit)):
+                await asyncio.gather(*(told(name, delivery) for name, delivery in some))
+    except schema.SchemaFaults as error:
+        _fail(*error.faults)
+    click.echo(
+        ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"
+    )
+    return 1 if counts.keys() & {"rejected", "unavailable", "error"} else 0
+
+
+@cli.group()
+def quarantine() -> None:
+    """Events that could not be applied: list, replay, drop."""
+
+
+def _engine_work(work: Callable[[AsyncEngine], Coroutine[Any, Any, int]]) -> NoReturn:
+    settings, _ = _settled(signing=False, mapped=False)
+
+    async def around() -> int:
+        engine = engine_of(settings.locate, size=1)
+        try:
+            return await work(engine)
+        finally:
+            await engine.dispose()
+
+    _run(around())
+
+
+@quarantine.command("list", epilog="\b\nExample:\n  clerk-sync quarantine list --json")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with payloads.")
+def quarantine_list(*, as_json: bool) -> None:
+    """Show what is in quarantine, oldest first, and why."""
+
+    async def work(engine: AsyncEngine) -> int:
+        kept = await housekeeping.quarantined(engine)
+        for one in kept:
+            if as_json:
+                click.echo(json.dumps(dataclasses.asdict(one), default=str, ensure_ascii=False))
+            else:
+                at = one.quarantined_at.isoformat(sep=" ", timespec="seconds")
+                click.echo(
+                    f"{at}  {one.reason:<14} {one.type:<30} {one.clerk_id or '-'}  {one.svix_id}"
+                )
+        if not kept and not as_json:
+            click.echo("the quarantine is empty")
+        return 0
+
+    _engine_work(work)
+
+
+@quarantine.command("replay", epilog="\b\nExample:\n  clerk-sync quarantine replay --all")
+@click.argument("svix_ids", nargs=-1, metavar="[SVIX_ID]…")
+@click.option("--all", "everything", is_flag=True, help="All that is in quarantine.")
+def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
+    """Apply events again, after the column or the mapping was mended.
+
+    What succeeds leaves the quarantine. Exit code 1 if anything stays in it.
+    """
+    if bool(svix_ids) == everything:
+        _fail("name the events (clerk-sync quarantine list), or give --all")
+    settings, mapping = _settled(signing=False, mapped=True)
+    assert mapping is not None
+
+    async def work() -> int:
+        engine = engine_of(settings.locate, size=1)
+        try:
+            kept = await housekeeping.quarantined(engine, svix_ids)
+            missing = set(svix_ids) - {one.svix_id for one in kept}
+            for svix_id in sorted(missing):
+                click.echo(f"{svix_id}: is not in quarantine")
+            deliveries = (
+                (
+                    one.svix_id,
+                    Delivery(one.svix_id, int(one.quarantined_at.timestamp()), one.payload)
+                    if one.payload is not None
+                    else Answer(Outcome.QUARANTINED, Reason(one.reason)),
+                )
+                for one in kept
+            )
+            failed = await _applied(settings, mapping, deliveries)
+            left = (
+                await housekeeping.quarantined(engine, [one.svix_id for one in kept])
+                if kept
+                else []
+            )
+            return 1 if failed or missing or left else 0
+        finally:
+            await engine.dispose()
+
+    _run(work())
+
+
+@quarantine.command("drop", epilog="\b\nExample:\n  clerk-sync quarantine drop msg_2x…")
+@click.argument("svix_ids", nargs=-1, required=True, metavar="SVIX_ID…")
+def quarantine_drop(svix_ids: tuple[str, ...]) -> None:
+    """Forget events in quarantine for good. Exit code 1 if one was not there."""
+
+    async def work(engine: AsyncEngine) -> int:
+        gone = await housekeeping.drop(engine, svix_ids)
+        click.echo(f"dropped {gone} of {len(set(svix_ids))}")
+        return 0 if gone == len(set(svix_ids)) else 1
+
+    _engine_work(work)

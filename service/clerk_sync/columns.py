@@ -1,0 +1,158 @@
+"""What a live column takes: one function per column from Clerk's value to the database's.
+
+The database would refuse most of what is refused here. Doing it first keeps a bad event from
+failing its whole batch, and gives SQLite, which checks nothing, the same answers as MySQL.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+from clerk_sync.answers import Reason
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+Fit = Callable[[Any], Any] if TYPE_CHECKING else Any
+
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+# MySQL's DATETIME begins with the year 1000 and ends with 9999.
+_EARLIEST_MS: Final = -30_610_224_000_000
+_LATEST_MS: Final = 253_402_300_799_999
+_TEXT_BYTES: Final[dict[type, int]] = {
+    mysql.TINYTEXT: 2**8 - 1,
+    mysql.TEXT: 2**16 - 1,
+    mysql.MEDIUMTEXT: 2**24 - 1,
+}
+_INTEGER_BITS: Final[tuple[tuple[type, int], ...]] = (
+    (mysql.TINYINT, 8),
+    (mysql.MEDIUMINT, 24),
+    (sa.SmallInteger, 16),
+    (sa.BigInteger, 64),
+    (sa.Integer, 32),
+)
+
+
+class Unfit(Exception):  # noqa: N818
+    """The column cannot hold this value."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+
+
+def time_text(milliseconds: int) -> str:
+    """Unix milliseconds as the UTC text that every database here stores."""
+    return (_EPOCH + timedelta(milliseconds=milliseconds)).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
+    """The column's function. `json_text` says that a text column holds JSON, as MariaDB's do."""
+    inner = _fit_of_type(column.type, json_text=json_text, sqlite=sqlite)
+    nullable = bool(column.nullable)
+
+    def fit(value: Any) -> Any:
+        if value is None:
+            if nullable:
+                return None
+            raise Unfit(Reason.NOT_NULL)
+        return inner(value)
+
+    return fit
+
+
+def _fit_of_type(type_: sa.types.TypeEngine[Any], *, json_text: bool, sqlite: bool) -> Fit:
+    if json_text or isinstance(type_, sa.JSON):
+        return _json
+    if isinstance(type_, sa.Boolean):
+        return _integer(0, 1)
+    if isinstance(type_, sa.DateTime):
+        return _time
+    if isinstance(type_, sa.Date):
+        return lambda value: _time(value)[:10]
+    if isinstance(type_, sa.Integer):
+        bits = next(bits for class_, bits in _INTEGER_BITS if isinstance(type_, class_))
+        if sqlite:
+            bits = 64
+        if getattr(type_, "unsigned", False):
+            return _integer(0, 2**bits - 1)
+        return _integer(-(2 ** (bits - 1)), 2 ** (bits - 1) - 1)
+    if isinstance(type_, sa.Numeric | sa.Float):
+        return _number
+    if isinstance(type_, sa.Enum):
+        return _text(None, None)
+    if isinstance(type_, sa.String):
+        octets = None if sqlite else _TEXT_BYTES.get(type(type_))
+        return _text(None if octets else type_.length, octets)
+    return _scalar
+
+
+def _text(length: int | None, octets: int | None) -> Fit:
+    def fit(value: Any) -> str:
+        if isinstance(value, bool):
+            value = "true" if value else "false"
+        elif isinstance(value, dict | list):
+            value = _json(value)
+        elif isinstance(value, int | float):
+            value = str(value)
+        elif not isinstance(value, str):
+            raise Unfit(Reason.WRONG_TYPE)
+        if length is not None and len(value) > length:
+            raise Unfit(Reason.TOO_LONG)
+        if octets is not None and len(value.encode()) > octets:
+            raise Unfit(Reason.TOO_LONG)
+        text: str = value
+        return text
+
+    return fit
+
+
+def _integer(least: int, most: int) -> Fit:
+    def fit(value: Any) -> int:
+        if isinstance(value, float) and value.is_integer():
+            value = int(value)
+        if not isinstance(value, int):
+            raise Unfit(Reason.WRONG_TYPE)
+        if not least <= value <= most:
+            raise Unfit(Reason.OUT_OF_RANGE)
+        return int(value)
+
+    return fit
+
+
+def _number(value: Any) -> float | int:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise Unfit(Reason.WRONG_TYPE)
+    if not math.isfinite(value):
+        raise Unfit(Reason.OUT_OF_RANGE)
+    return value
+
+
+def _time(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise Unfit(Reason.WRONG_TYPE)
+    if not _EARLIEST_MS <= value <= _LATEST_MS:
+        raise Unfit(Reason.OUT_OF_RANGE)
+    return time_text(value)
+
+
+def _json(value: Any) -> str:
+    try:
+        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    except (TypeError, ValueError):
+        raise Unfit(Reason.WRONG_TYPE) from None
+
+
+def _scalar(value: Any) -> Any:
+    """For a type that is not known here: plain values pass, and the database decides."""
+    if isinstance(value, dict | list):
+        return _json(value)
+    if not isinstance(value, str | int | float):
+        raise Unfit(Reason.WRONG_TYPE)
+    return value

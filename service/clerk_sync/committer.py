@@ -1,0 +1,210 @@
+"""Group commit: concurrent deliveries share one transaction, and one fsync.
+
+Changes wait in one bounded queue; a few writers, each owning one connection, take whatever
+waits and commit it together. There is no artificial delay: under light load a batch is one
+event. A batch that the database refuses is halved until the bad event stands alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import stamina
+import structlog
+
+from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.database import Connection, Contention, Refused, SchemaChanged, Unavailable
+from clerk_sync.store import quarantined
+
+if TYPE_CHECKING:
+    from clerk_sync.mapping import Change
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.store import Store
+
+log = structlog.get_logger()
+
+# A batch is two packets to the server, whose limit may be MariaDB's 16 MiB.
+BATCH_CHARACTERS: Final = 2_000_000
+CONTENTION_ATTEMPTS: Final = 8
+# How long a database that was just found away is taken to be away without asking again.
+AWAY_SECONDS: Final = 1.0
+# A connection older than this is replaced: PlanetScale cuts them after a day, and a rotated
+# password is taken up by then at the latest.
+CONNECTION_SECONDS: Final = 3600.0
+
+Connect = Callable[[], Awaitable[Connection]]
+
+
+@dataclass(slots=True)
+class _Entry:
+    change: Change
+    answer: asyncio.Future[Answer]
+
+
+class Committer:
+    """The queue and its writers. `store` is None until the schema is known to be right."""
+
+    def __init__(
+        self,
+        connect: Connect,
+        *,
+        metrics: Metrics,
+        writers: int,
+        batch_limit: int,
+        queue_limit: int,
+    ) -> None:
+        self.store: Store | None = None
+        self.schema_changed = asyncio.Event()
+        self._connect = connect
+        self._metrics = metrics
+        self._writers = writers
+        self._batch_limit = batch_limit
+        self._queue: asyncio.Queue[_Entry | None] = asyncio.Queue()
+        self._queue_limit = queue_limit
+        self._away_until = 0.0
+        self._tasks: list[asyncio.Task[None]] = []
+        metrics.queue_depth.set_function(self._queue.qsize)
+
+    def start(self) -> None:
+        """Start the writers."""
+        self._tasks = [asyncio.create_task(self._write()) for _ in range(self._writers)]
+
+    async def close(self) -> None:
+        """Commit what waits, then stop the writers and close their connections."""
+        for _ in self._tasks:
+            self._queue.put_nowait(None)
+        await asyncio.gather(*self._tasks)
+
+    async def commit(self, change: Change) -> Answer:
+        """The change's answer, once it is committed or cannot be.
+
+        When the caller is cancelled, a change that still waits is dropped; one that is being
+        written may be committed all the same, and is then known when it is sent again.
+        """
+        if self.store is None:
+            return Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
+        if time.monotonic() < self._away_until:
+            return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        if self._queue.qsize() >= self._queue_limit:
+            return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        answer = asyncio.get_running_loop().create_future()
+        self._queue.put_nowait(_Entry(change, answer))
+        return await answer
+
+    async def _take(self) -> list[_Entry] | None:
+        """All that waits, up to the limits; None when it is time to stop."""
+        entry = await self._queue.get()
+        batch: list[_Entry] = []
+        characters = 0
+        while entry is not None:
+            if not entry.answer.done():
+                batch.append(entry)
+                characters += len(entry.change.payload or "")
+            if (
+                self._queue.empty()
+                or len(batch) >= self._batch_limit
+                or characters >= BATCH_CHARACTERS
+            ):
+                return batch
+            entry = self._queue.get_nowait()
+        if batch:
+            self._queue.put_nowait(None)  # the other writers', or ours for the next time
+            return batch
+        return None
+
+    async def _write(self) -> None:
+        connection: Connection | None = None
+        opened = 0.0
+        while (batch := await self._take()) is not None:
+            if not batch:
+                continue
+            if connection is not None and time.monotonic() - opened > CONNECTION_SECONDS:
+                connection.close()
+                connection = None
+            failure: Reason | None = None
+            try:
+                if connection is None:
+                    connection = await self._connect()
+                    opened = time.monotonic()
+                await self._commit(connection, batch)
+                continue
+            except SchemaChanged as error:
+                failure = Reason.SCHEMA
+                self.store = None
+                self.schema_changed.set()
+                log.error("schema_changed", error=str(error))
+            except Unavailable as error:
+                failure = Reason.DATABASE
+                log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
+                if connection is None:
+                    self._away_until = time.monotonic() + AWAY_SECONDS
+                    batch += self._waiting()
+            except Exception:
+                log.exception("batch_failed")
+            if connection is not None:
+                connection.close()
+                connection = None
+            for entry in batch:
+                if failure is None:
+                    _resolve(entry, Answer(Outcome.ERROR, Reason.INTERNAL))
+                else:
+                    _resolve(entry, Answer(Outcome.UNAVAILABLE, failure))
+        if connection is not None:
+            connection.close()
+
+    def _waiting(self) -> list[_Entry]:
+        """Take everything out of the queue but the signs to stop."""
+        entries = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
+        for _ in range(entries.count(None)):
+            self._queue.put_nowait(None)
+        return [entry for entry in entries if entry is not None]
+
+    async def _commit(self, connection: Connection, batch: list[_Entry]) -> None:
+        """Commit and answer the batch, without the events in it that the database refuses."""
+        changes = [entry.change for entry in batch]
+        try:
+            answers = await self._applied(connection, changes)
+        except Refused as error:
+            await connection.rollback()
+            if len(batch) > 1:
+                middle = len(batch) // 2
+                await self._commit(connection, batch[:middle])
+                await self._commit(connection, batch[middle:])
+                return
+            log.warning("refused", svix_id=changes[0].delivery_id, error=str(error))
+            if error.reason is None:
+                answers = [Answer(Outcome.UNAVAILABLE, Reason.DATABASE)]
+            else:
+                answers = await self._applied(connection, [quarantined(changes[0], error.reason)])
+        for entry, answer in zip(batch, answers, strict=True):
+            _resolve(entry, answer)
+
+    async def _applied(self, connection: Connection, changes: list[Change]) -> list[Answer]:
+        """Apply the changes as one transaction, again while others are in its way."""
+        store = self.store
+        if store is None:
+            return [Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)] * len(changes)
+        async for attempt in stamina.retry_context(
+            on=Contention, attempts=CONTENTION_ATTEMPTS, wait_initial=0.01, wait_max=0.5
+        ):
+            with attempt:
+                if attempt.num > 1:
+                    self._metrics.contention.inc()
+                    await connection.rollback()
+                started = time.perf_counter()
+                now_ms = time.time_ns() // 1_000_000
+                answers = await store.apply(connection, changes, now_ms=now_ms)
+                self._metrics.applied(len(changes), time.perf_counter() - started)
+                for change in changes:
+                    if change.event_ms:
+                        self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
+        return answers
+
+
+def _resolve(entry: _Entry, answer: Answer) -> None:
+    if not entry.answer.done():
+        entry.answer.set_result(answer)

@@ -1,0 +1,135 @@
+"""Clerk's envelope, typed: exact about the few fields that matter, blind to the rest.
+
+Clerk's payloads have one version that keeps gaining fields, and its own examples do not
+validate against its own schema, so nothing here asks for more than it uses
+(https://clerk.com/docs/guides/development/webhooks/overview).
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import Enum
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic_core import from_json
+
+from clerk_sync.answers import Reason
+
+if TYPE_CHECKING:
+    from clerk_sync.signature import Delivery
+
+# Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
+_SECONDS_BELOW: Final = 100_000_000_000
+_LATEST_MS: Final = 2**53
+# Printable and without spaces: MySQL's utf8mb4_bin pads, so "a" and "a " would be one key.
+_CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+_TYPE: Final = re.compile(r"[\x21-\x7e]{1,128}")
+
+# One-time codes and whole mails: never stored, never mapped.
+SECRET_TYPES: Final = frozenset({"email.created", "sms.created"})
+
+
+class Action(Enum):
+    """What an event asks of the tables."""
+
+    SAVE = "save"
+    DELETE = "delete"
+
+
+ACTIONS: Final[dict[str, tuple[str, Action]]] = {
+    "user.created": ("user", Action.SAVE),
+    "user.updated": ("user", Action.SAVE),
+    "user.deleted": ("user", Action.DELETE),
+    "organization.created": ("organization", Action.SAVE),
+    "organization.updated": ("organization", Action.SAVE),
+    "organization.deleted": ("organization", Action.DELETE),
+    "organizationMembership.created": ("organizationMembership", Action.SAVE),
+    "organizationMembership.updated": ("organizationMembership", Action.SAVE),
+    # A full object, whose updated_at is the last update's: only its own id may be trusted.
+    "organizationMembership.deleted": ("organizationMembership", Action.DELETE),
+}
+KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in ACTIONS.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One Clerk event.
+
+    `kind`, `action`, `clerk_id` are None for types that no mapping can name. `version_ms` is
+    `data.updated_at`, `event_ms` the envelope's time, both unix milliseconds.
+    """
+
+    delivery_id: str
+    type: str
+    instance_id: str | None
+    kind: str | None
+    action: Action | None
+    clerk_id: str | None
+    version_ms: int
+    event_ms: int
+    data: dict[str, Any]
+
+
+class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
+    """A verified event that cannot be applied; `reason` says why, `type` where it is known."""
+
+    def __init__(self, reason: Reason, type_: str | None = None) -> None:
+        super().__init__(reason.value)
+        self.reason = reason
+        self.type = type_
+
+
+def parse(delivery: Delivery) -> Event:
+    """Read Clerk's envelope. Raises Unusable."""
+    try:
+        envelope = from_json(delivery.body, allow_inf_nan=False)
+    except ValueError:
+        raise Unusable(Reason.BAD_JSON) from None
+    if not isinstance(envelope, dict):
+        raise Unusable(Reason.BAD_ENVELOPE)
+    type_ = envelope.get("type")
+    if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
+        raise Unusable(Reason.BAD_ENVELOPE)
+    instance_id = envelope.get("instance_id")
+    if not isinstance(instance_id, str):
+        instance_id = None
+    if type_ not in ACTIONS:
+        return Event(delivery.id, type_, instance_id, None, None, None, 0, 0, {})
+    kind, action = ACTIONS[type_]
+    data = envelope.get("data")
+    if not isinstance(data, dict):
+        raise Unusable(Reason.BAD_ENVELOPE, type_)
+    clerk_id = data.get("id")
+    if not isinstance(clerk_id, str) or not _CLERK_ID.fullmatch(clerk_id):
+        raise Unusable(Reason.BAD_ID, type_)
+    event_ms = _milliseconds(envelope.get("timestamp"), type_)
+    if event_ms is None:
+        event_ms = delivery.sent_at * 1000
+    elif event_ms < _SECONDS_BELOW:
+        event_ms *= 1000
+    version_ms = None
+    if action is Action.SAVE:
+        version_ms = _milliseconds(data.get("updated_at"), type_)
+    return Event(
+        delivery.id,
+        type_,
+        instance_id,
+        kind,
+        action,
+        clerk_id,
+        event_ms if version_ms is None else version_ms,
+        event_ms,
+        data,
+    )
+
+
+def _milliseconds(value: object, type_: str) -> int | None:
+    """A time as Clerk writes it; null is absent, anything else than a whole number unusable."""
+    if value is None:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LATEST_MS:
+        raise Unusable(Reason.BAD_VERSION, type_)
+    return value

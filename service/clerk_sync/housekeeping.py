@@ -1,0 +1,91 @@
+"""What expires, and what is counted, on clerk-sync's own tables."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from clerk_sync.database import Unavailable
+from clerk_sync.tables import events, quarantine
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+_CHUNK: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class Quarantined:
+    """One event in quarantine. `payload` is None where it was never kept."""
+
+    svix_id: str
+    type: str
+    kind: str | None
+    clerk_id: str | None
+    reason: str
+    payload: str | None
+    quarantined_at: datetime
+
+
+async def quarantined(engine: AsyncEngine, ids: Sequence[str] = ()) -> list[Quarantined]:
+    """The events in quarantine, oldest first; only these ids, if any are given."""
+    query = sa.select(quarantine).order_by(quarantine.c.quarantined_at, quarantine.c.svix_id)
+    if ids:
+        query = query.where(quarantine.c.svix_id.in_(ids))
+    rows = await _run(engine, query)
+    return [Quarantined(**row) for row in rows]
+
+
+async def quarantine_size(engine: AsyncEngine) -> int:
+    """How many events are in quarantine."""
+    (row,) = await _run(engine, sa.select(sa.func.count().label("size")).select_from(quarantine))
+    return int(row["size"])
+
+
+async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
+    """Forget these events in quarantine; how many were there. The ledger keeps its rows."""
+    try:
+        async with engine.begin() as connection:
+            gone = await connection.execute(
+                sa.delete(quarantine).where(quarantine.c.svix_id.in_(ids))
+            )
+            return gone.rowcount
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(type(error).__name__) from error
+
+
+async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:
+    """Delete what has outlived its days, in small transactions; how many rows went."""
+    now = datetime.now(UTC).replace(tzinfo=None)
+    gone = 0
+    for table, time, days in (
+        (events, events.c.committed_at, ledger_days),
+        (quarantine, quarantine.c.quarantined_at, quarantine_days),
+    ):
+        old = sa.select(table.c.svix_id).where(time < now - timedelta(days=days)).limit(_CHUNK)
+        while ids := [row["svix_id"] for row in await _run(engine, old)]:
+            try:
+                async with engine.begin() as connection:
+                    await connection.execute(sa.delete(table).where(table.c.svix_id.in_(ids)))
+            except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+                raise Unavailable(type(error).__name__) from error
+            gone += len(ids)
+    return gone
+
+
+async def ping(engine: AsyncEngine) -> None:
+    """Ask the database for a sign of life. Raises Unavailable."""
+    await _run(engine, sa.select(sa.literal(1).label("alive")))
+
+
+async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any]]:
+    try:
+        async with engine.connect() as connection:
+            return [dict(row) for row in (await connection.execute(query)).mappings()]
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(type(error).__name__) from error

@@ -1,0 +1,117 @@
+"""The internal listener: probes, metrics, and the read side. An Ingress never reaches it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from aiohttp import web
+from prometheus_client.exposition import choose_encoder
+
+from clerk_sync import profiles
+from clerk_sync.answers import RETRY_AFTER_SECONDS, Reason
+from clerk_sync.database import Unavailable
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.targets import Target
+
+
+@dataclass(frozen=True, slots=True)
+class Readiness:
+    """Whether deliveries are taken, and if not, why and what to do about it."""
+
+    ready: bool
+    reason: Reason | None = None
+    detail: str = ""
+
+
+class InternalListener:
+    """Answers from what the service knows already; only /profiles asks the database."""
+
+    def __init__(
+        self,
+        *,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        readiness: Callable[[], Readiness],
+        users: Callable[[], Target | None],
+    ) -> None:
+        self._engine = engine
+        self._metrics = metrics
+        self._readiness = readiness
+        self._users = users
+
+    def app(self) -> web.Application:
+        """The aiohttp application."""
+        app = web.Application()
+        app.router.add_get("/livez", self.livez)
+        app.router.add_get("/readyz", self.readyz)
+        app.router.add_get("/metrics", self.metrics)
+        app.router.add_get("/profiles", self.profiles)
+        return app
+
+    async def livez(self, request: web.Request) -> web.Response:
+        """The process runs its event loop. Nothing else: a restart mends no database."""
+        del request
+        return web.json_response({"live": True})
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """Deliveries are taken. The verdict is at most a few seconds old."""
+        del request
+        readiness = self._readiness()
+        if readiness.ready:
+            return web.json_response({"ready": True})
+        return web.json_response(
+            {
+                "ready": False,
+                "reason": readiness.reason.value if readiness.reason else None,
+                "detail": readiness.detail,
+            },
+            status=503,
+        )
+
+    async def metrics(self, request: web.Request) -> web.Response:
+        """What Prometheus scrapes, in the format that it asks for."""
+        pool: Any = self._engine.pool
+        if hasattr(pool, "checkedout"):
+            self._metrics.pool_in_use.set(pool.checkedout())
+            self._metrics.pool_size.set(pool.size())
+        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
+        return web.Response(
+            body=encode(self._metrics.registry), headers={"Content-Type": content_type}
+        )
+
+    async def profiles(self, request: web.Request) -> web.Response:
+        """`?username=U`: that user with what it owns, or null. Else at most 30 users."""
+        users = self._users()
+        if users is None:
+            readiness = self._readiness()
+            if not readiness.ready:
+                return _sorry(readiness.detail or "not ready")
+            return _json({"error": "the mapping names no table for `user`"}, status=404)
+        username = request.query.get("username")
+        try:
+            if username is None:
+                return _json(await profiles.some(self._engine, users))
+            return _json(await profiles.named(self._engine, users, username))
+        except LookupError as error:
+            return _json({"error": str(error)}, status=400)
+        except Unavailable:
+            return _sorry("the database is not reachable")
+
+
+def _json(value: object, status: int = 200) -> web.Response:
+    return web.Response(
+        text=profiles.to_json(value), status=status, content_type="application/json"
+    )
+
+
+def _sorry(detail: str) -> web.Response:
+    response = _json({"error": detail}, status=503)
+    response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    return response

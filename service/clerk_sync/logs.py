@@ -1,0 +1,67 @@
+"""Logging: one JSON object per line, or plain text on a terminal; never a body, never a secret."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import traceback
+from typing import TYPE_CHECKING, Any
+
+import structlog
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+
+def configure(level: str, format_: str | None) -> None:
+    """Set up structlog, and send what libraries log the same way.
+
+    Libraries are heard from warnings on. The database driver and aiohttp's server are not:
+    the one quotes rows, the other lets any stranger fill the log with broken requests.
+    """
+    json = (format_ or ("console" if sys.stdout.isatty() else "json")) == "json"
+    shared: list[Any] = [
+        structlog.processors.add_log_level,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _traceback,
+    ]
+    if json:
+        shared.append(structlog.processors.JSONRenderer())
+    else:
+        shared.append(structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()))
+    structlog.configure(
+        processors=shared,
+        wrapper_class=structlog.make_filtering_bound_logger(level),
+        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        cache_logger_on_first_use=True,
+    )
+    handler = _Forward(logging.WARNING)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    for name in ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
+def _traceback(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """An exception as its type and frames. Messages and local variables hold people's data."""
+    error = event.pop("exc_info", None)
+    if error is True:
+        error = sys.exc_info()
+    if isinstance(error, tuple):
+        error = error[1]
+    if isinstance(error, BaseException):
+        event["error_type"] = type(error).__name__
+        event["traceback"] = "".join(traceback.format_tb(error.__traceback__))
+    return event
+
+
+class _Forward(logging.Handler):
+    """Hands a library's record to structlog."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        structlog.get_logger().log(
+            record.levelno,
+            "library",
+            logger=record.name,
+            message=record.getMessage(),
+            exc_info=record.exc_info,
+        )

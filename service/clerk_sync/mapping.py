@@ -1,0 +1,377 @@
+"""The mapping file: which Clerk object goes to which table, and how an Event becomes a Change.
+
+Pure: it knows names and expressions, no SQL. `store` binds the names to the live schema.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib.resources
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+import yaml
+
+from clerk_sync import samples
+from clerk_sync.answers import Reason
+from clerk_sync.events import KINDS, SECRET_TYPES, Action, Event, Unusable, parse
+from clerk_sync.expressions import COMPUTED, InvalidExpression, names_in, row_of
+from clerk_sync.signature import Rejected
+
+if TYPE_CHECKING:
+    from collections import abc
+    from collections.abc import Callable, Iterable, Iterator
+
+    from clerk_sync.signature import Delivery
+
+PRESETS: Final = ("mirror", "orbytal")
+COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean", "time")
+_COLUMN_TYPE: Final = re.compile(r"string\(\d{1,5}\)|" + "|".join(COLUMN_TYPES[1:]))
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """A line of the mapping file, for errors that name it."""
+
+    file: str
+    line: int
+
+    def __str__(self) -> str:
+        return f"{self.file}:{self.line}"
+
+
+class InvalidMapping(Exception):  # noqa: N818
+    """What is wrong with the mapping file: one message per fault, each with file and line."""
+
+    def __init__(self, faults: Iterable[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(self.faults))
+
+
+@dataclass(frozen=True, slots=True)
+class Column:
+    """One column and the expression that fills it.
+
+    `type` and `index` are for columns that `migrate` makes.
+    """
+
+    name: str
+    expression: str
+    type: str | None
+    index: bool
+    at: Place
+
+
+@dataclass(frozen=True, slots=True)
+class Owned:
+    """Rows of another table that go with the row: `column` there equals `references` here."""
+
+    table: str
+    column: str
+    references: str
+    at: Place
+
+
+@dataclass(frozen=True, slots=True)
+class TableMapping:
+    """One Clerk object's table.
+
+    `mark` is the column that a delete stamps, None where a delete removes the row. `adopt`
+    pairs columns with expressions. `create` says that `migrate` makes the table.
+    """
+
+    kind: str
+    table: str
+    key: str
+    columns: tuple[Column, ...]
+    adopt: tuple[Column, ...]
+    mark: str | None
+    owns: tuple[Owned, ...]
+    create: bool
+    at: Place
+    places: abc.Mapping[str, Place]
+    row: Callable[[abc.Mapping[str, Any]], dict[str, Any]] = field(repr=False)
+    claims: Callable[[abc.Mapping[str, Any]], dict[str, Any]] = field(repr=False)
+
+    def column_of(self, expression: str) -> str | None:
+        """The column that holds exactly this Clerk field, if one does."""
+        return next((c.name for c in self.columns if c.expression == expression), None)
+
+
+@dataclass(frozen=True, slots=True)
+class Mapping:
+    """A whole mapping file, read and compiled."""
+
+    source: str
+    tables: abc.Mapping[str, TableMapping]
+    warnings: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What the tables should become because of one event.
+
+    `action` None changes nothing: an ignored event (no `reason`) or an unusable one (with
+    it), which still get their ledger row. `row` and `claims` are a SAVE's column values, the
+    latter those by which it may adopt an existing row. `delivery_id` is None for facts that
+    come from Clerk's API instead of a delivery. `payload` is kept only if the event ends in
+    quarantine.
+    """
+
+    delivery_id: str | None
+    type: str
+    kind: str | None = None
+    action: Action | None = None
+    clerk_id: str | None = None
+    version_ms: int = 0
+    event_ms: int = 0
+    row: abc.Mapping[str, Any] | None = None
+    claims: abc.Mapping[str, Any] | None = None
+    reason: Reason | None = None
+    payload: str | None = None
+
+
+def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:
+    """What this event changes. Raises Unusable when an expression fails on its data."""
+    table = mapping.tables.get(event.kind or "")
+    if table is None:
+        return Change(event.delivery_id, event.type, event_ms=event.event_ms)
+    row = claims = None
+    if event.action is Action.SAVE:
+        try:
+            row = table.row(event.data)
+            claims = table.claims(event.data) if table.adopt else None
+        except Exception as error:  # an expression may fail in any way
+            raise Unusable(Reason.BAD_EXPRESSION, event.type) from error
+    return Change(
+        event.delivery_id,
+        event.type,
+        event.kind,
+        event.action,
+        event.clerk_id,
+        event.version_ms,
+        event.event_ms,
+        row,
+        claims,
+        None,
+        payload,
+    )
+
+
+def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) -> Change:
+    """What one delivery changes; one that is unusable becomes a Change for the quarantine.
+
+    Raises Rejected when it is another Clerk instance's than `instance_id`. An event that
+    names no instance passes: Clerk's older ones do not.
+    """
+    try:
+        event = parse(delivery)
+        if instance_id and event.instance_id not in (None, instance_id):
+            raise Rejected(Reason.INSTANCE)
+        payload = None if event.type in SECRET_TYPES else delivery.body
+        return change_for(event, mapping, payload=payload)
+    except Unusable as error:
+        # Without a type it could be a mail with a one-time code: such a body is not kept.
+        payload = delivery.body if error.type is not None else None
+        return Change(delivery.id, error.type or "unknown", reason=error.reason, payload=payload)
+
+
+def load(name: str) -> Mapping:
+    """A preset by its name, or the file at this path. Raises InvalidMapping."""
+    if name in PRESETS:
+        text = importlib.resources.files("clerk_sync").joinpath(f"presets/{name}.yaml").read_text()
+        return read(text, source=f"preset {name}")
+    try:
+        return read(Path(name).read_text(), source=name)
+    except (OSError, UnicodeDecodeError) as error:
+        what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        raise InvalidMapping(
+            [f"{name}: {what}: give the path of a mapping file, or {' or '.join(PRESETS)}"]
+        ) from None
+
+
+def read(text: str, *, source: str) -> Mapping:
+    """Read a mapping file's text. Raises InvalidMapping with all of its faults."""
+    reader = _Reader(source)
+    try:
+        root = yaml.compose(text, Loader=yaml.SafeLoader)
+    except yaml.MarkedYAMLError as error:
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise InvalidMapping([f"{source}:{line}: not YAML: {error.problem}"]) from None
+    except yaml.YAMLError:
+        raise InvalidMapping([f"{source}: not YAML text"]) from None
+    tables = dict(reader.tables(root))
+    if reader.faults:
+        raise InvalidMapping(reader.faults)
+    return Mapping(source, tables, tuple(reader.warnings))
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """`; did you mean …?`, or the valid names when none is near."""
+    names = sorted(valid)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean `{close[0]}`?" if close else f"; there is: {', '.join(names) or '-'}"
+
+
+class _Reader:
+    """Walks the YAML nodes, which know their lines, and collects every fault it meets."""
+
+    def __init__(self, source: str) -> None:
+        self.source = source
+        self.faults: list[str] = []
+        self.warnings: list[str] = []
+
+    def place(self, node: yaml.Node) -> Place:
+        return Place(self.source, node.start_mark.line + 1)
+
+    def fault(self, node: yaml.Node | None, message: str) -> None:
+        where = self.place(node) if node is not None else f"{self.source}:1"
+        self.faults.append(f"{where}: {message}")
+
+    def entries(
+        self, node: yaml.Node | None, what: str, known: Iterable[str] | None = None
+    ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
+        """A mapping node as name → (its name's node, its value's node)."""
+        if not isinstance(node, yaml.MappingNode):
+            self.fault(node, f"{what} must be `name: value` pairs")
+            return {}
+        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
+        for name, value in node.value:
+            if not isinstance(name, yaml.ScalarNode):
+                self.fault(name, f"{what}: a name must be plain text")
+            elif name.value in found:
+                self.fault(name, f"{what}: `{name.value}` is there twice")
+            elif known is not None and name.value not in known:
+                self.fault(name, f"{what} has no `{name.value}`{nearest(name.value, known)}")
+            else:
+                found[name.value] = (name, value)
+        return found
+
+    def text(self, node: yaml.Node, what: str) -> str:
+        if isinstance(node, yaml.ScalarNode) and node.value:
+            return str(node.value)
+        self.fault(node, f"{what} must be text")
+        return ""
+
+    def tables(self, root: yaml.Node | None) -> Iterator[tuple[str, TableMapping]]:
+        top = self.entries(root, "the mapping file", ("tables",))
+        if "tables" not in top:
+            if not self.faults:
+                self.fault(root, "the mapping file needs `tables:`")
+            return
+        used: dict[str, str] = {}
+        for kind, (name, node) in self.entries(top["tables"][1], "`tables`", KINDS).items():
+            table = self.table(kind, name, node)
+            if table is None:
+                continue
+            if table.table in used:
+                self.fault(name, f"`{table.table}` already holds the {used[table.table]}s")
+            used[table.table] = kind
+            yield kind, table
+
+    def table(self, kind: str, name: yaml.Node, node: yaml.Node) -> TableMapping | None:
+        entries = self.entries(
+            node, f"`{kind}`", ("table", "key", "columns", "adopt", "on_delete", "owns", "create")
+        )
+        for needed in ("table", "key", "columns"):
+            if needed not in entries:
+                self.fault(name, f"`{kind}` needs `{needed}:`")
+                return None
+        create = self.flag(entries["create"][1]) if "create" in entries else False
+        key = self.text(entries["key"][1], "`key`")
+        columns = tuple(self.columns(kind, entries["columns"][1], typed=create))
+        adopt = (
+            tuple(self.columns(kind, entries["adopt"][1], typed=False))
+            if "adopt" in entries
+            else ()
+        )
+        mark = self.mark(entries["on_delete"][1]) if "on_delete" in entries else None
+        for column in columns:
+            if column.name in (key, mark):
+                self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
+        places = {part: self.place(value) for part, (_, value) in entries.items()}
+        if self.faults:
+            return None
+        return TableMapping(
+            kind=kind,
+            table=self.text(entries["table"][1], "`table`"),
+            key=key,
+            columns=columns,
+            adopt=adopt,
+            mark=mark,
+            owns=tuple(self.owned(entries["owns"][1])) if "owns" in entries else (),
+            create=create,
+            at=self.place(name),
+            places=places,
+            row=row_of({column.name: column.expression for column in columns}),
+            claims=row_of({column.name: column.expression for column in adopt}),
+        )
+
+    def columns(self, kind: str, node: yaml.Node, *, typed: bool) -> Iterator[Column]:
+        for name, (at, value) in self.entries(node, "`columns`").items():
+            type_ = None
+            index = False
+            source = value
+            if isinstance(value, yaml.MappingNode):
+                parts = self.entries(value, f"`{name}`", ("value", "type", "index"))
+                if "value" not in parts:
+                    self.fault(at, f"`{name}` needs `value:`")
+                    continue
+                source = parts["value"][1]
+                if "type" in parts:
+                    type_ = self.type(parts["type"][1])
+                if "index" in parts:
+                    index = self.flag(parts["index"][1])
+            if typed and type_ is None:
+                self.fault(at, f"`{name}` needs a `type:`, as `create: true` makes its column")
+            expression = self.text(source, f"`{name}`")
+            try:
+                names = names_in(expression)
+            except InvalidExpression as error:
+                self.fault(source, f"`{name}`: `{expression}` is not an expression: {error}")
+                continue
+            known = samples.FIELDS[kind] | COMPUTED.keys()
+            for unknown in sorted(names - known):
+                self.warnings.append(
+                    f"{self.place(source)}: `{unknown}` is no field of Clerk's {kind} known to "
+                    f"this version, and will be null unless Clerk sends it{nearest(unknown, known)}"
+                )
+            yield Column(name, expression, type_, index, self.place(at))
+
+    def type(self, node: yaml.Node) -> str:
+        text = self.text(node, "`type`")
+        if not _COLUMN_TYPE.fullmatch(text):
+            self.fault(node, f"no column type `{text}`{nearest(text, COLUMN_TYPES)}")
+        return text
+
+    def flag(self, node: yaml.Node) -> bool:
+        text = self.text(node, "the flag")
+        if text not in ("true", "false"):
+            self.fault(node, f"`{text}` must be true or false")
+        return text == "true"
+
+    def mark(self, node: yaml.Node) -> str | None:
+        """The column of `{mark: column}`, or None for `remove`."""
+        if isinstance(node, yaml.ScalarNode):
+            if node.value != "remove":
+                self.fault(node, "`on_delete` must be `remove` or `{mark: column}`")
+            return None
+        entries = self.entries(node, "`on_delete`", ("mark",))
+        return self.text(entries["mark"][1], "`mark`") if entries else None
+
+    def owned(self, node: yaml.Node) -> Iterator[Owned]:
+        if not isinstance(node, yaml.SequenceNode):
+            self.fault(node, "`owns` must be a list of `{table: …, column: …, references: …}`")
+            return
+        for item in node.value:
+            entries = self.entries(item, "`owns`", ("table", "column", "references"))
+            if len(entries) != 3:  # noqa: PLR2004 -- the three names just above
+                self.fault(item, "`owns` needs `table`, `column` and `references`")
+                continue
+            table, column, references = (
+                self.text(entries[part][1], f"`{part}`")
+                for part in ("table", "column", "references")
+            )
+            yield Owned(table, column, references, self.place(item))

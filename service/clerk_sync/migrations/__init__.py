@@ -1,0 +1,102 @@
+"""Running DDL, or printing it: clerk-sync's own tables by Alembic's versions, mapped ones by need."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+from alembic.operations import Operations
+from alembic.runtime.migration import MigrationContext
+from alembic.script import ScriptDirectory
+
+from clerk_sync import tables
+
+if TYPE_CHECKING:
+    import io
+    from collections.abc import Callable
+
+    from clerk_sync.mapping import TableMapping
+
+
+class Migration:
+    """One run over one connection; with `print_to`, SQL is written there and nothing runs."""
+
+    def __init__(
+        self, connection: sa.Connection, version_table: str, print_to: io.StringIO | None
+    ) -> None:
+        self._script = ScriptDirectory(__path__[0], version_locations=[f"{__path__[0]}/versions"])
+        self._connection = connection
+        self._version_table = version_table
+        self._print_to = print_to
+        self._operations = Operations(self._context(lambda revision, context: []))
+
+    def _context(self, steps: Callable[[Any, Any], Any], starting: str | None = None) -> Any:
+        opts: dict[str, Any] = {"version_table": self._version_table, "fn": steps}
+        if self._print_to is not None:
+            opts |= {"as_sql": True, "output_buffer": self._print_to, "starting_rev": starting}
+            return MigrationContext.configure(
+                dialect=self._connection.dialect,
+                environment_context=None,
+                opts=opts,
+            )
+        return MigrationContext.configure(self._connection, opts=opts)
+
+    def own_tables(self, *, complete: bool) -> list[str]:
+        """Bring clerk-sync's own tables to this version.
+
+        `complete` says that all of them are there already. With no version recorded they came
+        as printed SQL, and only the version is written down.
+        """
+        current = MigrationContext.configure(
+            self._connection, opts={"version_table": self._version_table}
+        ).get_current_revision()
+        head = self._script.get_current_head()
+        if current == head or (complete and current is None and self._print_to is not None):
+            return []
+        if complete and current is None:
+            self._context(lambda revision, _: []).stamp(self._script, "head")
+            return [f"recorded version {head}, whose tables were there"]
+        context = self._context(
+            lambda revision, _: self._script._upgrade_revs("head", revision),  # noqa: SLF001
+            current or "base",
+        )
+        with Operations.context(context):
+            context.run_migrations()
+        return [f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
+
+    def created(self, table: sa.Table) -> list[str]:
+        """Make a table that the mapping asks for."""
+        self._operations.impl.create_table(table)
+        return [f"made table {table.name}"]
+
+    def keyed(self, mapping: TableMapping, live: sa.Table) -> list[str]:
+        """Add the key column to a table of the app's: unique, and null in the rows before it."""
+        if mapping.key in live.c:
+            return []
+        preparer = self._connection.dialect.identifier_preparer
+        table, key = preparer.quote(live.name), preparer.quote(mapping.key)
+        index = preparer.quote(f"{live.name}_{mapping.key}")
+        type_ = tables.key_type().compile(self._connection.dialect)
+        if self._connection.dialect.name == "sqlite":
+            self._operations.execute(f"ALTER TABLE {table} ADD COLUMN {key} {type_}")
+            self._operations.execute(f"CREATE UNIQUE INDEX {index} ON {table} ({key})")
+        else:  # one statement, so that it is there whole or not at all
+            self._operations.execute(
+                f"ALTER TABLE {table} ADD COLUMN {key} {type_} NULL, "
+                f"ADD UNIQUE INDEX {index} ({key})"
+            )
+        return [f"added column {live.name}.{mapping.key}"]
+
+    def completed(self, wanted: sa.Table, live: sa.Table) -> list[str]:
+        """Add the columns and plain indexes that an existing table of ours lacks."""
+        done = []
+        for column in wanted.columns:
+            if column.name not in live.c:
+                self._operations.add_column(live.name, sa.Column(column.name, column.type))
+                done.append(f"added column {live.name}.{column.name}")
+        there = {index.name for index in live.indexes}
+        for index in sorted(wanted.indexes, key=lambda index: str(index.name)):
+            if index.name not in there:
+                self._operations.impl.create_index(index)
+                done.append(f"added index {index.name}")
+        return done

@@ -1,0 +1,277 @@
+"""The live schema: whether it is what clerk-sync and the mapping need, and making it so.
+
+Only `migrate` runs DDL. `serve` looks at the tables themselves instead of a version number: a
+schema that came by a PlanetScale deploy request brings tables, but no rows of a version table.
+"""
+
+from __future__ import annotations
+
+import io
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import sqlalchemy as sa
+from sqlalchemy.dialects import mysql
+
+from clerk_sync import tables
+from clerk_sync.database import Unavailable
+from clerk_sync.mapping import Mapping, Place, TableMapping, nearest
+from clerk_sync.statements import Compiler
+from clerk_sync.store import Store
+from clerk_sync.targets import Target
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+VERSION_TABLE: Final = "clerk_sync_version"
+_LOCK: Final = "clerk_sync_migrate"
+_LOCK_SECONDS: Final = 120
+RUN_MIGRATE: Final = "run `clerk-sync migrate` (or `clerk-sync migrate --print` for its SQL)"
+
+
+class SchemaFaults(Exception):  # noqa: N818
+    """The live schema is not what is needed: one message per fault."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+@dataclass(frozen=True, slots=True)
+class Live:
+    """The tables that matter, as they are; a missing one is absent."""
+
+    tables: dict[str, sa.Table]
+    dialect: sa.Dialect
+
+
+async def bound(engine: AsyncEngine, mapping: Mapping) -> Store:
+    """A Store on the live schema. Raises SchemaFaults, or Unavailable."""
+    live = await _inspected(engine, _names(mapping))
+    return store_of(mapping, live)
+
+
+async def reflected(engine: AsyncEngine, mapping: Mapping) -> Live:
+    """The live tables that the mapping names. Raises Unavailable."""
+    return await _inspected(engine, _names(mapping))
+
+
+def store_of(mapping: Mapping, live: Live) -> Store:
+    """Bind the mapping to the live tables. Raises SchemaFaults with every fault."""
+    faults = [*_own_faults(live), *_mapping_faults(mapping, live)]
+    if faults:
+        raise SchemaFaults(faults)
+    compiler = Compiler(live.dialect)
+    targets = {
+        kind: Target(
+            table,
+            live.tables[table.table],
+            owned={owned.table: live.tables[owned.table] for owned in table.owns},
+            owners=_owners(mapping, table),
+            compiler=compiler,
+        )
+        for kind, table in mapping.tables.items()
+    }
+    return Store(targets, compiler)
+
+
+def _names(mapping: Mapping) -> set[str]:
+    names = set(tables.metadata.tables)
+    for table in mapping.tables.values():
+        names |= {table.table, *(owned.table for owned in table.owns)}
+    return names
+
+
+def _owners(mapping: Mapping, table: TableMapping) -> list[tuple[str, str]]:
+    """The mapped objects whose removal takes rows of this table, with the column that says whose.
+
+    Only where that column holds the owner's Clerk id: then a late row can be told from its
+    values alone to have lost its owner.
+    """
+    return [
+        (owner.kind, owned.column)
+        for owner in mapping.tables.values()
+        for owned in owner.owns
+        if owned.table == table.table and owned.references == owner.key and owner.mark is None
+    ]
+
+
+async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
+    def inspect(connection: sa.Connection) -> Live:
+        there = set(sa.inspect(connection).get_table_names())
+        metadata = sa.MetaData()
+        found = {
+            name: sa.Table(name, metadata, autoload_with=connection, resolve_fks=False)
+            for name in sorted(names & there)
+        }
+        return Live(found, _spelling(connection))
+
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(inspect)
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(_told(error)) from error
+
+
+def _told(error: Exception) -> str:
+    """A database error for people: the driver's own words, which hold no data on this path."""
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
+    return f"{type(cause).__name__}: {cause}"
+
+
+def _spelling(connection: sa.Connection) -> sa.Dialect:
+    """The dialect to compile for.
+
+    SQLAlchemy writes `VALUES … AS new` for MySQL 8.0.20 and later; not every Vitess that calls
+    itself that version understands it, while all understand `VALUES(column)`.
+    """
+    version = connection.dialect.server_version_info
+    if connection.dialect.name != "sqlite":
+        text = connection.exec_driver_sql("SELECT VERSION()").scalar_one()
+        if version is None or "vitess" in str(text).lower():
+            return mysql.asyncmy.dialect()  # type: ignore[no-untyped-call, no-any-return]
+    return connection.dialect
+
+
+def _own_faults(live: Live) -> Iterator[str]:
+    for name, table in tables.metadata.tables.items():
+        if name not in live.tables:
+            yield f"table {name} is missing: {RUN_MIGRATE}"
+        else:
+            for column in sorted(set(table.c.keys()) - set(live.tables[name].c.keys())):
+                yield f"{name} has no column {column}, it is older than this version: {RUN_MIGRATE}"
+
+
+def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
+    for table in mapping.tables.values():
+        there = live.tables.get(table.table)
+        if there is None:
+            hint = f": {RUN_MIGRATE}" if table.create else ": the app's own migrations make it"
+            yield f"{table.places['table']}: table `{table.table}` is missing{hint}"
+            continue
+        yield from _key_faults(table, there)
+        for column in (*table.columns, *table.adopt):
+            hint = f": {RUN_MIGRATE}" if table.create else ""
+            yield from _missing(there, column.name, column.at, hint)
+        if table.mark:
+            yield from _missing(there, table.mark, table.places["on_delete"])
+        if table.adopt and len(there.primary_key.columns) != 1:
+            yield f"{table.places['adopt']}: adopting needs a primary key of one column"
+        for owned in table.owns:
+            yield from _missing(there, owned.references, owned.at)
+            other = live.tables.get(owned.table)
+            if other is not None:
+                yield from _missing(other, owned.column, owned.at)
+            elif owned.table not in {one.table for one in mapping.tables.values()}:
+                yield f"{owned.at}: table `{owned.table}` is missing"
+
+
+def _missing(table: sa.Table, column: str, at: Place, hint: str = "") -> Iterator[str]:
+    if column not in table.c:
+        hint = hint or nearest(column, table.c.keys())
+        yield f"{at}: table `{table.name}` has no column `{column}`{hint}"
+
+
+def _key_faults(table: TableMapping, there: sa.Table) -> Iterator[str]:
+    at = table.places["key"]
+    if table.key not in there.c:
+        yield f"{at}: table `{there.name}` has no column `{table.key}`: {RUN_MIGRATE}"
+        return
+    unique = [{column.name for column in index.columns} for index in there.indexes if index.unique]
+    unique += [
+        {column.name for column in constraint.columns}
+        for constraint in there.constraints
+        if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
+    ]
+    if {table.key} not in unique:
+        yield (
+            f"{at}: `{table.key}` of `{there.name}` must be unique by itself: "
+            f"CREATE UNIQUE INDEX {there.name}_{table.key} ON {there.name} ({table.key})"
+        )
+    collation = getattr(there.c[table.key].type, "collation", None)
+    if isinstance(collation, str) and collation.endswith("_ci"):
+        yield (
+            f"{at}: `{table.key}` of `{there.name}` compares by {collation}, but Clerk's ids are "
+            f"case-sensitive: ALTER TABLE {there.name} MODIFY {table.key} "
+            f"VARCHAR({tables.ID_LENGTH}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
+        )
+
+
+async def migrate(engine: AsyncEngine, mapping: Mapping) -> list[str]:
+    """Make clerk-sync's tables and those that the mapping asks for; what was done, in words.
+
+    Several at once are safe: one works, the others wait and find nothing to do. Raises
+    Unavailable.
+    """
+
+    def work(connection: sa.Connection) -> list[str]:
+        with _alone(connection):
+            return _migrated(connection, mapping, print_to=None)
+
+    try:
+        async with engine.connect() as connection:
+            done = await connection.run_sync(work)
+            await connection.commit()
+            return done
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(_told(error)) from error
+
+
+async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
+    """The SQL that `migrate` would run now, for people who may not run it. Raises Unavailable."""
+    out = io.StringIO()
+    try:
+        async with engine.connect() as connection:
+            await connection.run_sync(_migrated, mapping, print_to=out)
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(_told(error)) from error
+    return out.getvalue()
+
+
+def _migrated(
+    connection: sa.Connection, mapping: Mapping, *, print_to: io.StringIO | None
+) -> list[str]:
+    # Alembic is loaded by this command alone: `serve` starts a tenth of a second sooner.
+    from clerk_sync.migrations import Migration  # noqa: PLC0415
+
+    def live(name: str) -> sa.Table:
+        return sa.Table(name, sa.MetaData(), autoload_with=connection, resolve_fks=False)
+
+    there = set(sa.inspect(connection).get_table_names())
+    own = tables.metadata.tables
+    migration = Migration(connection, VERSION_TABLE, print_to)
+    done = migration.own_tables(complete=own.keys() <= there)
+    wanted = [*own.values()]
+    for table in mapping.tables.values():
+        if table.create:
+            wanted.append(tables.made_table(table))
+            if table.table not in there:
+                done += migration.created(wanted[-1])
+        if table.table in there:
+            done += migration.keyed(table, live(table.table))
+    for one in wanted:
+        # What is only printed is not there to be looked at.
+        made = print_to is None or one.name in there
+        done += migration.completed(one, live(one.name) if made else one.to_metadata(sa.MetaData()))
+    return done
+
+
+@contextmanager
+def _alone(connection: sa.Connection) -> Iterator[None]:
+    """Hold the migration lock: DDL is no transaction on MySQL, so a lock has to guard it."""
+    if connection.dialect.name == "sqlite":
+        connection.exec_driver_sql(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")
+        connection.exec_driver_sql("BEGIN IMMEDIATE")
+        yield
+        return
+    # Vitess knows GET_LOCK as a bare SELECT only.
+    got = connection.exec_driver_sql(f"SELECT GET_LOCK('{_LOCK}', {_LOCK_SECONDS})").scalar()
+    if got != 1:
+        raise TimeoutError(f"another `clerk-sync migrate` has held its lock for {_LOCK_SECONDS} s")
+    try:
+        yield
+    finally:
+        connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{_LOCK}')")

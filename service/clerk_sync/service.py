@@ -1,0 +1,301 @@
+"""The composition root: settings in, a running service out. Tests run this very thing."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import signal
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from aiohttp import web
+
+from clerk_sync import __version__, housekeeping, schema
+from clerk_sync.answers import Reason
+from clerk_sync.committer import Committer
+from clerk_sync.database import Connection, Unavailable, connect, engine_of
+from clerk_sync.internal import InternalListener, Readiness
+from clerk_sync.metrics import Metrics
+from clerk_sync.settings import InvalidSettings, Secret, Settings
+from clerk_sync.signature import InvalidSecret, signers
+from clerk_sync.webhook import WebhookListener
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+    from svix.webhooks import Webhook
+
+    from clerk_sync.mapping import Mapping
+    from clerk_sync.targets import Target
+
+log = structlog.get_logger()
+
+LOOK_SECONDS_READY: Final = 3.0
+LOOK_SECONDS_UNREADY: Final = 0.5
+KEEP_SECONDS: Final = 60.0
+PING_SECONDS: Final = 3.0
+KEEPALIVE_SECONDS: Final = 75.0
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """A service that listens: the two base URLs."""
+
+    url: str
+    internal_url: str
+
+
+class RotatedSigners:
+    """The signers of the secret as it is now. A rotation that makes no sense keeps the last."""
+
+    def __init__(self, secret: Secret) -> None:
+        self._secret = secret
+        self._text = secret.read()
+        self._signers = signers(self._text)
+
+    def __call__(self) -> tuple[Webhook, ...]:
+        """The signers now."""
+        text = self._secret.read()
+        if text != self._text:
+            self._text = text
+            try:
+                self._signers = signers(text)
+                log.info("signing_secret_changed", secrets=len(self._signers))
+            except InvalidSecret as error:
+                log.error("signing_secret_invalid", name=self._secret.name, error=str(error))
+        return self._signers
+
+
+class Watch:
+    """Looks after the schema and the database, and says whether the service is ready."""
+
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        mapping: Mapping,
+        committer: Committer,
+        metrics: Metrics,
+        settings: Settings,
+    ) -> None:
+        self.readiness = Readiness(ready=False, reason=Reason.DATABASE, detail="starting")
+        self.looked = asyncio.Event()
+        self._engine = engine
+        self._mapping = mapping
+        self._committer = committer
+        self._metrics = metrics
+        self._settings = settings
+
+    @property
+    def users(self) -> Target | None:
+        """The users' table, once the schema is known."""
+        store = self._committer.store
+        return store.targets.get("user") if store else None
+
+    async def run(self) -> None:
+        """Look, again and again, until cancelled."""
+        loop = asyncio.get_running_loop()
+        kept = -KEEP_SECONDS
+        while True:
+            self._say(await self._look())
+            self.looked.set()
+            if self.readiness.ready and loop.time() - kept > KEEP_SECONDS:
+                kept = loop.time()
+                await self._keep()
+            seconds = LOOK_SECONDS_READY if self.readiness.ready else LOOK_SECONDS_UNREADY
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(seconds):
+                    await self._committer.schema_changed.wait()
+            self._committer.schema_changed.clear()
+
+    async def _look(self) -> Readiness:
+        try:
+            async with asyncio.timeout(PING_SECONDS):
+                if self._committer.store is None:
+                    self._committer.store = await schema.bound(self._engine, self._mapping)
+                else:
+                    await housekeeping.ping(self._engine)
+        except schema.SchemaFaults as error:
+            return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
+        except (Unavailable, InvalidSettings) as error:
+            return Readiness(ready=False, reason=Reason.DATABASE, detail=str(error))
+        except TimeoutError:
+            detail = f"the database did not answer within {PING_SECONDS:.0f} s"
+            return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
+        except Exception as error:
+            log.exception("look_failed")
+            detail = type(error).__name__
+            return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
+        return Readiness(ready=True)
+
+    def _say(self, readiness: Readiness) -> None:
+        if readiness != self.readiness:
+            if readiness.ready:
+                log.info("ready")
+            else:
+                for line in readiness.detail.splitlines():
+                    log.error("not_ready", reason=readiness.reason, detail=line)
+        self.readiness = readiness
+        self._metrics.ready.set(readiness.ready)
+
+    async def _keep(self) -> None:
+        """Expire what is old, count what is in quarantine."""
+        try:
+            gone = await housekeeping.expire(
+                self._engine,
+                ledger_days=self._settings.ledger_days,
+                quarantine_days=self._settings.quarantine_days,
+            )
+            if gone:
+                log.info("expired", rows=gone)
+            self._metrics.quarantine_size.set(await housekeeping.quarantine_size(self._engine))
+        except Unavailable as error:
+            log.warning("housekeeping_failed", error=str(error))
+
+
+def database_committer(settings: Settings, metrics: Metrics) -> Committer:
+    """The committer on the database that the settings name."""
+
+    async def opened() -> Connection:
+        try:
+            return await connect(settings.locate(), seconds=settings.deadline_seconds)
+        except InvalidSettings as error:
+            raise Unavailable(str(error)) from None
+
+    return Committer(
+        opened,
+        metrics=metrics,
+        # SQLite has one writer at a time: a second would only wait for the first.
+        writers=1 if settings.locate().path is not None else settings.writers,
+        batch_limit=settings.batch_limit,
+        queue_limit=settings.queue_limit,
+    )
+
+
+@contextlib.asynccontextmanager
+async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Committer]:
+    """A committer without listeners, for commands. Raises SchemaFaults, or Unavailable."""
+    committer = database_committer(settings, Metrics())
+    engine = engine_of(settings.locate, size=1)
+    try:
+        committer.store = await schema.bound(engine, mapping)
+    finally:
+        await engine.dispose()
+    committer.start()
+    try:
+        yield committer
+    finally:
+        await committer.close()
+
+
+@contextlib.asynccontextmanager
+async def running(
+    settings: Settings,
+    mapping: Mapping,
+    *,
+    committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+) -> AsyncIterator[Running]:
+    """Run the service; leaving drains it: not ready, then what is in flight, then the database.
+
+    Raises InvalidSettings and OSError before it listens. `committer_of` is for the bench,
+    which leaves the database out to see what the rest costs.
+    """
+    if settings.signing_secret is None:
+        raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
+    secrets = RotatedSigners(settings.signing_secret)
+    metrics = Metrics()
+    engine = engine_of(settings.locate, size=settings.pool_size)
+
+    committer = committer_of(settings, metrics)
+    watch = Watch(engine, mapping, committer, metrics, settings)
+    webhook = WebhookListener(
+        path=settings.webhook_path,
+        signers=secrets,
+        mapping=mapping,
+        instance_id=settings.instance_id,
+        committer=committer,
+        metrics=metrics,
+        deadline_seconds=settings.deadline_seconds,
+    )
+
+    def readiness() -> Readiness:
+        if webhook.draining:
+            return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
+        return watch.readiness
+
+    internal = InternalListener(
+        engine=engine, metrics=metrics, readiness=readiness, users=lambda: watch.users
+    )
+    committer.start()
+    watching = asyncio.create_task(watch.run())
+    async with contextlib.AsyncExitStack() as stack:
+        stack.push_async_callback(engine.dispose)
+        stack.push_async_callback(committer.close)
+        stack.push_async_callback(_ended, watching)
+        # Probes and metrics are answered until the very end.
+        internal_url = await _listen(stack, internal.app(), settings.host, settings.internal_port)
+        await _at_most(watch.looked.wait(), PING_SECONDS)
+        seconds = settings.deadline_seconds + 1
+        url = await _listen(stack, webhook.app(), settings.host, settings.port, seconds)
+        log.info("listening", version=__version__, url=url, internal_url=internal_url)
+        # What start-up made stays: the collector need not look at it again.
+        gc.collect()
+        gc.freeze()
+        try:
+            yield Running(url, internal_url)
+        finally:
+            webhook.draining = True
+            metrics.ready.set(0)
+            log.info("draining")
+
+
+async def serve(settings: Settings, mapping: Mapping) -> None:
+    """Run until SIGTERM or SIGINT, then drain."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    async with running(settings, mapping):
+        await stop.wait()
+    log.info("stopped")
+
+
+async def _listen(
+    stack: contextlib.AsyncExitStack,
+    app: web.Application,
+    host: str,
+    port: int,
+    shutdown_seconds: float = 1.0,
+) -> str:
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        # The signature is over the bytes as sent: nothing may unpack them.
+        auto_decompress=False,
+        keepalive_timeout=KEEPALIVE_SECONDS,
+        read_bufsize=2**16,
+        shutdown_timeout=shutdown_seconds,
+    )
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, host, port, backlog=1024, reuse_address=True)
+    await site.start()
+    address = next(
+        address for address in runner.addresses if isinstance(address, tuple) and address
+    )
+    shown = "127.0.0.1" if address[0] in ("0.0.0.0", "::") else address[0]  # noqa: S104
+    shown = f"[{shown}]" if ":" in shown else shown
+    return f"http://{shown}:{address[1]}"
+
+
+async def _ended(task: asyncio.Task[None]) -> None:
+    task.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await task
+
+
+async def _at_most(wait: Awaitable[object], seconds: float) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(seconds):
+            await wait

@@ -1,0 +1,211 @@
+"""Settings from the environment; each secret also from a mounted file, read again as it changes."""
+
+from __future__ import annotations
+
+import re
+import time
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Final, Literal
+
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from clerk_sync.database import InvalidDatabase, Target, mysql_target, target_of
+from clerk_sync.mapping import PRESETS
+
+_FILE_LOOK_SECONDS: Final = 1.0
+
+
+class InvalidSettings(Exception):  # noqa: N818
+    """What is wrong with the settings: one message per variable, none with a secret in it."""
+
+    def __init__(self, faults: list[str]) -> None:
+        self.faults = tuple(faults)
+        super().__init__("\n".join(faults))
+
+
+class Secret:
+    """One secret, from a variable or from a file; `read` gives it as it is now."""
+
+    def __init__(self, name: str, *, value: str = "", path: Path | None = None) -> None:
+        self.name = name
+        self._value = value
+        self._path = path
+        self._stamp: tuple[int, int, int] | None = None
+        self._looked = 0.0
+
+    def __repr__(self) -> str:
+        return f"Secret({self.name})"
+
+    def read(self) -> str:
+        """The value. A file that is gone for a moment, as while it is rotated, keeps its last.
+
+        Raises InvalidSettings when there has never been one.
+        """
+        now = time.monotonic()
+        if self._path is None or (self._value and now - self._looked < _FILE_LOOK_SECONDS):
+            return self._value
+        self._looked = now
+        try:
+            status = self._path.stat()
+            stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
+            if stamp != self._stamp:
+                self._value = self._path.read_text().strip() or self._value
+                self._stamp = stamp
+        except (OSError, UnicodeDecodeError) as error:
+            if not self._value:
+                what = error.strerror if isinstance(error, OSError) else "not text"
+                raise InvalidSettings([f"{self.name}_FILE: {self._path}: {what}"]) from None
+        if not self._value:
+            raise InvalidSettings([f"{self.name}_FILE: {self._path}: is empty"])
+        return self._value
+
+
+class _Secrets(EnvSettingsSource):
+    """Fields of type Secret: `NAME`, or the path of a file in `NAME_FILE`."""
+
+    def __call__(self) -> dict[str, Any]:
+        found = {}
+        for field in self.settings_cls.model_fields.values():
+            name = str(field.validation_alias)
+            if field.annotation != Secret | None:
+                continue
+            value, path = self.env_vars.get(name), self.env_vars.get(f"{name}_FILE")
+            if value and path:
+                raise InvalidSettings([f"{name}: is set, and so is {name}_FILE: keep one of them"])
+            if value:
+                found[name] = Secret(name, value=value)
+            elif path:
+                found[name] = Secret(name, path=Path(path))
+        return found
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        raise NotImplementedError  # the base class's hook for one field; __call__ does them all
+
+
+def _without_service_link(value: object) -> object:
+    """Kubernetes gives every pod `CLERK_SYNC_PORT=tcp://…` for a Service named clerk-sync."""
+    return 8080 if isinstance(value, str) and value.startswith("tcp://") else value
+
+
+def _absolute(path: str) -> str:
+    if not re.fullmatch(r"/[A-Za-z0-9/_.~-]*", path):
+        raise ValueError("must begin with / and hold plain characters, such as /webhooks/clerk")
+    return path
+
+
+Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class Settings(BaseSettings):
+    """All settings, by their environment variables' names."""
+
+    model_config = SettingsConfigDict(
+        frozen=True,
+        env_ignore_empty=True,
+        case_sensitive=True,
+        arbitrary_types_allowed=True,
+        hide_input_in_errors=True,
+        extra="ignore",
+    )
+    DEFAULT_DATABASE: ClassVar[str] = "sqlite:///clerk-sync.db"
+
+    database_url: Secret | None = Field(None, validation_alias="DATABASE_URL")
+    database_host: Secret | None = Field(None, validation_alias="DATABASE_HOST")
+    database_port: Secret | None = Field(None, validation_alias="DATABASE_PORT")
+    database_name: Secret | None = Field(None, validation_alias="DATABASE_NAME")
+    database_username: Secret | None = Field(None, validation_alias="DATABASE_USERNAME")
+    database_password: Secret | None = Field(None, validation_alias="DATABASE_PASSWORD")
+    signing_secret: Secret | None = Field(None, validation_alias="CLERK_WEBHOOK_SIGNING_SECRET")
+    secret_key: Secret | None = Field(None, validation_alias="CLERK_SECRET_KEY")
+    api_key: Secret | None = Field(None, validation_alias="CLERK_API_KEY")
+    api_url: str = Field("https://api.clerk.com/v1", validation_alias="CLERK_API_URL")
+    instance_id: str | None = Field(None, validation_alias="CLERK_INSTANCE_ID")
+    config: str = Field(PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
+    host: str = Field("0.0.0.0", validation_alias="CLERK_SYNC_HOST")  # noqa: S104 -- a pod's
+    port: Annotated[Port, BeforeValidator(_without_service_link)] = Field(
+        8080, validation_alias="CLERK_SYNC_PORT"
+    )
+    internal_port: Port = Field(8081, validation_alias="CLERK_SYNC_INTERNAL_PORT")
+    webhook_path: Annotated[str, AfterValidator(_absolute)] = Field(
+        "/webhooks/clerk", validation_alias="CLERK_SYNC_WEBHOOK_PATH"
+    )
+    pool_size: int = Field(4, ge=1, le=100, validation_alias="CLERK_SYNC_POOL_SIZE")
+    writers: int = Field(2, ge=1, le=16, validation_alias="CLERK_SYNC_WRITERS")
+    batch_limit: int = Field(256, ge=1, le=2000, validation_alias="CLERK_SYNC_BATCH_LIMIT")
+    queue_limit: int = Field(1000, ge=1, validation_alias="CLERK_SYNC_QUEUE_LIMIT")
+    # Svix waits 15 seconds; the answer has to be well inside that.
+    deadline_seconds: float = Field(
+        5, ge=0.1, le=14, validation_alias="CLERK_SYNC_DEADLINE_SECONDS"
+    )
+    # Svix's own retries end after 28 hours, replays by hand reach back 90 days.
+    ledger_days: int = Field(100, ge=2, validation_alias="CLERK_SYNC_LEDGER_DAYS")
+    quarantine_days: int = Field(30, ge=1, validation_alias="CLERK_SYNC_QUARANTINE_DAYS")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", validation_alias="LOG_LEVEL"
+    )
+    log_format: Literal["json", "console"] | None = Field(None, validation_alias="LOG_FORMAT")
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        return init_settings, _Secrets(settings_cls), env_settings
+
+    @property
+    def clerk_key(self) -> Secret | None:
+        """Clerk's secret key, by either of its names."""
+        return self.secret_key or self.api_key
+
+    def locate(self) -> Target:
+        """Where the database is now. Raises InvalidSettings."""
+        if self.database_url is not None or self.database_host is None:
+            url = self.database_url.read() if self.database_url else self.DEFAULT_DATABASE
+            try:
+                return target_of(url)
+            except InvalidDatabase as error:
+                raise InvalidSettings([f"DATABASE_URL: {error}"]) from None
+        pieces = {
+            name: piece.read() if piece else ""
+            for name, piece in (
+                ("host", self.database_host),
+                ("name", self.database_name),
+                ("username", self.database_username),
+                ("password", self.database_password),
+            )
+        }
+        port = self.database_port.read() if self.database_port else "3306"
+        if not re.fullmatch(r"[0-9]{1,5}", port):
+            raise InvalidSettings(["DATABASE_PORT: must be a number, such as 3306"])
+        try:
+            return mysql_target(**pieces, port=int(port))
+        except InvalidDatabase as error:
+            raise InvalidSettings([f"DATABASE_*: {error}"]) from None
+
+
+def load() -> Settings:
+    """The settings of this environment. Raises InvalidSettings with every fault at once."""
+    try:
+        return Settings()
+    except ValidationError as error:
+        raise InvalidSettings(
+            [
+                f"{'.'.join(map(str, fault['loc']))}: {_told(str(fault['msg']))}"
+                for fault in error.errors()
+            ]
+        ) from None
+
+
+def _told(message: str) -> str:
+    return message.removeprefix("Value error, ").replace("Input should be", "must be")

@@ -1,0 +1,345 @@
+"""Changes become rows: state, ledger and target tables in one transaction.
+
+`apply` takes two round trips for a batch of any size. The first advances the state rows of all
+entities in it, in key order, which locks them and decides who is newest; and reads back what
+was decided and which deliveries are known. The second writes target rows for those that won,
+the ledger, and COMMIT.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, field, replace
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
+
+from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.columns import Unfit, time_text
+from clerk_sync.database import COMMIT, Connection, Result, Step
+from clerk_sync.events import Action
+from clerk_sync.statements import Compiler, OwnStatements
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping, Sequence
+
+    from clerk_sync.mapping import Change
+    from clerk_sync.targets import Target
+
+Key = tuple[str, str]
+"""An entity: (kind, Clerk id)."""
+Version = tuple[int, int, str]
+"""(data.updated_at ms, event time ms, svix-id): compared in this order, so never a tie."""
+
+APPLIED: Final = Answer(Outcome.APPLIED)
+STALE: Final = Answer(Outcome.STALE)
+DUPLICATE: Final = Answer(Outcome.DUPLICATE)
+IGNORED: Final = Answer(Outcome.IGNORED)
+
+
+@dataclass(slots=True)
+class _Entity:
+    """What one batch knows of one entity, and then what the database said."""
+
+    save: Change | None = None
+    version: Version = (0, 0, "")
+    deleted_at: str | None = None
+    # As read back.
+    settled: Version = (0, 0, "")
+    settled_deleted_at: str | None = None
+
+
+@dataclass(slots=True)
+class _Batch:
+    entities: dict[Key, _Entity] = field(default_factory=lambda: defaultdict(_Entity))
+    rows: dict[Key, list[Any]] = field(default_factory=dict)
+    deletes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    known: dict[str, str] = field(default_factory=dict)
+    present: set[Key] = field(default_factory=set)
+    references: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
+
+
+class Store:
+    """The tables of one mapping in one database, for any number of connections to it."""
+
+    def __init__(self, targets: Mapping[str, Target], compiler: Compiler) -> None:
+        self.targets = targets
+        self.own = OwnStatements(compiler)
+
+    async def apply(
+        self, connection: Connection, changes: Sequence[Change], *, now_ms: int
+    ) -> list[Answer]:
+        """Commit all changes in one transaction; their answers, in order.
+
+        Raises Refused when the database refuses some of the data, Unavailable when it cannot
+        take it now; nothing is kept then.
+        """
+        now = time_text(now_ms)
+        checked = [self._checked(change) for change in changes]
+        changes = [change for change, _ in checked]
+        batch = self._reduced(checked)
+        await self._decide(connection, batch, changes, now)
+        answers = self._answers(batch, changes)
+        steps = await self._writes(connection, batch, changes, answers)
+        steps += self._ledger(changes, answers, batch.known, now)
+        steps.append(COMMIT)
+        await connection.run(steps)
+        return answers
+
+    def _checked(self, change: Change) -> tuple[Change, list[Any] | None]:
+        """The change with its row as the columns take it, or as one for the quarantine."""
+        if change.action is not Action.SAVE or change.kind is None or change.clerk_id is None:
+            return change, None
+        try:
+            return change, self.targets[change.kind].row(change.clerk_id, change.row or {})
+        except Unfit as error:
+            return replace(change, action=None, reason=error.reason), None
+
+    def _reduced(self, checked: Iterable[tuple[Change, list[Any] | None]]) -> _Batch:
+        """At most one save and one deletion per entity: the newest, and the earliest."""
+        batch = _Batch()
+        for change, row in checked:
+            if change.action is None or change.kind is None or change.clerk_id is None:
+                continue
+            key = (change.kind, change.clerk_id)
+            entity = batch.entities[key]
+            if row is not None:
+                version = _version(change)
+                if entity.save is None or version > entity.version:
+                    entity.save, entity.version = change, version
+                    batch.rows[key] = row
+                # An owner's state row is locked with ours, so that its deletion cannot pass by.
+                for owner in self.targets[change.kind].owners_of(row):
+                    batch.entities[owner]  # noqa: B018 -- a defaultdict: made by asking
+            else:
+                deleted_at = time_text(change.event_ms)
+                if entity.deleted_at is None or deleted_at < entity.deleted_at:
+                    entity.deleted_at = deleted_at
+                batch.deletes[change.kind].append(change.clerk_id)
+        return batch
+
+    async def _decide(
+        self, connection: Connection, batch: _Batch, changes: Sequence[Change], now: str
+    ) -> None:
+        """The first round trip: advance the state, read back who is newest and what is known."""
+        steps: list[Step] = []
+        reads: list[tuple[str, Any]] = []
+        ids: dict[str, list[str]] = defaultdict(list)
+        if batch.entities:
+            candidates = []
+            for key in sorted(batch.entities):
+                entity = batch.entities[key]
+                candidates.append((*key, *entity.version, entity.deleted_at, now))
+                ids[key[0]].append(key[1])
+            steps.append((self.own.advance, candidates))
+            reads.append(("-", None))
+        for kind, of_kind in ids.items():
+            steps.append(self.own.entities[kind].of(of_kind))
+            reads.append(("entities", kind))
+            target = self.targets.get(kind)
+            if target is not None and (target.shared or target.mapping.adopt):
+                steps.append(target.present.of(of_kind))
+                reads.append(("present", kind))
+        for kind, of_kind in batch.deletes.items():
+            if self.targets[kind].mapping.mark is None:
+                for place, (owned, references, _) in enumerate(self.targets[kind].owned):
+                    if owned.references != self.targets[kind].mapping.key:
+                        steps.append(references.of(of_kind))
+                        reads.append(("references", (kind, place)))
+        deliveries = [change.delivery_id for change in changes if change.delivery_id is not None]
+        if deliveries:
+            steps.append(self.own.known.of(deliveries))
+            reads.append(("known", None))
+        if steps:
+            # One INSERT, then only SELECTs with one row of parameters: results match reads.
+            results = await connection.run(steps)
+            for (what, of), result in zip(reads, results, strict=True):
+                self._learn(batch, what, of, result)
+
+    def _learn(self, batch: _Batch, what: str, of: Any, result: Result) -> None:
+        if what == "entities":
+            for clerk_id, version_ms, event_ms, source, deleted_at in result.rows:
+                entity = batch.entities[of, clerk_id]
+                entity.settled = (version_ms, event_ms, source)
+                entity.settled_deleted_at = _time_read(deleted_at)
+        elif what == "present":
+            batch.present.update((of, clerk_id) for (clerk_id,) in result.rows)
+        elif what == "references":
+            batch.references[of] = [value for (value,) in result.rows if value is not None]
+        elif what == "known":
+            batch.known.update(dict(result.rows))
+
+    def _answers(self, batch: _Batch, changes: Sequence[Change]) -> list[Answer]:
+        """Each change's answer, as if they had come one by one."""
+        answers = []
+        seen = set()
+        for change in changes:
+            known = batch.known.get(change.delivery_id or "")
+            verdict = self._verdict(batch, change)
+            # A delivery that is known but had no effect yet may still get one: after the
+            # mapping or a column has changed, "Resend" in Clerk's dashboard works.
+            if known in ("applied", "stale") or known == verdict.outcome == Outcome.IGNORED:
+                verdict = DUPLICATE
+            elif change.delivery_id is not None:
+                if change.delivery_id in seen:
+                    verdict = DUPLICATE
+                seen.add(change.delivery_id)
+            answers.append(verdict)
+        return answers
+
+    def _verdict(self, batch: _Batch, change: Change) -> Answer:
+        if change.reason is not None:
+            return Answer(Outcome.QUARANTINED, change.reason)
+        if change.action is None or change.kind is None or change.clerk_id is None:
+            return IGNORED
+        entity = batch.entities[change.kind, change.clerk_id]
+        if change.action is Action.DELETE:
+            return APPLIED if entity.settled_deleted_at == time_text(change.event_ms) else STALE
+        if entity.settled != _version(change) or self._is_gone(batch, change):
+            return STALE
+        return APPLIED
+
+    def _is_gone(self, batch: _Batch, change: Change) -> bool:
+        """Whether the row may no longer be there: deleted itself, or something it belongs to."""
+        key = (change.kind or "", change.clerk_id or "")
+        target = self.targets[key[0]]
+        if target.mapping.mark is None and batch.entities[key].settled_deleted_at is not None:
+            return True
+        row = batch.rows.get(key)
+        return row is not None and any(
+            batch.entities[owner].settled_deleted_at is not None for owner in target.owners_of(row)
+        )
+
+    async def _writes(
+        self,
+        connection: Connection,
+        batch: _Batch,
+        changes: Sequence[Change],
+        answers: Sequence[Answer],
+    ) -> list[Step]:
+        """The target rows of the changes that won."""
+        saves: dict[str, list[Change]] = defaultdict(list)
+        deletes: dict[str, list[str]] = defaultdict(list)
+        for change, answer in zip(changes, answers, strict=True):
+            if answer is not APPLIED or change.kind is None or change.clerk_id is None:
+                continue
+            if change.action is Action.SAVE:
+                saves[change.kind].append(change)
+            else:
+                deletes[change.kind].append(change.clerk_id)
+        steps: list[Step] = []
+        for kind, of_kind in saves.items():
+            steps += await self._saves(connection, batch, self.targets[kind], of_kind)
+        for kind, ids in deletes.items():
+            steps += self._deletes(batch, self.targets[kind], ids)
+        return steps
+
+    async def _saves(
+        self, connection: Connection, batch: _Batch, target: Target, saves: Sequence[Change]
+    ) -> list[Step]:
+        kind = target.mapping.kind
+        rows = []
+        for change in saves:
+            key = (kind, change.clerk_id or "")
+            row = batch.rows[key]
+            if target.mapping.mark:
+                row[-1] = batch.entities[key].settled_deleted_at
+            rows.append((change, row))
+        if target.mapping.adopt:
+            missing = [(c, row) for c, row in rows if (kind, row[0]) not in batch.present]
+            adopted = await self._adopted(connection, target, missing)
+            rows = [(change, row) for change, row in rows if row[0] not in adopted]
+        if not target.shared:
+            return [(target.upsert, [row for _, row in rows])] if rows else []
+        there = [row for _, row in rows if (kind, row[0]) in batch.present]
+        new = [row for _, row in rows if (kind, row[0]) not in batch.present]
+        steps: list[Step] = (
+            [(target.update, [[*row[1:], row[0]] for row in there])] if there else []
+        )
+        return [*steps, (target.insert, new)] if new else steps
+
+    async def _adopted(
+        self, connection: Connection, target: Target, missing: Sequence[tuple[Change, list[Any]]]
+    ) -> set[str]:
+        """Claim rows that the app had before it had Clerk ids; the ids that got one."""
+        wanted = [
+            (row, claims)
+            for change, row in missing
+            if (claims := target.claims(change.claims or {})) is not None
+        ]
+        if not wanted:
+            return set()
+        found = await connection.run([(target.find, [claims for _, claims in wanted])])
+        claimed: list[list[Any]] = []
+        for (row, claims), result in zip(wanted, found, strict=True):
+            taken = {claim[-1] for claim in claimed}
+            for primary, *values in result.rows:
+                # The column's collation may hold "jose" and "josé" for equal. We do not.
+                same = [str(v).casefold() for v in values] == [str(v).casefold() for v in claims]
+                if same and primary not in taken:
+                    claimed.append([*row, primary])
+                    break
+        if not claimed:
+            return set()
+        results = await connection.run([(target.claim, claimed)])
+        return {
+            row[0] for row, result in zip(claimed, results, strict=True) if result.affected == 1
+        }
+
+    def _deletes(self, batch: _Batch, target: Target, ids: Sequence[str]) -> list[Step]:
+        kind = target.mapping.kind
+        if target.mapping.mark:
+            marks = [(batch.entities[kind, id_].settled_deleted_at, id_) for id_ in ids]
+            return [(target.mark, marks)]
+        steps: list[Step] = []
+        for place, (owned, _, delete) in enumerate(target.owned):
+            values = (
+                ids if owned.references == target.mapping.key else batch.references[kind, place]
+            )
+            if values:
+                steps.append(delete.of(values))
+        return [*steps, target.delete.of(ids)]
+
+    def _ledger(
+        self,
+        changes: Sequence[Change],
+        answers: Sequence[Answer],
+        known: Mapping[str, str],
+        now: str,
+    ) -> list[Step]:
+        recorded, detained, released = [], [], []
+        for change, answer in zip(changes, answers, strict=True):
+            svix_id = change.delivery_id
+            if svix_id is None or answer is DUPLICATE:
+                continue
+            about = (svix_id, change.type, change.kind, change.clerk_id)
+            reason = answer.reason.value if answer.reason else None
+            event_at = time_text(change.event_ms) if change.event_ms else None
+            recorded.append((*about, answer.outcome.value, reason, event_at, now))
+            if answer.outcome is Outcome.QUARANTINED:
+                detained.append((*about, reason, change.payload, now))
+            elif known.get(svix_id) == Outcome.QUARANTINED:
+                released.append(svix_id)
+        steps: list[Step] = []
+        if recorded:
+            steps.append((self.own.record, recorded))
+        if detained:
+            steps.append((self.own.detain, detained))
+        if released:
+            steps.append(self.own.release.of(released))
+        return steps
+
+
+def _version(change: Change) -> Version:
+    return (change.version_ms, change.event_ms, change.delivery_id or "")
+
+
+def _time_read(value: object) -> str | None:
+    """A time as the driver gives it, in the text that `time_text` writes."""
+    if isinstance(value, datetime):
+        return value.strftime("%Y-%m-%d %H:%M:%S.%f")
+    return None if value is None else str(value)
+
+
+def quarantined(change: Change, reason: Reason) -> Change:
+    """The same delivery, to be kept aside for this reason."""
+    return replace(change, action=None, reason=reason)

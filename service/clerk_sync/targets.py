@@ -1,0 +1,152 @@
+"""One mapped table, bound to the live schema: its statements, and what its columns take."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import sqlalchemy as sa
+
+from clerk_sync.columns import Fit, Unfit, fit_for
+from clerk_sync.statements import Compiler, ForIds
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from clerk_sync.mapping import Owned, TableMapping
+
+
+class Target:
+    """A mapped table.
+
+    `shared` says that upserts may not rely on its key alone: the table has unique keys
+    besides, and MySQL could update another's row. `names` are the columns of a written row,
+    the key among them, in the order of every statement's parameters.
+    """
+
+    def __init__(
+        self,
+        mapping: TableMapping,
+        table: sa.Table,
+        *,
+        owned: Mapping[str, sa.Table],
+        owners: Sequence[tuple[str, str]],
+        compiler: Compiler,
+    ) -> None:
+        self.mapping = mapping
+        self.table = table
+        # Clerk objects whose removal takes rows of this table along: (kind, column here).
+        self.owners = tuple(owners)
+        key = table.c[mapping.key]
+        primary = next(iter(table.primary_key.columns), key)
+        written = [column.name for column in mapping.columns]
+        if mapping.mark:
+            written.append(mapping.mark)
+        self.names = (mapping.key, *written)
+        self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key, written)
+        self._fits = self._fits_of(compiler)
+
+        values = [(table.c[name], sa.bindparam(f"new_{name}")) for name in written]
+        new = [f"new_{name}" for name in written]
+        self.upsert = compiler.upsert(
+            table,
+            self.names,
+            (mapping.key,),
+            lambda row: [(name, row[name]) for name in written or (mapping.key,)],
+        )
+        self.insert = compiler.insert(sa.insert(table), self.names)
+        self.update = compiler.plain(
+            sa.update(table)
+            .ordered_values(*(values or [(key, key)]))
+            .where(key == sa.bindparam("old_key")),
+            [*new, "old_key"],
+        )
+        self.present = compiler.for_ids(lambda ids: sa.select(key).where(key.op("IN")(ids)))
+        self.delete = compiler.for_ids(lambda ids: sa.delete(table).where(key.op("IN")(ids)))
+        self.mark = compiler.plain(
+            sa.update(table)
+            .ordered_values((table.c[mapping.mark or mapping.key], sa.bindparam("new_mark")))
+            .where(key == sa.bindparam("old_key")),
+            ["new_mark", "old_key"],
+        )
+        claims = [column.name for column in mapping.adopt]
+        self.find = compiler.plain(
+            sa.select(primary, *(table.c[name] for name in claims))
+            .where(key.is_(None), *(table.c[name] == sa.bindparam(f"is_{name}") for name in claims))
+            .order_by(primary),
+            [f"is_{name}" for name in claims],
+        )
+        self.claim = compiler.plain(
+            sa.update(table)
+            .ordered_values((key, sa.bindparam("new_key")), *values)
+            .where(primary == sa.bindparam("old_primary"), key.is_(None)),
+            ["new_key", *new, "old_primary"],
+        )
+        self.owned_tables = tuple((owned_, owned[owned_.table]) for owned_ in mapping.owns)
+        # Rows of other tables that go with ours: how to find what they refer to, and the delete.
+        self.owned: tuple[tuple[Owned, ForIds, ForIds], ...] = tuple(
+            (owned_, *_owned_statements(table, key, owned_, other, compiler))
+            for owned_, other in self.owned_tables
+        )
+
+    def _fits_of(self, compiler: Compiler) -> dict[str, Fit]:
+        types = {column.name: column.type for column in self.mapping.columns}
+        names = {*self.names, *(column.name for column in self.mapping.adopt)}
+        return {
+            name: fit_for(
+                self.table.c[name],
+                json_text=types.get(name) == "json",
+                sqlite=compiler.sqlite,
+            )
+            for name in names
+        }
+
+    def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
+        """A row in the order of `names`, its mark still empty. Raises Unfit."""
+        fits = self._fits
+        row = [fits[self.mapping.key](clerk_id)]
+        row += [fits[name](value) for name, value in values.items()]
+        if self.mapping.mark:
+            row.append(None)
+        return row
+
+    def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
+        """The values by which to adopt a row; None where one is missing or cannot be there."""
+        try:
+            found = tuple(self._fits[name](value) for name, value in values.items())
+        except Unfit:
+            return None
+        return None if None in found or not found else found
+
+    def owners_of(self, row: Sequence[Any]) -> list[tuple[str, str]]:
+        """The entities, as (kind, id), that this row cannot outlive."""
+        return [
+            (kind, value)
+            for kind, column in self.owners
+            if isinstance(value := row[self.names.index(column)], str)
+        ]
+
+
+def _has_other_unique_keys(table: sa.Table, key: str, written: Sequence[str]) -> bool:
+    """Whether a written column, or a set of them, is unique besides the key."""
+    unique = [{column.name for column in index.columns} for index in table.indexes if index.unique]
+    unique += [
+        {column.name for column in constraint.columns}
+        for constraint in table.constraints
+        if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
+    ]
+    return any(names != {key} and names & set(written) for names in unique)
+
+
+def _owned_statements(
+    table: sa.Table,
+    key: sa.Column[Any],
+    owned: Owned,
+    other: sa.Table,
+    compiler: Compiler,
+) -> tuple[ForIds, ForIds]:
+    references = table.c[owned.references]
+    column = other.c[owned.column]
+    return (
+        compiler.for_ids(lambda ids: sa.select(references).where(key.op("IN")(ids))),
+        compiler.for_ids(lambda ids: sa.delete(other).where(column.op("IN")(ids))),
+    )

@@ -1,0 +1,165 @@
+"""The public listener: one path, one method, one answer to each POST."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import structlog
+from aiohttp import web
+
+from clerk_sync import signature
+from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.mapping import change_of
+from clerk_sync.signature import Rejected
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from svix.webhooks import Webhook
+
+    from clerk_sync.committer import Committer
+    from clerk_sync.mapping import Change, Mapping
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.signature import Delivery
+
+log = structlog.get_logger()
+
+# Svix sends up to 1 MiB. A 413 would be retried for 28 hours, so the limit lies well above.
+BODY_LIMIT: Final = 2 * 1024 * 1024
+# All bodies together that are being read: strangers' too, as nothing is verified before.
+UNVERIFIED_LIMIT: Final = 64 * 1024 * 1024
+_HEADERS: Final = tuple(
+    f"{prefix}-{part}"
+    for prefix in ("svix", "webhook")
+    for part in ("id", "timestamp", "signature")
+)
+
+
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a delivery by the time it is answered, for its log line."""
+
+    delivery: Delivery | None = None
+    change: Change | None = None
+
+
+class WebhookListener:
+    """Receives deliveries: verify, parse, map, commit, answer; one log line each."""
+
+    def __init__(
+        self,
+        *,
+        path: str,
+        signers: Callable[[], Sequence[Webhook]],
+        mapping: Mapping,
+        instance_id: str | None,
+        committer: Committer,
+        metrics: Metrics,
+        deadline_seconds: float,
+    ) -> None:
+        self.draining = False
+        self._path = path
+        self._signers = signers
+        self._mapping = mapping
+        self._instance_id = instance_id
+        self._committer = committer
+        self._metrics = metrics
+        self._deadline = deadline_seconds
+        self._unverified = 0
+
+    def app(self) -> web.Application:
+        """The aiohttp application. Every request comes to `receive`: all answers are ours."""
+        app = web.Application(client_max_size=BODY_LIMIT)
+        app.router.add_route("*", "/{tail:.*}", self.receive)
+        return app
+
+    async def receive(self, request: web.Request) -> web.Response:
+        """Answer one request. Nothing but a defect of ours makes this a 500."""
+        started = time.perf_counter()
+        self._metrics.received.inc()
+        seen = _Seen()
+        try:
+            async with asyncio.timeout(self._deadline):
+                answer = await self._answer(request, seen)
+        except TimeoutError:
+            answer = Answer(Outcome.UNAVAILABLE, Reason.DEADLINE)
+        except Rejected as error:
+            answer = Answer(Outcome.REJECTED, error.reason)
+        except (ConnectionError, web.RequestPayloadError):
+            # The sender went away, or its chunks are none: nobody hears the answer.
+            answer = Answer(Outcome.REJECTED, Reason.MALFORMED)
+        except Exception:
+            log.exception("defect", svix_id=seen.delivery.id if seen.delivery else None)
+            answer = Answer(Outcome.ERROR, Reason.INTERNAL)
+        self._tell(answer, seen, time.perf_counter() - started)
+        headers = answer.headers
+        if answer.reason is Reason.METHOD:
+            headers["Allow"] = "POST"
+        response = web.Response(
+            body=answer.body,
+            status=answer.status,
+            headers=headers,
+            content_type="application/json",
+        )
+        if self.draining or answer.reason in (Reason.TOO_LARGE, Reason.DEADLINE):
+            response.force_close()
+        return response
+
+    async def _answer(self, request: web.Request, seen: _Seen) -> Answer:
+        if request.path != self._path:
+            raise Rejected(Reason.PATH)
+        if request.method != "POST":
+            raise Rejected(Reason.METHOD)
+        if self.draining:
+            return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
+        if (request.content_length or 0) > BODY_LIMIT:
+            raise Rejected(Reason.TOO_LARGE)
+        body = await self._body(request)
+        if body is None:
+            return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        headers = {}
+        for name in _HEADERS:
+            values = request.headers.getall(name, ())
+            if len(values) > 1:
+                raise Rejected(Reason.MALFORMED)
+            if values:
+                headers[name] = values[0].strip()
+        delivery = signature.verify(headers, body, signers=self._signers(), now=time.time())
+        seen.delivery = delivery
+        change = change_of(delivery, self._mapping, instance_id=self._instance_id)
+        seen.change = change
+        return await self._committer.commit(change)
+
+    async def _body(self, request: web.Request) -> bytes | None:
+        """The raw body; None while too many bytes of others are being read."""
+        chunks = []
+        size = 0
+        try:
+            async for chunk in request.content.iter_any():
+                size += len(chunk)
+                self._unverified += len(chunk)
+                if size > BODY_LIMIT:
+                    raise Rejected(Reason.TOO_LARGE)
+                if self._unverified > UNVERIFIED_LIMIT:
+                    return None
+                chunks.append(chunk)
+            return b"".join(chunks)
+        finally:
+            self._unverified -= size
+
+    def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
+        change = seen.change
+        self._metrics.answered(answer, change.type if change else None, seconds, time.time())
+        log.info(
+            "delivery",
+            svix_id=seen.delivery.id if seen.delivery else None,
+            type=change.type if change else None,
+            clerk_id=change.clerk_id if change else None,
+            outcome=answer.outcome.value,
+            reason=answer.reason.value if answer.reason else None,
+            status=answer.status,
+            ms=round(seconds * 1000, 1),
+        )
