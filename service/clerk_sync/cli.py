@@ -29,11 +29,12 @@ from clerk_sync.settings import load as load_settings
 from clerk_sync.signature import Delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import Callable, Coroutine, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
+    from svix.webhooks import Webhook
 
-SIGNING_SECRET_MISSING = (
+UNSIGNED = (
     "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
     "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
 )
@@ -103,7 +104,7 @@ def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
 
 def _signing_faults(settings: Settings) -> list[str]:
     if settings.signing_secret is None:
-        return [SIGNING_SECRET_MISSING]
+        return [UNSIGNED]
     try:
         signature.signers(settings.signing_secret.read())
     except signature.InvalidSecret as error:
@@ -111,6 +112,12 @@ def _signing_faults(settings: Settings) -> list[str]:
     except InvalidSettings as error:
         return list(error.faults)
     return []
+
+
+def _signers(settings: Settings) -> tuple[Webhook, ...]:
+    """Of settings that `_settled` has found to have a signing secret."""
+    assert settings.signing_secret is not None
+    return signature.signers(settings.signing_secret.read())
 
 
 def command(example: str, **options: Any) -> Callable[[Callable[..., None]], click.Command]:
@@ -289,7 +296,6 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
     Exit code 0 if it was answered 2xx.
     """
     settings, _ = _settled(signing=True, mapped=False)
-    assert settings.signing_secret is not None
     now_ms = time.time_ns() // 1_000_000
     try:
         event = samples.event(type_, clerk_id=clerk_id, now_ms=now_ms)
@@ -299,7 +305,7 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
         _fail(str(error))
     body = json.dumps(event, ensure_ascii=False).encode()
     svix_id = f"msg_{secrets.token_urlsafe(20)}"
-    signer = signature.signers(settings.signing_secret.read())[0]
+    signer = _signers(settings)[0]
     sent_at = datetime.now(UTC)
     headers = {
         "Content-Type": "application/json",
@@ -351,8 +357,7 @@ def replay(file: Any) -> None:
     """
     settings, mapping = _settled(signing=True, mapped=True)
     assert mapping is not None
-    assert settings.signing_secret is not None
-    keys = signature.signers(settings.signing_secret.read())
+    keys = _signers(settings)
 
     def deliveries() -> Iterator[tuple[str, Delivery | Answer]]:
         for number, line in enumerate(file, start=1):
@@ -362,7 +367,7 @@ def replay(file: Any) -> None:
     _run(_applied(settings, mapping, deliveries()))
 
 
-def _recorded(line: str, keys: Any) -> Delivery | Answer:
+def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
     try:
         record = json.loads(line)
         headers = {str(name).lower(): str(value) for name, value in record["headers"].items()}

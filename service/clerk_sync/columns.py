@@ -8,18 +8,16 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from clerk_sync.answers import Reason
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-Fit = Callable[[Any], Any] if TYPE_CHECKING else Any
+Fit = Callable[[Any], Any]
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
 # MySQL's DATETIME begins with the year 1000 and ends with 9999.

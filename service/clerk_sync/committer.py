@@ -45,6 +45,12 @@ class _Entry:
     answer: asyncio.Future[Answer]
 
 
+@dataclass(frozen=True, slots=True)
+class _Session:
+    connection: Connection
+    opened: float
+
+
 class Committer:
     """The queue and its writers. `store` is None until the schema is known to be right."""
 
@@ -91,7 +97,7 @@ class Committer:
             return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
         if self._queue.qsize() >= self._queue_limit:
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
-        answer = asyncio.get_running_loop().create_future()
+        answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._queue.put_nowait(_Entry(change, answer))
         return await answer
 
@@ -117,44 +123,52 @@ class Committer:
         return None
 
     async def _write(self) -> None:
-        connection: Connection | None = None
-        opened = 0.0
+        session: _Session | None = None
         while (batch := await self._take()) is not None:
-            if not batch:
-                continue
-            if connection is not None and time.monotonic() - opened > CONNECTION_SECONDS:
-                connection.close()
-                connection = None
-            failure: Reason | None = None
-            try:
-                if connection is None:
-                    connection = await self._connect()
-                    opened = time.monotonic()
-                await self._commit(connection, batch)
-                continue
-            except SchemaChanged as error:
-                failure = Reason.SCHEMA
-                self.store = None
-                self.schema_changed.set()
-                log.error("schema_changed", error=str(error))
-            except Unavailable as error:
-                failure = Reason.DATABASE
-                log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
-                if connection is None:
-                    self._away_until = time.monotonic() + AWAY_SECONDS
-                    batch += self._waiting()
-            except Exception:
-                log.exception("batch_failed")
-            if connection is not None:
-                connection.close()
-                connection = None
-            for entry in batch:
-                if failure is None:
-                    _resolve(entry, Answer(Outcome.ERROR, Reason.INTERNAL))
-                else:
-                    _resolve(entry, Answer(Outcome.UNAVAILABLE, failure))
-        if connection is not None:
-            connection.close()
+            if batch:
+                session = await self._settle(session, batch)
+        if session is not None:
+            self._drop(session)
+
+    async def _settle(self, session: _Session | None, batch: list[_Entry]) -> _Session | None:
+        """Answer the whole batch; the session to go on with, if it is still good."""
+        answer = Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        try:
+            session = await self._session(session)
+            await self._commit(session.connection, batch)
+        except SchemaChanged as error:
+            self.store = None
+            self.schema_changed.set()
+            log.error("schema_changed", error=str(error))
+            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
+        except Unavailable as error:
+            log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
+            if session is None:
+                self._away_until = time.monotonic() + AWAY_SECONDS
+                batch += self._waiting()
+        except Exception:
+            log.exception("defect")
+            answer = Answer(Outcome.ERROR, Reason.INTERNAL)
+        else:
+            return session
+        if session is not None:
+            self._drop(session)
+        for entry in batch:
+            _resolve(entry, answer)
+        return None
+
+    async def _session(self, session: _Session | None) -> _Session:
+        if session is not None:
+            if time.monotonic() - session.opened < CONNECTION_SECONDS:
+                return session
+            self._drop(session)
+        session = _Session(await self._connect(), time.monotonic())
+        self._metrics.writer_connections.inc()
+        return session
+
+    def _drop(self, session: _Session) -> None:
+        session.connection.close()
+        self._metrics.writer_connections.dec()
 
     def _waiting(self) -> list[_Entry]:
         """Take everything out of the queue but the signs to stop."""

@@ -277,7 +277,7 @@ async def open_mysql(target: Target, seconds: float = CONNECT_SECONDS) -> Any:
             # wait must end before the sender's patience does.
             await cursor.execute(
                 "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-                "SET SESSION sql_mode='STRICT_ALL_TABLES,NO_ENGINE_SUBSTITUTION',"
+                "SET SESSION sql_mode='TRADITIONAL',"
                 f"time_zone='+00:00',innodb_lock_wait_timeout={max(1, int(seconds) - 1)}"
             )
             while await cursor.nextset():

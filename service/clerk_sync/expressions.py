@@ -22,7 +22,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         return super().getattr(obj, attribute)
 
 
-_environment: Final = _Environment(undefined=ChainableUndefined, autoescape=False)  # noqa: S701
+_environment: Final = _Environment(undefined=ChainableUndefined, autoescape=False)
 # `range` and the like have no use in a column, and `range(10 ** 9)` would be a way to stall.
 _environment.globals.clear()
 
@@ -57,7 +57,7 @@ def row_of(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str
 
     def row(data: Mapping[str, Any]) -> dict[str, Any]:
         names = {**data, **{name: compute(data) for name, compute in computed}}
-        values = evaluate(names)
+        values: dict[str, Any] = evaluate(names) or {}
         return {
             column: None if isinstance(value, Undefined) else value
             for column, value in values.items()

@@ -132,7 +132,7 @@ def _spelling(connection: sa.Connection) -> sa.Dialect:
     if connection.dialect.name != "sqlite":
         text = connection.exec_driver_sql("SELECT VERSION()").scalar_one()
         if version is None or "vitess" in str(text).lower():
-            return mysql.asyncmy.dialect()  # type: ignore[no-untyped-call, no-any-return]
+            return mysql.asyncmy.dialect()
     return connection.dialect
 
 

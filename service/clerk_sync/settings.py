@@ -116,41 +116,45 @@ class Settings(BaseSettings):
     )
     DEFAULT_DATABASE: ClassVar[str] = "sqlite:///clerk-sync.db"
 
-    database_url: Secret | None = Field(None, validation_alias="DATABASE_URL")
-    database_host: Secret | None = Field(None, validation_alias="DATABASE_HOST")
-    database_port: Secret | None = Field(None, validation_alias="DATABASE_PORT")
-    database_name: Secret | None = Field(None, validation_alias="DATABASE_NAME")
-    database_username: Secret | None = Field(None, validation_alias="DATABASE_USERNAME")
-    database_password: Secret | None = Field(None, validation_alias="DATABASE_PASSWORD")
-    signing_secret: Secret | None = Field(None, validation_alias="CLERK_WEBHOOK_SIGNING_SECRET")
-    secret_key: Secret | None = Field(None, validation_alias="CLERK_SECRET_KEY")
-    api_key: Secret | None = Field(None, validation_alias="CLERK_API_KEY")
-    api_url: str = Field("https://api.clerk.com/v1", validation_alias="CLERK_API_URL")
-    instance_id: str | None = Field(None, validation_alias="CLERK_INSTANCE_ID")
-    config: str = Field(PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
-    host: str = Field("0.0.0.0", validation_alias="CLERK_SYNC_HOST")  # noqa: S104 -- a pod's
+    database_url: Secret | None = Field(default=None, validation_alias="DATABASE_URL")
+    database_host: Secret | None = Field(default=None, validation_alias="DATABASE_HOST")
+    database_port: Secret | None = Field(default=None, validation_alias="DATABASE_PORT")
+    database_name: Secret | None = Field(default=None, validation_alias="DATABASE_NAME")
+    database_username: Secret | None = Field(default=None, validation_alias="DATABASE_USERNAME")
+    database_password: Secret | None = Field(default=None, validation_alias="DATABASE_PASSWORD")
+    signing_secret: Secret | None = Field(
+        default=None, validation_alias="CLERK_WEBHOOK_SIGNING_SECRET"
+    )
+    secret_key: Secret | None = Field(default=None, validation_alias="CLERK_SECRET_KEY")
+    api_key: Secret | None = Field(default=None, validation_alias="CLERK_API_KEY")
+    api_url: str = Field(default="https://api.clerk.com/v1", validation_alias="CLERK_API_URL")
+    instance_id: str | None = Field(default=None, validation_alias="CLERK_INSTANCE_ID")
+    config: str = Field(default=PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
+    host: str = Field(default="0.0.0.0", validation_alias="CLERK_SYNC_HOST")  # noqa: S104 -- a pod's
     port: Annotated[Port, BeforeValidator(_without_service_link)] = Field(
-        8080, validation_alias="CLERK_SYNC_PORT"
+        default=8080, validation_alias="CLERK_SYNC_PORT"
     )
-    internal_port: Port = Field(8081, validation_alias="CLERK_SYNC_INTERNAL_PORT")
+    internal_port: Port = Field(default=8081, validation_alias="CLERK_SYNC_INTERNAL_PORT")
     webhook_path: Annotated[str, AfterValidator(_absolute)] = Field(
-        "/webhooks/clerk", validation_alias="CLERK_SYNC_WEBHOOK_PATH"
+        default="/webhooks/clerk", validation_alias="CLERK_SYNC_WEBHOOK_PATH"
     )
-    pool_size: int = Field(4, ge=1, le=100, validation_alias="CLERK_SYNC_POOL_SIZE")
-    writers: int = Field(2, ge=1, le=16, validation_alias="CLERK_SYNC_WRITERS")
-    batch_limit: int = Field(256, ge=1, le=2000, validation_alias="CLERK_SYNC_BATCH_LIMIT")
-    queue_limit: int = Field(1000, ge=1, validation_alias="CLERK_SYNC_QUEUE_LIMIT")
+    pool_size: int = Field(default=4, ge=1, le=100, validation_alias="CLERK_SYNC_POOL_SIZE")
+    writers: int = Field(default=2, ge=1, le=16, validation_alias="CLERK_SYNC_WRITERS")
+    batch_limit: int = Field(default=256, ge=1, le=2000, validation_alias="CLERK_SYNC_BATCH_LIMIT")
+    queue_limit: int = Field(default=1000, ge=1, validation_alias="CLERK_SYNC_QUEUE_LIMIT")
     # Svix waits 15 seconds; the answer has to be well inside that.
     deadline_seconds: float = Field(
-        5, ge=0.1, le=14, validation_alias="CLERK_SYNC_DEADLINE_SECONDS"
+        default=5, ge=0.1, le=14, validation_alias="CLERK_SYNC_DEADLINE_SECONDS"
     )
     # Svix's own retries end after 28 hours, replays by hand reach back 90 days.
-    ledger_days: int = Field(100, ge=2, validation_alias="CLERK_SYNC_LEDGER_DAYS")
-    quarantine_days: int = Field(30, ge=1, validation_alias="CLERK_SYNC_QUARANTINE_DAYS")
+    ledger_days: int = Field(default=100, ge=2, validation_alias="CLERK_SYNC_LEDGER_DAYS")
+    quarantine_days: int = Field(default=30, ge=1, validation_alias="CLERK_SYNC_QUARANTINE_DAYS")
     log_level: Literal["debug", "info", "warning", "error"] = Field(
-        "info", validation_alias="LOG_LEVEL"
+        default="info", validation_alias="LOG_LEVEL"
     )
-    log_format: Literal["json", "console"] | None = Field(None, validation_alias="LOG_FORMAT")
+    log_format: Literal["json", "console"] | None = Field(
+        default=None, validation_alias="LOG_FORMAT"
+    )
 
     @classmethod
     def settings_customise_sources(

@@ -109,7 +109,7 @@ class Store:
                     batch.rows[key] = row
                 # An owner's state row is locked with ours, so that its deletion cannot pass by.
                 for owner in self.targets[change.kind].owners_of(row):
-                    batch.entities[owner]  # noqa: B018 -- a defaultdict: made by asking
+                    batch.entities[owner]
             else:
                 deleted_at = time_text(change.event_ms)
                 if entity.deleted_at is None or deleted_at < entity.deleted_at:
@@ -166,7 +166,7 @@ class Store:
         elif what == "references":
             batch.references[of] = [value for (value,) in result.rows if value is not None]
         elif what == "known":
-            batch.known.update(dict(result.rows))
+            batch.known.update((svix_id, outcome) for svix_id, outcome in result.rows)
 
     def _answers(self, batch: _Batch, changes: Sequence[Change]) -> list[Answer]:
         """Each change's answer, as if they had come one by one."""

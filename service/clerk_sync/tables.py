@@ -18,8 +18,8 @@ if TYPE_CHECKING:
 
 ID_LENGTH: Final = 128
 _MYSQL: Final = ("mysql", "mariadb")
-_INNODB: Final = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4"}
-_EXACT: Final = {**_INNODB, "mysql_collate": "utf8mb4_bin"}
+_INNODB: Final[dict[str, Any]] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4"}
+_EXACT: Final[dict[str, Any]] = {**_INNODB, "mysql_collate": "utf8mb4_bin"}
 _TIME: Final = sa.DateTime().with_variant(mysql.DATETIME(fsp=3), *_MYSQL)
 
 metadata: Final = sa.MetaData()

@@ -45,7 +45,9 @@ class Target:
         self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key, written)
         self._fits = self._fits_of(compiler)
 
-        values = [(table.c[name], sa.bindparam(f"new_{name}")) for name in written]
+        values: list[tuple[sa.Column[Any], sa.ColumnElement[Any]]] = [
+            (table.c[name], sa.bindparam(f"new_{name}")) for name in written
+        ]
         new = [f"new_{name}" for name in written]
         self.upsert = compiler.upsert(
             table,

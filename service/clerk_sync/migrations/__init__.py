@@ -1,4 +1,4 @@
-"""Running DDL, or printing it: clerk-sync's own tables by Alembic's versions, mapped ones by need."""
+"""Running DDL, or printing it: own tables by Alembic's versions, mapped ones by need."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Migration:
         self._connection = connection
         self._version_table = version_table
         self._print_to = print_to
-        self._operations = Operations(self._context(lambda revision, context: []))
+        self._operations = Operations(self._context(lambda _, __: []))
 
     def _context(self, steps: Callable[[Any, Any], Any], starting: str | None = None) -> Any:
         opts: dict[str, Any] = {"version_table": self._version_table, "fn": steps}
@@ -54,7 +54,7 @@ class Migration:
         if current == head or (complete and current is None and self._print_to is not None):
             return []
         if complete and current is None:
-            self._context(lambda revision, _: []).stamp(self._script, "head")
+            self._context(lambda _, __: []).stamp(self._script, "head")
             return [f"recorded version {head}, whose tables were there"]
         context = self._context(
             lambda revision, _: self._script._upgrade_revs("head", revision),  # noqa: SLF001

@@ -1,0 +1,1 @@
+"""One module per version of clerk-sync's own tables."""
