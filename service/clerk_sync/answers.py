@@ -137,9 +137,12 @@ class Answer:
     @property
     def headers(self) -> dict[str, str]:
         """`Retry-After` where a retry helps; Svix's stop header where it never will."""
+        headers = {"Content-Type": "application/json"}
         if self.outcome is Outcome.UNAVAILABLE:
-            return {"Retry-After": RETRY_AFTER_SECONDS}
-        if self.reason is Reason.INSTANCE:
+            headers["Retry-After"] = RETRY_AFTER_SECONDS
+        elif self.reason is Reason.INSTANCE:
             # https://docs.svix.com/receiving/delivery-control: ends this message's retries.
-            return {"webhook-delivery": "abort-message"}
-        return {}
+            headers["webhook-delivery"] = "abort-message"
+        elif self.reason is Reason.METHOD:
+            headers["Allow"] = "POST"
+        return headers

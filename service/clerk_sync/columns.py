@@ -19,7 +19,8 @@ from clerk_sync.answers import Reason
 
 Fit = Callable[[Any], Any]
 
-_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC)
+_EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC).replace(tzinfo=None)
+_encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
 # MySQL's DATETIME begins with the year 1000 and ends with 9999.
 _EARLIEST_MS: Final = -30_610_224_000_000
 _LATEST_MS: Final = 253_402_300_799_999
@@ -47,7 +48,7 @@ class Unfit(Exception):  # noqa: N818
 
 def time_text(milliseconds: int) -> str:
     """Unix milliseconds as the UTC text that every database here stores."""
-    return (_EPOCH + timedelta(milliseconds=milliseconds)).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return (_EPOCH + timedelta(milliseconds=milliseconds)).isoformat(" ", "microseconds")
 
 
 def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
@@ -60,7 +61,11 @@ def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
             if nullable:
                 return None
             raise Unfit(Reason.NOT_NULL)
-        return inner(value)
+        try:
+            return inner(value)
+        except (ArithmeticError, ValueError, RecursionError):
+            # Such as an integer of 400 digits for a FLOAT, or half of a surrogate pair.
+            raise Unfit(Reason.OUT_OF_RANGE) from None
 
     return fit
 
@@ -142,7 +147,7 @@ def _time(value: Any) -> str:
 
 def _json(value: Any) -> str:
     try:
-        return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        return _encode(value)
     except (TypeError, ValueError):
         raise Unfit(Reason.WRONG_TYPE) from None
 

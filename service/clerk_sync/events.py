@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 
 # Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
 _SECONDS_BELOW: Final = 100_000_000_000
-_LATEST_MS: Final = 2**53
+# The end of the year 9999: what a DATETIME, and Python's own, can hold.
+_LATEST_MS: Final = 253_402_300_799_999
 # Printable and without spaces: MySQL's utf8mb4_bin pads, so "a" and "a " would be one key.
 _CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _TYPE: Final = re.compile(r"[\x21-\x7e]{1,128}")
@@ -83,7 +84,7 @@ class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
 def parse(delivery: Delivery) -> Event:
     """Read Clerk's envelope. Raises Unusable."""
     try:
-        envelope = from_json(delivery.body, allow_inf_nan=False)
+        envelope = from_json(delivery.body, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
         raise Unusable(Reason.BAD_JSON) from None
     if not isinstance(envelope, dict):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import sys
 import traceback
@@ -19,14 +20,16 @@ def configure(level: str, format_: str | None) -> None:
     Libraries are heard from warnings on. The database driver and aiohttp's server are not:
     the one quotes rows, the other lets any stranger fill the log with broken requests.
     """
-    json = (format_ or ("console" if sys.stdout.isatty() else "json")) == "json"
+    as_json = (format_ or ("console" if sys.stdout.isatty() else "json")) == "json"
     shared: list[Any] = [
         structlog.processors.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _traceback,
     ]
-    if json:
-        shared.append(structlog.processors.JSONRenderer())
+    if as_json:
+        # An encoder made once: json.dumps makes one per line when it is given a `default`.
+        encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+        shared.append(structlog.processors.JSONRenderer(lambda event, **_: encode(event)))
     else:
         shared.append(structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()))
     structlog.configure(

@@ -200,8 +200,9 @@ def read(text: str, *, source: str) -> Mapping:
     except yaml.MarkedYAMLError as error:
         line = error.problem_mark.line + 1 if error.problem_mark else 1
         raise InvalidMapping([f"{source}:{line}: not YAML: {error.problem}"]) from None
-    except yaml.YAMLError:
-        raise InvalidMapping([f"{source}: not YAML text"]) from None
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise InvalidMapping([f"{source}:{line}: not YAML text: {error.reason}"]) from None
     tables = dict(reader.tables(root))
     if reader.faults:
         raise InvalidMapping(reader.faults)
@@ -275,11 +276,13 @@ class _Reader:
         entries = self.entries(
             node, f"`{kind}`", ("table", "key", "columns", "adopt", "on_delete", "owns", "create")
         )
-        for needed in ("table", "key", "columns"):
-            if needed not in entries:
-                self.fault(name, f"`{kind}` needs `{needed}:`")
-                return None
+        missing = [needed for needed in ("table", "key", "columns") if needed not in entries]
+        for needed in missing:
+            self.fault(name, f"`{kind}` needs `{needed}:`")
+        if missing:
+            return None
         create = self.flag(entries["create"][1]) if "create" in entries else False
+        table = self.text(entries["table"][1], "`table`")
         key = self.text(entries["key"][1], "`key`")
         columns = tuple(self.columns(kind, entries["columns"][1], typed=create))
         adopt = (
@@ -288,6 +291,7 @@ class _Reader:
             else ()
         )
         mark = self.mark(entries["on_delete"][1]) if "on_delete" in entries else None
+        owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
         for column in columns:
             if column.name in (key, mark):
                 self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
@@ -296,12 +300,12 @@ class _Reader:
             return None
         return TableMapping(
             kind=kind,
-            table=self.text(entries["table"][1], "`table`"),
+            table=table,
             key=key,
             columns=columns,
             adopt=adopt,
             mark=mark,
-            owns=tuple(self.owned(entries["owns"][1])) if "owns" in entries else (),
+            owns=owns,
             create=create,
             at=self.place(name),
             places=places,
@@ -327,6 +331,8 @@ class _Reader:
             if typed and type_ is None:
                 self.fault(at, f"`{name}` needs a `type:`, as `create: true` makes its column")
             expression = self.text(source, f"`{name}`")
+            if not expression:
+                continue
             try:
                 names = names_in(expression)
             except InvalidExpression as error:

@@ -36,7 +36,6 @@ LOOK_SECONDS_READY: Final = 3.0
 LOOK_SECONDS_UNREADY: Final = 0.5
 KEEP_SECONDS: Final = 60.0
 PING_SECONDS: Final = 3.0
-KEEPALIVE_SECONDS: Final = 75.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -234,10 +233,13 @@ async def running(
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, watching)
         # Probes and metrics are answered until the very end.
-        internal_url = await _listen(stack, internal.app(), settings.host, settings.internal_port)
+        probes = web.AppRunner(internal.app(), access_log=None, shutdown_timeout=1.0)
+        internal_url = await _listen(stack, probes, settings.host, settings.internal_port)
         await _at_most(watch.looked.wait(), PING_SECONDS)
-        seconds = settings.deadline_seconds + 1
-        url = await _listen(stack, webhook.app(), settings.host, settings.port, seconds)
+        receiver = web.ServerRunner(
+            webhook.server(), shutdown_timeout=settings.deadline_seconds + 1
+        )
+        url = await _listen(stack, receiver, settings.host, settings.port)
         log.info("listening", version=__version__, url=url, internal_url=internal_url)
         # What start-up made stays: the collector need not look at it again.
         gc.collect()
@@ -250,33 +252,25 @@ async def running(
             log.info("draining")
 
 
-async def serve(settings: Settings, mapping: Mapping) -> None:
+async def serve(
+    settings: Settings,
+    mapping: Mapping,
+    *,
+    committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+) -> None:
     """Run until SIGTERM or SIGINT, then drain."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings, mapping):
+    async with running(settings, mapping, committer_of=committer_of):
         await stop.wait()
     log.info("stopped")
 
 
 async def _listen(
-    stack: contextlib.AsyncExitStack,
-    app: web.Application,
-    host: str,
-    port: int,
-    shutdown_seconds: float = 1.0,
+    stack: contextlib.AsyncExitStack, runner: web.BaseRunner, host: str, port: int
 ) -> str:
-    runner = web.AppRunner(
-        app,
-        access_log=None,
-        # The signature is over the bytes as sent: nothing may unpack them.
-        auto_decompress=False,
-        keepalive_timeout=KEEPALIVE_SECONDS,
-        read_bufsize=2**16,
-        shutdown_timeout=shutdown_seconds,
-    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port, backlog=1024, reuse_address=True)

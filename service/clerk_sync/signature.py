@@ -123,12 +123,8 @@ def recorded(headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webho
     signature = headers.get("svix-signature") or headers.get("webhook-signature")
     if not (svix_id and timestamp and signature):
         raise Rejected(Reason.MISSING)
-    tokens = signature.split(" ")
-    if (
-        not _ID.fullmatch(svix_id)
-        or not _TIMESTAMP.fullmatch(timestamp)
-        or not any(_TOKEN.fullmatch(token) for token in tokens)
-    ):
+    tokens = [token for token in signature.split(" ") if _TOKEN.fullmatch(token)]
+    if not _ID.fullmatch(svix_id) or not _TIMESTAMP.fullmatch(timestamp) or not tokens:
         raise Rejected(Reason.MALFORMED)
     try:
         text = body.decode()

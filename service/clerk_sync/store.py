@@ -336,7 +336,7 @@ def _version(change: Change) -> Version:
 def _time_read(value: object) -> str | None:
     """A time as the driver gives it, in the text that `time_text` writes."""
     if isinstance(value, datetime):
-        return value.strftime("%Y-%m-%d %H:%M:%S.%f")
+        return value.isoformat(" ", "microseconds")
     return None if value is None else str(value)
 
 
