@@ -348,7 +348,7 @@ def _event_from(file: Path, event: dict[str, Any], clerk_id: str | None) -> dict
 
 
 @command("clerk-sync replay deliveries.ndjson")
-@click.argument("file", type=click.File("r"))
+@click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"))
 def replay(file: Any) -> None:
     """Apply recorded deliveries from FILE, or from stdin with `-`.
 
@@ -372,7 +372,7 @@ def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
         record = json.loads(line)
         headers = {str(name).lower(): str(value) for name, value in record["headers"].items()}
         body = base64.b64decode(record["body_b64"], validate=True)
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return Answer(Outcome.REJECTED, Reason.MALFORMED)
     try:
         return signature.recorded(headers, body, signers=keys)

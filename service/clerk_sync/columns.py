@@ -52,25 +52,11 @@ def time_text(milliseconds: int) -> str:
 
 
 def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
-    """The column's function. `json_text` says that a text column holds JSON, as MariaDB's do."""
-    inner = _fit_of_type(column.type, json_text=json_text, sqlite=sqlite)
-    nullable = bool(column.nullable)
+    """The column's function, for values that are not null.
 
-    def fit(value: Any) -> Any:
-        if value is None:
-            if nullable:
-                return None
-            raise Unfit(Reason.NOT_NULL)
-        try:
-            return inner(value)
-        except (ArithmeticError, ValueError, RecursionError):
-            # Such as an integer of 400 digits for a FLOAT, or half of a surrogate pair.
-            raise Unfit(Reason.OUT_OF_RANGE) from None
-
-    return fit
-
-
-def _fit_of_type(type_: sa.types.TypeEngine[Any], *, json_text: bool, sqlite: bool) -> Fit:
+    `json_text` says that a text column holds JSON, as MariaDB's do.
+    """
+    type_ = column.type
     if json_text or isinstance(type_, sa.JSON):
         return _json
     if isinstance(type_, sa.Boolean):

@@ -199,23 +199,28 @@ class Committer:
 
     async def _applied(self, connection: Connection, changes: list[Change]) -> list[Answer]:
         """Apply the changes as one transaction, again while others are in its way."""
-        store = self.store
-        if store is None:
-            return [Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)] * len(changes)
-        async for attempt in stamina.retry_context(
-            on=Contention, attempts=CONTENTION_ATTEMPTS, wait_initial=0.01, wait_max=0.5
-        ):
-            with attempt:
-                if attempt.num > 1:
+        try:
+            return await self._apply(connection, changes)
+        except Contention:
+            async for attempt in stamina.retry_context(
+                on=Contention, attempts=CONTENTION_ATTEMPTS, wait_initial=0.01, wait_max=0.5
+            ):
+                with attempt:
                     self._metrics.contention.inc()
                     await connection.rollback()
-                started = time.perf_counter()
-                now_ms = time.time_ns() // 1_000_000
-                answers = await store.apply(connection, changes, now_ms=now_ms)
-                self._metrics.applied(len(changes), time.perf_counter() - started)
-                for change in changes:
-                    if change.event_ms:
-                        self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
+                    return await self._apply(connection, changes)
+            raise
+
+    async def _apply(self, connection: Connection, changes: list[Change]) -> list[Answer]:
+        if self.store is None:
+            return [Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)] * len(changes)
+        started = time.perf_counter()
+        now_ms = time.time_ns() // 1_000_000
+        answers = await self.store.apply(connection, changes, now_ms=now_ms)
+        self._metrics.applied(len(changes), time.perf_counter() - started)
+        for change in changes:
+            if change.event_ms:
+                self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
         return answers
 
 

@@ -88,6 +88,9 @@ def target_of(url: str) -> Target:
             "is not a URL: write mysql://USER:PASSWORD@HOST:3306/DATABASE, "
             "with @ : / ? # % in the password percent-encoded"
         ) from None
+    if "@" in f"{parsed.host} {parsed.query}":
+        # What stands there would be the end of a password, and shown to people as an address.
+        raise InvalidDatabase("has an @ too many: write the one in the password as %40")
     scheme = parsed.drivername.partition("+")[0]
     if scheme == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
@@ -133,6 +136,8 @@ def mysql_target(
     for what, value in (("host", host), ("database name", name), ("username", username)):
         if not value:
             raise InvalidDatabase(f"names no {what}")
+    if not 1 <= port <= 65535:  # noqa: PLR2004 -- there are no others
+        raise InvalidDatabase(f"has the port {port}: MySQL's is 3306")
     if tls not in (None, "verify", "disable"):
         raise InvalidDatabase("has an unknown `tls`: it is `verify` (default) or `disable`")
     context = None

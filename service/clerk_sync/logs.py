@@ -28,7 +28,7 @@ def configure(level: str, format_: str | None) -> None:
     ]
     if as_json:
         # An encoder made once: json.dumps makes one per line when it is given a `default`.
-        encode = json.JSONEncoder(ensure_ascii=False, default=str).encode
+        encode = json.JSONEncoder(default=str).encode
         shared.append(structlog.processors.JSONRenderer(lambda event, **_: encode(event)))
     else:
         shared.append(structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()))
@@ -65,6 +65,7 @@ class _Forward(logging.Handler):
             record.levelno,
             "library",
             logger=record.name,
-            message=record.getMessage(),
+            # asyncio goes on, in further lines, with the repr of a lost error: message and all.
+            message=record.getMessage().partition("\n")[0],
             exc_info=record.exc_info,
         )

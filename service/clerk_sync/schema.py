@@ -107,6 +107,8 @@ async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
             name: sa.Table(name, metadata, autoload_with=connection, resolve_fks=False)
             for name in sorted(names & there)
         }
+        for table in found.values():
+            _complete(connection, table)
         return Live(found, _spelling(connection))
 
     try:
@@ -114,6 +116,25 @@ async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
             return await connection.run_sync(inspect)
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
         raise Unavailable(_told(error)) from error
+
+
+def _complete(connection: sa.Connection, table: sa.Table) -> None:
+    """Add what SQLAlchemy's reflection leaves out: inline UNIQUEs, and inherited collations."""
+    if connection.dialect.name == "sqlite":
+        indexes = sa.inspect(connection).get_indexes(table.name, include_auto_indexes=True)
+        for index in indexes:
+            if index["unique"]:
+                table.append_constraint(sa.UniqueConstraint(*filter(None, index["column_names"])))
+        return
+    collations = connection.exec_driver_sql(
+        "SELECT column_name, collation_name FROM information_schema.columns"
+        " WHERE table_schema = DATABASE() AND table_name = %s AND collation_name IS NOT NULL",
+        (table.name,),
+    )
+    for column, collation in collations:
+        type_ = table.c[column].type
+        if isinstance(type_, sa.String):
+            type_.collation = collation
 
 
 def _told(error: Exception) -> str:

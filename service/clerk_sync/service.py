@@ -244,6 +244,7 @@ async def running(
         # What start-up made stays: the collector need not look at it again.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(10_000, 20, 20)
         try:
             yield Running(url, internal_url)
         finally:

@@ -7,7 +7,7 @@ import time
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, ValidationError
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
@@ -71,15 +71,15 @@ class _Secrets(EnvSettingsSource):
     """Fields of type Secret: `NAME`, or the path of a file in `NAME_FILE`."""
 
     def __call__(self) -> dict[str, Any]:
-        found = {}
+        found: dict[str, Any] = {}
         for field in self.settings_cls.model_fields.values():
             name = str(field.validation_alias)
             if field.annotation != Secret | None:
                 continue
             value, path = self.env_vars.get(name), self.env_vars.get(f"{name}_FILE")
             if value and path:
-                raise InvalidSettings([f"{name}: is set, and so is {name}_FILE: keep one of them"])
-            if value:
+                found[name] = ValueError(f"is set, and so is {name}_FILE: keep one of them")
+            elif value:
                 found[name] = Secret(name, value=value)
             elif path:
                 found[name] = Secret(name, path=Path(path))
@@ -89,9 +89,11 @@ class _Secrets(EnvSettingsSource):
         raise NotImplementedError  # the base class's hook for one field; __call__ does them all
 
 
-def _without_service_link(value: object) -> object:
+def _without_service_link(default: int) -> BeforeValidator:
     """Kubernetes gives every pod `CLERK_SYNC_PORT=tcp://…` for a Service named clerk-sync."""
-    return 8080 if isinstance(value, str) and value.startswith("tcp://") else value
+    return BeforeValidator(
+        lambda value: default if isinstance(value, str) and value.startswith("tcp://") else value
+    )
 
 
 def _absolute(path: str) -> str:
@@ -131,10 +133,12 @@ class Settings(BaseSettings):
     instance_id: str | None = Field(default=None, validation_alias="CLERK_INSTANCE_ID")
     config: str = Field(default=PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
     host: str = Field(default="0.0.0.0", validation_alias="CLERK_SYNC_HOST")  # noqa: S104 -- a pod's
-    port: Annotated[Port, BeforeValidator(_without_service_link)] = Field(
+    port: Annotated[Port, _without_service_link(8080)] = Field(
         default=8080, validation_alias="CLERK_SYNC_PORT"
     )
-    internal_port: Port = Field(default=8081, validation_alias="CLERK_SYNC_INTERNAL_PORT")
+    internal_port: Annotated[Port, _without_service_link(8081)] = Field(
+        default=8081, validation_alias="CLERK_SYNC_INTERNAL_PORT"
+    )
     webhook_path: Annotated[str, AfterValidator(_absolute)] = Field(
         default="/webhooks/clerk", validation_alias="CLERK_SYNC_WEBHOOK_PATH"
     )
@@ -156,6 +160,14 @@ class Settings(BaseSettings):
         default=None, validation_alias="LOG_FORMAT"
     )
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _told_by_source(cls, value: object) -> object:
+        """What a source found to be wrong is the field's fault, told along with all others."""
+        if isinstance(value, ValueError):
+            raise value
+        return value
+
     @classmethod
     def settings_customise_sources(
         cls,
@@ -174,6 +186,10 @@ class Settings(BaseSettings):
 
     def locate(self) -> Target:
         """Where the database is now. Raises InvalidSettings."""
+        if self.database_url is None and self.database_host is None:
+            for piece in (self.database_name, self.database_username, self.database_password):
+                if piece is not None:
+                    raise InvalidSettings([f"DATABASE_HOST: is not set, although {piece.name} is"])
         if self.database_url is not None or self.database_host is None:
             url = self.database_url.read() if self.database_url else self.DEFAULT_DATABASE
             try:

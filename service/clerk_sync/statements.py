@@ -6,9 +6,11 @@ and the driver 20.
 
 from __future__ import annotations
 
+import functools
 import re
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, sqlite
@@ -17,14 +19,20 @@ from clerk_sync.database import Statement
 from clerk_sync.events import KINDS
 from clerk_sync.tables import entities, events, quarantine
 
-if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
-
 _IDS: Final = "@ids"
 _INSERT: Final = re.compile(r"(.*\sVALUES\s)(\([^()]*\))(.*)", re.DOTALL)
 
 New = Any
 """The row that an upsert wanted to insert, by column name."""
+
+
+Read = tuple[Statement, Sequence[Sequence[object]]]
+
+
+def union(reads: Sequence[Read]) -> Read:
+    """Several SELECTs of the same columns as one statement."""
+    text = " UNION ALL ".join([statement.head for statement, _ in reads])
+    return Statement(text), [[value for _, ((*values,),) in reads for value in values]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +42,15 @@ class ForIds:
     text: str
     placeholder: str
 
-    def of(self, ids: Sequence[object]) -> tuple[Statement, list[Sequence[object]]]:
+    def of(self, ids: Sequence[object]) -> Read:
         """The step for these ids."""
         marks = ", ".join([self.placeholder] * len(ids))
         return Statement(self.text.replace(_IDS, marks)), [ids]
+
+
+def ordered(table: sa.Table, names: Sequence[str]) -> sa.TableClause:
+    """The table for an INSERT of these columns: SQLAlchemy lists them in the table's own order."""
+    return sa.table(table.name, *(sa.column(name, table.c[name].type) for name in names))
 
 
 class Compiler:
@@ -80,14 +93,14 @@ class Compiler:
         (https://dev.mysql.com/doc/refman/9.4/en/insert-on-duplicate.html).
         """
         if self.sqlite:
-            into = sqlite.insert(table)
+            into = sqlite.insert(ordered(table, names))
             return self.insert(
                 into.on_conflict_do_update(
                     index_elements=list(key), set_=dict(update(into.excluded))
                 ),
                 names,
             )
-        insert = mysql.insert(table)
+        insert = mysql.insert(ordered(table, names))
         return self.insert(insert.on_duplicate_key_update(update(insert.inserted)), names)
 
     def _text(self, statement: Any, names: Sequence[str]) -> str:
@@ -132,26 +145,11 @@ class OwnStatements:
 
     def __init__(self, compiler: Compiler) -> None:
         self.advance = compiler.upsert(entities, ENTITY, ("kind", "clerk_id"), _advanced)
+        # Both reads have the same columns, so that one statement can hold them all.
         self.entities = {
-            kind: compiler.for_ids(
-                lambda ids, kind=kind: sa.select(  # type: ignore[misc]
-                    entities.c.clerk_id,
-                    entities.c.version_ms,
-                    entities.c.event_ms,
-                    entities.c.source,
-                    entities.c.deleted_at,
-                ).where(
-                    entities.c.kind == sa.literal_column(f"'{kind}'"),
-                    entities.c.clerk_id.op("IN")(ids),
-                )
-            )
-            for kind in KINDS
+            kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS
         }
-        self.known = compiler.for_ids(
-            lambda ids: sa.select(events.c.svix_id, events.c.outcome).where(
-                events.c.svix_id.op("IN")(ids)
-            )
-        )
+        self.known = compiler.for_ids(_known)
         self.record = compiler.upsert(events, LEDGER, ("svix_id",), _recorded)
         self.detain = compiler.upsert(
             quarantine,
@@ -162,6 +160,30 @@ class OwnStatements:
         self.release = compiler.for_ids(
             lambda ids: sa.delete(quarantine).where(quarantine.c.svix_id.op("IN")(ids))
         )
+
+
+def _settled(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    name: sa.ColumnElement[str] = sa.literal_column(f"'{kind}'")
+    return sa.select(
+        name.label("kind"),
+        entities.c.clerk_id,
+        entities.c.version_ms,
+        entities.c.event_ms,
+        entities.c.source,
+        entities.c.deleted_at,
+    ).where(entities.c.kind == name, entities.c.clerk_id.op("IN")(ids))
+
+
+def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    nothing = sa.null()
+    return sa.select(
+        sa.literal_column("''").label("kind"),
+        events.c.svix_id,
+        nothing.label("version_ms"),
+        nothing.label("event_ms"),
+        events.c.outcome,
+        nothing.label("deleted_at"),
+    ).where(events.c.svix_id.op("IN")(ids))
 
 
 def _advanced(new: New) -> list[tuple[str, Any]]:

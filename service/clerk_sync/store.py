@@ -8,6 +8,7 @@ the ledger, and COMMIT.
 
 from __future__ import annotations
 
+import functools
 from collections import defaultdict
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -17,10 +18,10 @@ from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.columns import Unfit, time_text
 from clerk_sync.database import COMMIT, Connection, Result, Step
 from clerk_sync.events import Action
-from clerk_sync.statements import Compiler, OwnStatements
+from clerk_sync.statements import Compiler, OwnStatements, Read, union
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from clerk_sync.mapping import Change
     from clerk_sync.targets import Target
@@ -56,6 +57,22 @@ class _Batch:
     known: dict[str, str] = field(default_factory=dict)
     present: set[Key] = field(default_factory=set)
     references: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
+
+    def learn_settled(self, result: Result) -> None:
+        """Where entities stand, and, under no kind, which deliveries are in the ledger."""
+        for kind, name, version_ms, event_ms, source, deleted_at in result.rows:
+            if kind:
+                entity = self.entities[kind, name]
+                entity.settled = (version_ms, event_ms, source)
+                entity.settled_deleted_at = _time_read(deleted_at)
+            else:
+                self.known[name] = source
+
+    def learn_present(self, kind: str, result: Result) -> None:
+        self.present.update((kind, clerk_id) for (clerk_id,) in result.rows)
+
+    def learn_references(self, kind: str, place: int, result: Result) -> None:
+        self.references[kind, place] = [value for (value,) in result.rows if value is not None]
 
 
 class Store:
@@ -122,51 +139,38 @@ class Store:
     ) -> None:
         """The first round trip: advance the state, read back who is newest and what is known."""
         steps: list[Step] = []
-        reads: list[tuple[str, Any]] = []
-        ids: dict[str, list[str]] = defaultdict(list)
+        learn: list[Callable[[Result], None]] = []
+        settled: list[Read] = []
         if batch.entities:
             candidates = []
+            ids: dict[str, list[str]] = defaultdict(list)
             for key in sorted(batch.entities):
                 entity = batch.entities[key]
                 candidates.append((*key, *entity.version, entity.deleted_at, now))
                 ids[key[0]].append(key[1])
             steps.append((self.own.advance, candidates))
-            reads.append(("-", None))
-        for kind, of_kind in ids.items():
-            steps.append(self.own.entities[kind].of(of_kind))
-            reads.append(("entities", kind))
-            target = self.targets.get(kind)
-            if target is not None and (target.shared or target.mapping.adopt):
-                steps.append(target.present.of(of_kind))
-                reads.append(("present", kind))
-        for kind, of_kind in batch.deletes.items():
-            if self.targets[kind].mapping.mark is None:
-                for place, (owned, references, _) in enumerate(self.targets[kind].owned):
-                    if owned.references != self.targets[kind].mapping.key:
-                        steps.append(references.of(of_kind))
-                        reads.append(("references", (kind, place)))
+            learn.append(lambda _: None)
+            for kind, of_kind in ids.items():
+                settled.append(self.own.entities[kind].of(of_kind))
+                target = self.targets.get(kind)
+                if target is not None and (target.shared or target.mapping.adopt):
+                    steps.append(target.present.of(of_kind))
+                    learn.append(functools.partial(batch.learn_present, kind))
         deliveries = [change.delivery_id for change in changes if change.delivery_id is not None]
         if deliveries:
-            steps.append(self.own.known.of(deliveries))
-            reads.append(("known", None))
+            settled.append(self.own.known.of(deliveries))
+        if settled:
+            steps.append(union(settled))
+            learn.append(batch.learn_settled)
+        for kind, of_kind in batch.deletes.items():
+            target = self.targets[kind]
+            for place, (owned, references, _) in enumerate(target.owned):
+                if target.mapping.mark is None and owned.references != target.mapping.key:
+                    steps.append(references.of(of_kind))
+                    learn.append(functools.partial(batch.learn_references, kind, place))
         if steps:
-            # One INSERT, then only SELECTs with one row of parameters: results match reads.
-            results = await connection.run(steps)
-            for (what, of), result in zip(reads, results, strict=True):
-                self._learn(batch, what, of, result)
-
-    def _learn(self, batch: _Batch, what: str, of: Any, result: Result) -> None:
-        if what == "entities":
-            for clerk_id, version_ms, event_ms, source, deleted_at in result.rows:
-                entity = batch.entities[of, clerk_id]
-                entity.settled = (version_ms, event_ms, source)
-                entity.settled_deleted_at = _time_read(deleted_at)
-        elif what == "present":
-            batch.present.update((of, clerk_id) for (clerk_id,) in result.rows)
-        elif what == "references":
-            batch.references[of] = [value for (value,) in result.rows if value is not None]
-        elif what == "known":
-            batch.known.update((svix_id, outcome) for svix_id, outcome in result.rows)
+            for learned, result in zip(learn, await connection.run(steps), strict=True):
+                learned(result)
 
     def _answers(self, batch: _Batch, changes: Sequence[Change]) -> list[Answer]:
         """Each change's answer, as if they had come one by one."""

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
 
+from clerk_sync.answers import Reason
 from clerk_sync.columns import Fit, Unfit, fit_for
-from clerk_sync.statements import Compiler, ForIds
+from clerk_sync.statements import Compiler, ForIds, ordered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -42,8 +43,10 @@ class Target:
         if mapping.mark:
             written.append(mapping.mark)
         self.names = (mapping.key, *written)
-        self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key, written)
+        self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key)
         self._fits = self._fits_of(compiler)
+        self._column_fits = [self._fits[column.name] for column in mapping.columns]
+        self._not_null = {column.name for column in table.columns if not column.nullable}
 
         values: list[tuple[sa.Column[Any], sa.ColumnElement[Any]]] = [
             (table.c[name], sa.bindparam(f"new_{name}")) for name in written
@@ -55,7 +58,7 @@ class Target:
             (mapping.key,),
             lambda row: [(name, row[name]) for name in written or (mapping.key,)],
         )
-        self.insert = compiler.insert(sa.insert(table), self.names)
+        self.insert = compiler.insert(sa.insert(ordered(table, self.names)), self.names)
         self.update = compiler.plain(
             sa.update(table)
             .ordered_values(*(values or [(key, key)]))
@@ -104,20 +107,26 @@ class Target:
 
     def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
         """A row in the order of `names`, its mark still empty. Raises Unfit."""
-        fits = self._fits
-        row = [fits[self.mapping.key](clerk_id)]
-        row += [fits[name](value) for name, value in values.items()]
+        row = [self._fits[self.mapping.key](clerk_id)]
+        for (name, value), fit in zip(values.items(), self._column_fits, strict=True):
+            if value is not None:
+                row.append(fit(value))
+            elif name in self._not_null:
+                raise Unfit(Reason.NOT_NULL)
+            else:
+                row.append(None)
         if self.mapping.mark:
             row.append(None)
         return row
 
     def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The values by which to adopt a row; None where one is missing or cannot be there."""
+        if not values or None in values.values():
+            return None
         try:
-            found = tuple(self._fits[name](value) for name, value in values.items())
+            return tuple(self._fits[name](value) for name, value in values.items())
         except Unfit:
             return None
-        return None if None in found or not found else found
 
     def owners_of(self, row: Sequence[Any]) -> list[tuple[str, str]]:
         """The entities, as (kind, id), that this row cannot outlive."""
@@ -128,15 +137,19 @@ class Target:
         ]
 
 
-def _has_other_unique_keys(table: sa.Table, key: str, written: Sequence[str]) -> bool:
-    """Whether a written column, or a set of them, is unique besides the key."""
+def _has_other_unique_keys(table: sa.Table, key: str) -> bool:
+    """Whether a new row may collide with another's: by a written column, or by a default.
+
+    Only a number that the database itself gives out cannot.
+    """
     unique = [{column.name for column in index.columns} for index in table.indexes if index.unique]
     unique += [
         {column.name for column in constraint.columns}
         for constraint in table.constraints
         if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
     ]
-    return any(names != {key} and names & set(written) for names in unique)
+    numbered = {column.name for column in table.columns if column.autoincrement is True}
+    return any(names not in ({key}, numbered) for names in unique)
 
 
 def _owned_statements(
