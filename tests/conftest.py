@@ -1,0 +1,110 @@
+"""What every test may ask for: servers that start when first used, and fresh databases."""
+
+from __future__ import annotations
+
+import os
+from itertools import count
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests import servers as database_servers
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+    from pathlib import Path
+
+    from tests.servers import Managed, Server
+
+_databases = count(1)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run a test once for each database that is there; with none, say how to get one."""
+    asked = {"database_url", "shared_url", "mysql_server"} & set(metafunc.fixturenames)
+    try:
+        sources = database_servers.available() if asked else ()
+    except database_servers.UnavailableError as error:
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    for name, scope in (("database_url", "function"), ("shared_url", "module")):
+        if name in asked:
+            flavours = ["sqlite", *(source.flavour for source in sources)]
+            metafunc.parametrize(name, flavours, indirect=True, scope=scope)
+    if "mysql_server" in asked:
+        # An unmanaged server is somebody's: such tests are deselected below, and counted so.
+        flavours = [source.flavour if source.managed else "unmanaged" for source in sources]
+        metafunc.parametrize("mysql_server", flavours, indirect=True)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    def is_ours(item: pytest.Item) -> bool:
+        return (
+            not isinstance(item, pytest.Function)
+            or not hasattr(item, "callspec")
+            or item.callspec.params.get("mysql_server") != "unmanaged"
+        )
+
+    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
+    items[:] = filter(is_ours, items)
+
+
+class Servers:
+    """The servers of this run by flavour, each started when it is first asked for."""
+
+    def __init__(self) -> None:
+        self._sources = {source.flavour: source for source in database_servers.available()}
+        self._running: dict[str, Server] = {}
+
+    def __getitem__(self, flavour: str) -> Server:
+        if flavour not in self._running:
+            self._running[flavour] = self._sources[flavour].launch()
+        return self._running[flavour]
+
+    def close(self) -> None:
+        for server in self._running.values():
+            server.close()
+
+
+@pytest.fixture(scope="session")
+def servers() -> Iterator[Servers]:
+    started = Servers()
+    yield started
+    started.close()
+
+
+@pytest.fixture
+def database_url(request: pytest.FixtureRequest, servers: Servers, tmp_path: Path) -> Iterator[str]:
+    """Return the URL of a new, empty database: once on SQLite, once on each server."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path}/clerk-sync.db"
+        return
+    server = servers[request.param]
+    name = f"clerk_sync_test_{os.getpid()}_{next(_databases)}"
+    yield server.create_database(name)
+    server.drop_database(name)
+
+
+@pytest.fixture(scope="module")
+def shared_url(
+    request: pytest.FixtureRequest, servers: Servers, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[str]:
+    """Return the URL of a database that the tests of one module share, once on each flavour."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path_factory.mktemp('shared')}/clerk-sync.db"
+        return
+    server = servers[request.param]
+    name = f"clerk_sync_shared_{os.getpid()}_{next(_databases)}"
+    yield server.create_database(name)
+    server.drop_database(name)
+
+
+@pytest.fixture
+def mysql_server(request: pytest.FixtureRequest, servers: Servers) -> Iterator[Managed]:
+    """Return a server that the test may kill, stop or freeze: the next test finds it up again."""
+    server = servers[request.param]
+    assert isinstance(server, database_servers.Managed)
+    yield server
+    if server.running:
+        server.thaw()
+    else:
+        server.start()

@@ -1,0 +1,118 @@
+"""Make sure that there are databases to test on: `python -m tests.provision`, before pytest.
+
+What is found is used. What is missing comes from Docker, or, for root on Debian or Ubuntu, from
+Debian's own packages: in a tree of its own for each flavour, because MySQL and MariaDB cannot
+be installed side by side, and because tests have no business starting services on a machine.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from tests import servers
+from tests.servers import CACHE, IMAGES, NAMES, UnavailableError, docker
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+# The releases of Debian that have MySQL 9 and MariaDB 10.11.
+_SUITES: Final = {"mysql": "sid", "mariadb": "bookworm"}
+
+
+def main() -> int:
+    try:
+        if not os.environ.get("TEST_DATABASE_URL"):
+            provide(servers.wanted())
+        found = {source.flavour: source for source in servers.available()}
+    except UnavailableError as error:
+        print(f"ERROR: {error}", file=sys.stderr)
+        return 1
+    for flavour, name in NAMES.items():
+        used = f"tests run on {found[flavour]}" if flavour in found else "NOT COVERED by this run"
+        print(f"{name + ':':9}{used}")
+    return 0
+
+
+def provide(flavours: tuple[str, ...]) -> None:
+    """Get what is missing as far as it can be had; say why where it cannot."""
+    with _alone():
+        missing = [flavour for flavour in flavours if not _have(flavour)]
+        if not missing or os.geteuid() or not shutil.which("apt-get"):
+            return
+        names = " and ".join(NAMES[flavour] for flavour in missing)
+        print(f"Installing {names} into {CACHE}: this takes a minute or two, once.", flush=True)
+        try:
+            if not shutil.which("debootstrap", path=servers.SEARCH_PATH):
+                _run("apt-get", "update", "-qq")
+                tools = "debootstrap", "debian-archive-keyring"
+                _run("apt-get", "install", "-qq", "--no-install-recommends", *tools)
+            with ThreadPoolExecutor() as threads:
+                list(threads.map(_install, missing))
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+
+
+def _have(flavour: str) -> bool:
+    """Tell whether the flavour is here; with Docker, it soon is."""
+    if servers.find(flavour) is None and servers.docker_runs():
+        print(f"Fetching {IMAGES[flavour]}.", flush=True)
+        try:
+            docker("pull", "--quiet", IMAGES[flavour])
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+    return servers.find(flavour) is not None
+
+
+def _install(flavour: str) -> None:
+    """Unpack a minimal Debian with the server in it, under its final name only when complete."""
+    tree, partial = CACHE / flavour, CACHE / f"{flavour}.partial"
+    _remove(partial)
+    packages = f"--include={flavour}-server"
+    try:
+        _run("debootstrap", "--variant=minbase", packages, _SUITES[flavour], str(partial))
+        for package in partial.glob("var/cache/apt/archives/*.deb"):
+            package.unlink()
+        partial.rename(tree)
+    finally:
+        _remove(partial)
+
+
+def _remove(tree: os.PathLike[str]) -> None:
+    # An interrupted debootstrap may have left the machine's own /proc mounted in there.
+    _run("rm", "-rf", "--one-file-system", os.fspath(tree))
+
+
+def _run(*command: str) -> None:
+    quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": servers.SEARCH_PATH}
+    done = subprocess.run(
+        command,
+        env=quiet,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        tail = "\n".join(done.stdout.splitlines()[-15:])
+        raise RuntimeError(f"{' '.join(command)} failed:\n{tail}")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Hold a lock, so that two runs do not install into one folder."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with CACHE.joinpath("lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+if __name__ == "__main__":
+    sys.exit(main())
