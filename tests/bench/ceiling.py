@@ -1,0 +1,39 @@
+"""The service with the database call left out: what everything but the database costs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import uvloop
+
+from clerk_sync import logs, mapping, service, settings
+from clerk_sync.answers import Answer, Outcome
+from clerk_sync.committer import Committer
+from clerk_sync.database import Connection, connect
+
+if TYPE_CHECKING:
+    from clerk_sync.mapping import Change
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.settings import Settings
+
+
+class NothingToCommit(Committer):
+    """Answers at once, without queue, transaction or row: the strictest ceiling there is."""
+
+    async def commit(self, change: Change) -> Answer:
+        return Answer(Outcome.APPLIED)
+
+
+def committer_of(settings: Settings, metrics: Metrics) -> Committer:
+    async def opened() -> Connection:
+        return await connect(settings.locate(), seconds=settings.deadline_seconds)
+
+    return NothingToCommit(opened, metrics=metrics, writers=1, batch_limit=1, queue_limit=1)
+
+
+if __name__ == "__main__":
+    found = settings.load()
+    logs.configure(found.log_level, found.log_format)
+    uvloop.run(
+        service.serve(found, mapping.load(found.config), committer_of=committer_of),
+    )
