@@ -1,0 +1,275 @@
+"""The documents say what the code does: every table of README is compared with its source."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import click
+import pytest
+from prometheus_client import Metric
+
+from clerk_sync import __version__, mapping, tables
+from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
+from clerk_sync.cli import cli
+from clerk_sync.events import KINDS
+from clerk_sync.expressions import COMPUTED
+from clerk_sync.metrics import SETTLED, Metrics
+from clerk_sync.settings import Secret, Settings
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+SOURCE = ROOT / "service" / "clerk_sync"
+
+# Defaults that the fields cannot tell: they stand where the value is used.
+USED_DEFAULTS = {
+    "DATABASE_URL": Settings.DEFAULT_DATABASE,
+    "DATABASE_PORT": "3306",
+    "CLERK_WEBHOOK_SIGNING_SECRET": "required",
+}
+
+
+@cache
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def table(name: str) -> list[list[str]]:
+    """The rows of README's table behind `<!-- table: name -->`, without its head."""
+    found = re.search(rf"<!-- table: {name} -->\n((?:\|.*\|\n)+)", text_of("README.md"))
+    assert found, f"README has no table marked `{name}`"
+    head, _, *rows = [
+        [cell.strip() for cell in line[1:-1].split("|")] for line in found[1].splitlines()
+    ]
+    assert {len(head)} == {len(row) for row in rows}, name
+    return rows
+
+
+def code(cell: str) -> str:
+    """What a cell has in backticks, as its only content."""
+    found = re.fullmatch(r"`([^`]+)`", cell)
+    assert found, f"`{cell}` is not plain code"
+    return found[1]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", text_of(name), re.DOTALL | re.MULTILINE)
+
+
+def test_settings_are_those_of_the_code() -> None:
+    wanted = {}
+    for field in Settings.model_fields.values():
+        name = str(field.validation_alias)
+        default = USED_DEFAULTS.get(name, field.default)
+        shown = default if default == "required" else f"`{default}`"
+        is_secret = field.annotation == Secret | None
+        wanted[name] = ["" if default is None else shown, "yes" if is_secret else ""]
+    said = {code(name): [default, file] for name, default, file, _ in table("settings")}
+    assert wanted == said
+
+
+def test_every_variable_that_is_named_exists() -> None:
+    known = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL"}
+    for name in DOCUMENTS:
+        found = re.findall(r"\b(?:TEST_)?(?:CLERK|DATABASE|LOG)_[A-Z_]*[A-Z]\b", text_of(name))
+        assert set() == set(found) - known, name
+
+
+def test_answers_are_those_of_the_code() -> None:
+    answers = [
+        *(Answer(outcome) for outcome in SETTLED if outcome is not Outcome.QUARANTINED),
+        *(Answer(Outcome.QUARANTINED, reason) for reason in QUARANTINES),
+        *(Answer(Outcome.REJECTED, reason) for reason in REJECTIONS),
+        *(Answer(Outcome.UNAVAILABLE, reason) for reason in UNAVAILABILITIES),
+        Answer(Outcome.ERROR, Reason.INTERNAL),
+    ]
+    wanted = sorted((str(a.status), f"`{a.outcome}`", a.reason or "") for a in answers)
+    rows = table("answers")
+    said = sorted((row[0], row[1], code(row[2]) if row[2] else "") for row in rows)
+    assert wanted == said
+    assert set(Reason) == {answer.reason for answer in answers if answer.reason}
+    assert set(Outcome) == {answer.outcome for answer in answers}
+
+
+def labels_of(metric: Metric) -> set[str]:
+    names = {name for sample in metric.samples for name in sample.labels}
+    return names - {"le"}
+
+
+def exposed(metric: Metric) -> list[Any]:
+    """A metric as README has it: the series' name, the type, the labels."""
+    suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
+    type_ = "gauge" if metric.type == "info" else metric.type
+    return [f"{metric.name}{suffix}", type_, labels_of(metric)]
+
+
+def own_metrics() -> list[list[Any]]:
+    collected = Metrics().registry.collect()
+    return [exposed(metric) for metric in collected if metric.name.startswith("clerk_sync_")]
+
+
+def test_metrics_are_those_of_the_code() -> None:
+    said = [
+        [code(name), type_, set(map(code, labels.split(", "))) if labels else set()]
+        for name, type_, labels, _ in table("metrics")
+    ]
+    assert sorted(own_metrics()) == sorted(said)
+
+
+def test_every_metric_and_table_that_is_named_exists() -> None:
+    known = {name for name, _, _ in own_metrics()} | {"clerk_sync_version", *tables.metadata.tables}
+    for name in DOCUMENTS:
+        assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name
+
+
+def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix} {name}")
+        else:
+            found[f"{prefix} {name}"] = command
+    return found
+
+
+def test_commands_are_those_of_the_code() -> None:
+    assert sorted(commands(cli, "clerk-sync")) == sorted(code(row[0]) for row in table("commands"))
+
+
+def test_every_command_and_option_that_is_named_exists() -> None:
+    known = commands(cli, "clerk-sync")
+    for name in DOCUMENTS:
+        shown = re.findall(r"`([^`\n]+)`", text_of(name)) + "".join(blocks(name, "sh")).splitlines()
+        for line in shown:
+            for part in re.split(r"&& |; ", line):
+                words = part.split()
+                if words[:1] != ["clerk-sync"] or len(words) == 1:
+                    continue
+                command = known.get(" ".join(words[:3])) or known.get(" ".join(words[:2]))
+                assert command, f"{name}: {part}"
+                options = {option for one in command.params for option in one.opts} | {"--help"}
+                assert {word for word in words if word.startswith("--")} <= options, part
+
+
+def test_presets_are_those_of_the_code() -> None:
+    readme = text_of("README.md")
+    said = re.findall(
+        r"^\| \[`(\w+)`\]\(service/clerk_sync/presets/\w+\.yaml\)", readme, re.MULTILINE
+    )
+    assert list(mapping.PRESETS) == said
+    assert ", ".join(f"`{preset}`" for preset in mapping.PRESETS) in readme
+    assert ", ".join(f"`{kind}`" for kind in KINDS) in readme
+
+
+def test_column_types_are_those_of_the_code() -> None:
+    assert list(mapping.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
+
+
+def test_computed_names_are_those_of_the_code() -> None:
+    assert list(COMPUTED) == [code(row[0]) for row in table("computed")]
+
+
+def test_keys_of_the_mapping_are_those_of_the_code() -> None:
+    with pytest.raises(mapping.InvalidMapping) as invalid:
+        mapping.read("tables: {user: {zzz: 1}}", source="m.yaml")
+    named = re.search(r"there is: (.*)", invalid.value.faults[0])
+    assert named
+    assert named[1].split(", ") == sorted(code(row[0]) for row in table("keys"))
+    needed = [code(name) for name, need, _ in table("keys") if need == "yes"]
+    assert needed == ["table", "key", "columns"]
+
+
+def test_mapping_examples_can_be_read() -> None:
+    examples = blocks("README.md", "yaml")
+    assert examples
+    for example in examples:
+        assert mapping.read(example, source="README.md").warnings == ()
+
+
+def test_log_events_are_those_of_the_code() -> None:
+    source = "".join(path.read_text("utf-8") for path in SOURCE.glob("*.py"))
+    written = re.findall(
+        r"""(?:\blog|get_logger\(\))\.(info|warning|error|exception)\(\s*"([a-z_]+)\"""", source
+    )
+    wanted = {(name, "error" if level == "exception" else level) for level, name in written}
+    wanted |= {("library", "warning"), ("stamina.retry_scheduled", "warning")}
+    said = {(code(row[0]), row[1]) for row in table("log events")}
+    assert wanted - {("delivery", "info")} == said
+
+
+def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
+    call = re.search(r'"delivery",\n(.*?)\n +\)\n', (SOURCE / "webhook.py").read_text(), re.DOTALL)
+    assert call
+    wanted = re.findall(r"^ +(\w+)=", call[1], re.MULTILINE)
+    assert wanted == [code(row[0]) for row in table("fields")]
+
+
+def test_internal_paths_are_those_of_the_code() -> None:
+    routes = re.findall(r'add_get\("(/\w+)"', (SOURCE / "internal.py").read_text("utf-8"))
+    said = [code(row[0]).partition("?")[0] for row in table("internal")]
+    assert routes == list(dict.fromkeys(said))
+
+
+def test_make_verbs_exist() -> None:
+    verbs = re.findall(r"^([a-z]+):.*## ", text_of("Makefile"), re.MULTILINE)
+    said = [code(row[0]).removeprefix("make ") for row in table("verbs")]
+    assert [verb for verb in said if verb not in verbs] == []
+    for name in (*DOCUMENTS, "tests/demo.py", "tests/run_local.py"):
+        for verb in re.findall(r"(?:`|^ *|\")make ([a-z]+)", text_of(name), re.MULTILINE):
+            assert verb in verbs, f"{name}: make {verb}"
+
+
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub gives to a document's headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text_of(name), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_local_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(name))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if not re.match(r"\w+:", link):
+            assert not path or (ROOT / path).exists(), link
+            target = path or name
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_layers_are_those_of_the_import_contract() -> None:
+    contracts = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in contracts if one["type"] == "layers")
+    drawn = re.search(r"<!-- layers -->\n```\n(.*?)\n```", text_of("ARCHITECTURE.md"), re.DOTALL)
+    assert drawn
+    assert layers == drawn[1].splitlines()
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+) - ", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == __version__
+
+
+def test_the_license_is_the_one_that_is_declared() -> None:
+    assert tomllib.loads(text_of("pyproject.toml"))["project"]["license"] == "Apache-2.0"
+    assert "Apache License\n                           Version 2.0" in text_of("LICENSE")
+
+
+def test_the_demo_ends_as_it_should() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 90
