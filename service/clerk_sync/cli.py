@@ -45,7 +45,10 @@ def main() -> None:
     cli(prog_name="clerk-sync")
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
+    epilog="\b\nExample:\n  clerk-sync COMMAND --help",
+)
 @click.version_option(__version__, prog_name="clerk-sync")
 def cli() -> None:
     """Keep an app's MySQL tables in step with Clerk.
@@ -177,10 +180,13 @@ def migrate(*, print_: bool) -> None:
                 return 0
             for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
                 click.echo(line)
+            live = await schema.reflected(engine, mapping)
             try:
-                await schema.bound(engine, mapping)
+                schema.store_of(mapping, live)
             except schema.SchemaFaults as error:
                 _fail(*error.faults)
+            for warning in schema.advice(mapping, live):
+                click.echo(f"advice: {warning}")
             return 0
         finally:
             await engine.dispose()
@@ -248,6 +254,8 @@ async def _check_database(
             try:
                 schema.store_of(mapping, live)
                 line("schema", [], "as the mapping needs it")
+                for warning in schema.advice(mapping, live):
+                    click.echo(f"warn schema    {warning}")
             except schema.SchemaFaults as error:
                 line("schema", list(error.faults), "")
     finally:
@@ -388,6 +396,7 @@ async def _applied(
     """Apply deliveries as the service would, many at a time; 1 if any was not taken."""
     from clerk_sync import service  # noqa: PLC0415
 
+    logs.configure(settings.log_level, settings.log_format)
     counts: Counter[str] = Counter()
 
     async def told(name: str, delivery: Delivery | Answer) -> None:
@@ -417,7 +426,7 @@ async def _applied(
     return 1 if counts.keys() & {"rejected", "unavailable", "error"} else 0
 
 
-@cli.group()
+@cli.group(epilog="\b\nExample:\n  clerk-sync quarantine list")
 def quarantine() -> None:
     """Events that could not be applied: list, replay, drop."""
 

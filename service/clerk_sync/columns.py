@@ -7,7 +7,7 @@ failing its whole batch, and gives SQLite, which checks nothing, the same answer
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final
@@ -89,12 +89,15 @@ def _text(length: int | None, octets: int | None) -> Fit:
         elif isinstance(value, dict | list):
             value = _json(value)
         elif isinstance(value, int | float):
-            value = str(value)
+            try:
+                value = str(value)
+            except ValueError:  # Python writes no integer of more than 4300 digits
+                raise Unfit(Reason.TOO_LONG) from None
         elif not isinstance(value, str):
             raise Unfit(Reason.WRONG_TYPE)
         if length is not None and len(value) > length:
             raise Unfit(Reason.TOO_LONG)
-        if octets is not None and len(value.encode()) > octets:
+        if octets is not None and len(value.encode(errors="surrogatepass")) > octets:
             raise Unfit(Reason.TOO_LONG)
         text: str = value
         return text
@@ -118,7 +121,8 @@ def _integer(least: int, most: int) -> Fit:
 def _number(value: Any) -> float | int:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Unfit(Reason.WRONG_TYPE)
-    if not math.isfinite(value):
+    # Comparing takes integers of any size; NaN is in no range.
+    if not -sys.float_info.max <= value <= sys.float_info.max:
         raise Unfit(Reason.OUT_OF_RANGE)
     return value
 
@@ -134,7 +138,7 @@ def _time(value: Any) -> str:
 def _json(value: Any) -> str:
     try:
         return _encode(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, RecursionError):
         raise Unfit(Reason.WRONG_TYPE) from None
 
 

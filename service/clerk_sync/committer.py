@@ -30,6 +30,7 @@ log = structlog.get_logger()
 # A batch is two packets to the server, whose limit may be MariaDB's 16 MiB.
 BATCH_CHARACTERS: Final = 2_000_000
 CONTENTION_ATTEMPTS: Final = 8
+CONTENTION_SECONDS: Final = 5.0
 # How long a database that was just found away is taken to be away without asking again.
 AWAY_SECONDS: Final = 1.0
 # A connection older than this is replaced: PlanetScale cuts them after a day, and a rotated
@@ -64,7 +65,8 @@ class Committer:
         queue_limit: int,
     ) -> None:
         self.store: Store | None = None
-        self.schema_changed = asyncio.Event()
+        # Set when the schema or the database turns out not to be there, for who looks after them.
+        self.trouble = asyncio.Event()
         self._connect = connect
         self._metrics = metrics
         self._writers = writers
@@ -133,16 +135,23 @@ class Committer:
     async def _settle(self, session: _Session | None, batch: list[_Entry]) -> _Session | None:
         """Answer the whole batch; the session to go on with, if it is still good."""
         answer = Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        old, session = session, None
         try:
-            session = await self._session(session)
+            session = await self._session(old)
             await self._commit(session.connection, batch)
         except SchemaChanged as error:
             self.store = None
-            self.schema_changed.set()
+            self.trouble.set()
             log.error("schema_changed", error=str(error))
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Unavailable as error:
+            waiting = [entry for entry in batch if not entry.answer.done()]
+            if session and session is old and waiting and not isinstance(error, Contention):
+                # It may have been cut while it lay idle: once more, on a new one.
+                self._drop(session)
+                return await self._settle(None, waiting)
             log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
+            self.trouble.set()
             if session is None:
                 self._away_until = time.monotonic() + AWAY_SECONDS
                 batch += self._waiting()
@@ -203,7 +212,11 @@ class Committer:
             return await self._apply(connection, changes)
         except Contention:
             async for attempt in stamina.retry_context(
-                on=Contention, attempts=CONTENTION_ATTEMPTS, wait_initial=0.01, wait_max=0.5
+                on=Contention,
+                attempts=CONTENTION_ATTEMPTS,
+                timeout=CONTENTION_SECONDS,
+                wait_initial=0.01,
+                wait_max=0.5,
             ):
                 with attempt:
                     self._metrics.contention.inc()

@@ -13,6 +13,7 @@ import sqlite3
 import ssl
 from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol, TypeVar
 
@@ -88,9 +89,6 @@ def target_of(url: str) -> Target:
             "is not a URL: write mysql://USER:PASSWORD@HOST:3306/DATABASE, "
             "with @ : / ? # % in the password percent-encoded"
         ) from None
-    if "@" in f"{parsed.host} {parsed.query}":
-        # What stands there would be the end of a password, and shown to people as an address.
-        raise InvalidDatabase("has an @ too many: write the one in the password as %40")
     scheme = parsed.drivername.partition("+")[0]
     if scheme == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
@@ -98,6 +96,9 @@ def target_of(url: str) -> Target:
         return Target(path=parsed.database)
     if scheme not in ("mysql", "mariadb"):
         raise InvalidDatabase(f"has the scheme `{scheme}`: use mysql:// (MariaDB too) or sqlite://")
+    if url.count("@") > 1:
+        # What follows the first would be taken for an address, and shown to people.
+        raise InvalidDatabase("has an @ too many: write the one in the password as %40")
     options = {name: str(value) for name, value in parsed.query.items()}
     # What PlanetScale's dashboard appends for Prisma and for Node drivers: verified TLS.
     if options.pop("sslaccept", "strict") != "strict":
@@ -133,15 +134,16 @@ def mysql_target(
     tls_ca: str | None = None,
 ) -> Target:
     """A MySQL target from its pieces. Raises InvalidDatabase."""
-    for what, value in (("host", host), ("database name", name), ("username", username)):
-        if not value:
-            raise InvalidDatabase(f"names no {what}")
+    pieces = {"host": host, "database name": name, "username": username}
+    missing = [what for what, value in pieces.items() if not value]
+    if missing:
+        raise InvalidDatabase(f"names no {' and no '.join(missing)}")
     if not 1 <= port <= 65535:  # noqa: PLR2004 -- there are no others
         raise InvalidDatabase(f"has the port {port}: MySQL's is 3306")
     if tls not in (None, "verify", "disable"):
         raise InvalidDatabase("has an unknown `tls`: it is `verify` (default) or `disable`")
     context = None
-    if tls == "verify" or (tls is None and not _is_loopback(host)):
+    if tls == "verify" or (tls is None and (tls_ca or not _is_loopback(host))):
         try:
             context = ssl.create_default_context(cafile=tls_ca)
         except (OSError, ssl.SSLError):
@@ -344,7 +346,8 @@ class _SQLiteConnection:
             raise
 
     def close(self) -> None:
-        self._thread.submit(self._connection.close)
+        with suppress(RuntimeError):  # it is closed already
+            self._thread.submit(self._connection.close)
         self._thread.shutdown(wait=False)
 
 
@@ -435,6 +438,8 @@ def _mysql_error(error: MySQLError) -> Exception:
     """By number. Only the number goes into the message: the text quotes people's data."""
     number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
     text = f"MySQL error {number}"
+    if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
+        return Unavailable(str(error.args[1]))
     if number in _REFUSALS:
         return Refused(_REFUSALS[number], text)
     if number in _CONTENTION:

@@ -75,10 +75,13 @@ class Event:
 class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
     """A verified event that cannot be applied; `reason` says why, `type` where it is known."""
 
-    def __init__(self, reason: Reason, type_: str | None = None) -> None:
+    def __init__(
+        self, reason: Reason, type_: str | None = None, clerk_id: str | None = None
+    ) -> None:
         super().__init__(reason.value)
         self.reason = reason
         self.type = type_
+        self.clerk_id = clerk_id
 
 
 def parse(delivery: Delivery) -> Event:
@@ -104,14 +107,15 @@ def parse(delivery: Delivery) -> Event:
     clerk_id = data.get("id")
     if not isinstance(clerk_id, str) or not _CLERK_ID.fullmatch(clerk_id):
         raise Unusable(Reason.BAD_ID, type_)
-    event_ms = _milliseconds(envelope.get("timestamp"), type_)
+    try:
+        event_ms = _milliseconds(envelope.get("timestamp"))
+        version_ms = _milliseconds(data.get("updated_at")) if action is Action.SAVE else None
+    except ValueError:
+        raise Unusable(Reason.BAD_VERSION, type_, clerk_id) from None
     if event_ms is None:
         event_ms = delivery.sent_at * 1000
     elif event_ms < _SECONDS_BELOW:
         event_ms *= 1000
-    version_ms = None
-    if action is Action.SAVE:
-        version_ms = _milliseconds(data.get("updated_at"), type_)
     return Event(
         delivery.id,
         type_,
@@ -125,12 +129,12 @@ def parse(delivery: Delivery) -> Event:
     )
 
 
-def _milliseconds(value: object, type_: str) -> int | None:
-    """A time as Clerk writes it; null is absent, anything else than a whole number unusable."""
+def _milliseconds(value: object) -> int | None:
+    """A time as Clerk writes it; null is absent. Raises ValueError for what is no whole number."""
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, int) or isinstance(value, bool) or not 0 <= value <= _LATEST_MS:
-        raise Unusable(Reason.BAD_VERSION, type_)
+        raise ValueError("not a time")
     return value

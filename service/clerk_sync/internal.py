@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
 from prometheus_client.exposition import choose_encoder
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
     from clerk_sync.metrics import Metrics
     from clerk_sync.targets import Target
+
+READ_SECONDS: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +99,13 @@ class InternalListener:
             return _json({"error": "the mapping names no table for `user`"}, status=404)
         username = request.query.get("username")
         try:
-            if username is None:
-                return _json(await profiles.some(self._engine, users))
-            return _json(await profiles.named(self._engine, users, username))
+            async with asyncio.timeout(READ_SECONDS):
+                if username is None:
+                    return _json(await profiles.some(self._engine, users))
+                return _json(await profiles.named(self._engine, users, username))
         except LookupError as error:
             return _json({"error": str(error)}, status=400)
-        except Unavailable:
+        except (Unavailable, TimeoutError):
             return _sorry("the database is not reachable")
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from clerk_sync import samples
 from clerk_sync.answers import Reason
-from clerk_sync.events import KINDS, SECRET_TYPES, Action, Event, Unusable, parse
+from clerk_sync.events import ACTIONS, KINDS, SECRET_TYPES, Action, Event, Unusable, parse
 from clerk_sync.expressions import COMPUTED, InvalidExpression, names_in, row_of
 from clerk_sync.signature import Rejected
 
@@ -144,7 +144,7 @@ def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) ->
             row = table.row(event.data)
             claims = table.claims(event.data) if table.adopt else None
         except Exception as error:  # an expression may fail in any way
-            raise Unusable(Reason.BAD_EXPRESSION, event.type) from error
+            raise Unusable(Reason.BAD_EXPRESSION, event.type, event.clerk_id) from error
     return Change(
         event.delivery_id,
         event.type,
@@ -175,7 +175,16 @@ def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) 
     except Unusable as error:
         # Without a type it could be a mail with a one-time code: such a body is not kept.
         payload = delivery.body if error.type is not None else None
-        return Change(delivery.id, error.type or "unknown", reason=error.reason, payload=payload)
+        kind, _ = ACTIONS.get(error.type or "", (None, None))
+        return Change(
+            delivery.id,
+            error.type or "unknown",
+            kind,
+            None,
+            error.clerk_id,
+            reason=error.reason,
+            payload=payload,
+        )
 
 
 def load(name: str) -> Mapping:
@@ -284,9 +293,9 @@ class _Reader:
         create = self.flag(entries["create"][1]) if "create" in entries else False
         table = self.text(entries["table"][1], "`table`")
         key = self.text(entries["key"][1], "`key`")
-        columns = tuple(self.columns(kind, entries["columns"][1], typed=create))
+        columns = tuple(self.columns(kind, entries["columns"][1], "`columns`", typed=create))
         adopt = (
-            tuple(self.columns(kind, entries["adopt"][1], typed=False))
+            tuple(self.columns(kind, entries["adopt"][1], "`adopt`", typed=False))
             if "adopt" in entries
             else ()
         )
@@ -296,6 +305,7 @@ class _Reader:
             if column.name in (key, mark):
                 self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
         places = {part: self.place(value) for part, (_, value) in entries.items()}
+        owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
         if self.faults:
             return None
         return TableMapping(
@@ -313,8 +323,8 @@ class _Reader:
             claims=row_of({column.name: column.expression for column in adopt}),
         )
 
-    def columns(self, kind: str, node: yaml.Node, *, typed: bool) -> Iterator[Column]:
-        for name, (at, value) in self.entries(node, "`columns`").items():
+    def columns(self, kind: str, node: yaml.Node, what: str, *, typed: bool) -> Iterator[Column]:
+        for name, (at, value) in self.entries(node, what).items():
             type_ = None
             index = False
             source = value

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from typing import Final
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    Info,
+    disable_created_metrics,
+)
 from prometheus_client.gc_collector import GCCollector
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
@@ -27,6 +34,10 @@ SETTLED: Final = (
     Outcome.QUARANTINED,
 )
 _TYPES: Final = frozenset(samples.TYPES)
+
+
+# They double the series, and Prometheus reads them as gauges of their own.
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:

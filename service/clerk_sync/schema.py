@@ -78,6 +78,43 @@ def store_of(mapping: Mapping, live: Live) -> Store:
     return Store(targets, compiler)
 
 
+def advice(mapping: Mapping, live: Live) -> Iterator[str]:
+    """What works, but slowly or not as the mapping says."""
+    for table in mapping.tables.values():
+        there = live.tables.get(table.table)
+        if there is None:
+            continue
+        if table.adopt and not _indexed(there, {column.name for column in table.adopt}):
+            names = ", ".join(column.name for column in table.adopt)
+            yield (
+                f"{table.places['adopt']}: no index of `{there.name}` begins with {names}: "
+                "every new user scans the table"
+            )
+        for owned in table.owns:
+            other = live.tables.get(owned.table)
+            if other is not None and not _indexed(other, {owned.column}):
+                yield (
+                    f"{owned.at}: no index of `{owned.table}` begins with {owned.column}: "
+                    "every delete scans the table"
+                )
+        for column in table.columns if table.create else ():
+            if column.type is None or column.name not in there.c:
+                continue
+            wanted = getattr(tables.column_type(column.type), "length", None)
+            length = getattr(there.c[column.name].type, "length", None)
+            if wanted and length and wanted != length:
+                yield (
+                    f"{column.at}: `{column.name}` of `{there.name}` holds {length} characters, "
+                    f"not {wanted}: ALTER TABLE {there.name} MODIFY {column.name} VARCHAR({wanted})"
+                )
+
+
+def _indexed(table: sa.Table, columns: set[str]) -> bool:
+    first = [next(iter(index.columns)).name for index in table.indexes if index.columns]
+    first += [column.name for column in list(table.primary_key.columns)[:1]]
+    return bool(columns & set(first))
+
+
 def _names(mapping: Mapping) -> set[str]:
     names = set(tables.metadata.tables)
     for table in mapping.tables.values():
@@ -186,6 +223,8 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
             other = live.tables.get(owned.table)
             if other is not None:
                 yield from _missing(other, owned.column, owned.at)
+                if owned.references == table.key and owned.column in other.c:
+                    yield from _case_faults(other, owned.column, owned.at)
             elif owned.table not in {one.table for one in mapping.tables.values()}:
                 yield f"{owned.at}: table `{owned.table}` is missing"
 
@@ -212,11 +251,16 @@ def _key_faults(table: TableMapping, there: sa.Table) -> Iterator[str]:
             f"{at}: `{table.key}` of `{there.name}` must be unique by itself: "
             f"CREATE UNIQUE INDEX {there.name}_{table.key} ON {there.name} ({table.key})"
         )
-    collation = getattr(there.c[table.key].type, "collation", None)
+    yield from _case_faults(there, table.key, at)
+
+
+def _case_faults(table: sa.Table, column: str, at: Place) -> Iterator[str]:
+    """A column of Clerk ids that takes two of them for one."""
+    collation = getattr(table.c[column].type, "collation", None)
     if isinstance(collation, str) and collation.endswith("_ci"):
         yield (
-            f"{at}: `{table.key}` of `{there.name}` compares by {collation}, but Clerk's ids are "
-            f"case-sensitive: ALTER TABLE {there.name} MODIFY {table.key} "
+            f"{at}: `{column}` of `{table.name}` compares by {collation}, but Clerk's ids are "
+            f"case-sensitive: ALTER TABLE {table.name} MODIFY {column} "
             f"VARCHAR({tables.ID_LENGTH}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
         )
 
@@ -274,9 +318,10 @@ def _migrated(
         if table.table in there:
             done += migration.keyed(table, live(table.table))
     for one in wanted:
-        # What is only printed is not there to be looked at.
-        made = print_to is None or one.name in there
-        done += migration.completed(one, live(one.name) if made else one.to_metadata(sa.MetaData()))
+        if print_to is None or one.name in there:
+            done += migration.completed(one, live(one.name))
+        elif one.name in own:  # only printed: not there to be looked at
+            done += migration.indexed(one, there=set())
     return done
 
 

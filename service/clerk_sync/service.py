@@ -36,6 +36,9 @@ LOOK_SECONDS_READY: Final = 3.0
 LOOK_SECONDS_UNREADY: Final = 0.5
 KEEP_SECONDS: Final = 60.0
 PING_SECONDS: Final = 3.0
+BIND_SECONDS: Final = 60.0
+# Reading a schema takes dozens of queries, and a database may be a continent away.
+BINDING_SECONDS: Final = 20.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +88,7 @@ class Watch:
         self._committer = committer
         self._metrics = metrics
         self._settings = settings
+        self._bound = 0.0
 
     @property
     def users(self) -> Target | None:
@@ -92,35 +96,36 @@ class Watch:
         store = self._committer.store
         return store.targets.get("user") if store else None
 
-    async def run(self) -> None:
+    async def look(self) -> None:
         """Look, again and again, until cancelled."""
-        loop = asyncio.get_running_loop()
-        kept = -KEEP_SECONDS
         while True:
-            self._say(await self._look())
+            self._say(await self._found())
             self.looked.set()
-            if self.readiness.ready and loop.time() - kept > KEEP_SECONDS:
-                kept = loop.time()
-                await self._keep()
             seconds = LOOK_SECONDS_READY if self.readiness.ready else LOOK_SECONDS_UNREADY
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds):
-                    await self._committer.schema_changed.wait()
-            self._committer.schema_changed.clear()
+                    await self._committer.trouble.wait()
+            self._committer.trouble.clear()
 
-    async def _look(self) -> Readiness:
+    async def _found(self) -> Readiness:
+        now = asyncio.get_running_loop().time()
+        # Bound anew every now and then: a column that was widened takes longer values.
+        bind = self._committer.store is None or now - self._bound > BIND_SECONDS
+        seconds = BINDING_SECONDS if bind else PING_SECONDS
         try:
-            async with asyncio.timeout(PING_SECONDS):
-                if self._committer.store is None:
+            async with asyncio.timeout(seconds):
+                if bind:
                     self._committer.store = await schema.bound(self._engine, self._mapping)
+                    self._bound = now
                 else:
                     await housekeeping.ping(self._engine)
         except schema.SchemaFaults as error:
+            self._committer.store = None
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
         except (Unavailable, InvalidSettings) as error:
             return Readiness(ready=False, reason=Reason.DATABASE, detail=str(error))
         except TimeoutError:
-            detail = f"the database did not answer within {PING_SECONDS:.0f} s"
+            detail = f"the database did not answer within {seconds:.0f} s"
             return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
         except Exception as error:
             log.exception("look_failed")
@@ -138,19 +143,29 @@ class Watch:
         self.readiness = readiness
         self._metrics.ready.set(readiness.ready)
 
+    async def keep(self) -> None:
+        """Expire what is old and count what is in quarantine, until cancelled."""
+        while True:
+            await self.looked.wait()
+            if self.readiness.ready:
+                try:
+                    async with asyncio.timeout(KEEP_SECONDS):
+                        await self._keep()
+                except (Unavailable, TimeoutError) as error:
+                    log.warning("housekeeping_failed", error=str(error))
+                except Exception:
+                    log.exception("housekeeping_failed")
+            await asyncio.sleep(KEEP_SECONDS if self.readiness.ready else LOOK_SECONDS_READY)
+
     async def _keep(self) -> None:
-        """Expire what is old, count what is in quarantine."""
-        try:
-            gone = await housekeeping.expire(
-                self._engine,
-                ledger_days=self._settings.ledger_days,
-                quarantine_days=self._settings.quarantine_days,
-            )
-            if gone:
-                log.info("expired", rows=gone)
-            self._metrics.quarantine_size.set(await housekeeping.quarantine_size(self._engine))
-        except Unavailable as error:
-            log.warning("housekeeping_failed", error=str(error))
+        gone = await housekeeping.expire(
+            self._engine,
+            ledger_days=self._settings.ledger_days,
+            quarantine_days=self._settings.quarantine_days,
+        )
+        if gone:
+            log.info("expired", rows=gone)
+        self._metrics.quarantine_size.set(await housekeeping.quarantine_size(self._engine))
 
 
 def database_committer(settings: Settings, metrics: Metrics) -> Committer:
@@ -227,7 +242,7 @@ async def running(
         engine=engine, metrics=metrics, readiness=readiness, users=lambda: watch.users
     )
     committer.start()
-    watching = asyncio.create_task(watch.run())
+    watching = [asyncio.create_task(watch.look()), asyncio.create_task(watch.keep())]
     async with contextlib.AsyncExitStack() as stack:
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(committer.close)
@@ -267,6 +282,11 @@ async def serve(
     async with running(settings, mapping, committer_of=committer_of):
         await stop.wait()
     log.info("stopped")
+    # The loop's end would bring the signals' defaults back: an impatient second one would
+    # turn a clean exit into a kill.
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 async def _listen(
@@ -284,10 +304,10 @@ async def _listen(
     return f"http://{shown}:{address[1]}"
 
 
-async def _ended(task: asyncio.Task[None]) -> None:
-    task.cancel()
-    with contextlib.suppress(asyncio.CancelledError):
-        await task
+async def _ended(tasks: list[asyncio.Task[None]]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 async def _at_most(wait: Awaitable[object], seconds: float) -> None:

@@ -35,7 +35,7 @@ class Secret:
 
     def __init__(self, name: str, *, value: str = "", path: Path | None = None) -> None:
         self.name = name
-        self._value = value
+        self._value = value.strip()  # a Secret made by `echo` ends with a newline
         self._path = path
         self._stamp: tuple[int, int, int] | None = None
         self._looked = 0.0
@@ -124,6 +124,10 @@ class Settings(BaseSettings):
     database_name: Secret | None = Field(default=None, validation_alias="DATABASE_NAME")
     database_username: Secret | None = Field(default=None, validation_alias="DATABASE_USERNAME")
     database_password: Secret | None = Field(default=None, validation_alias="DATABASE_PASSWORD")
+    database_tls: Literal["verify", "disable"] | None = Field(
+        default=None, validation_alias="DATABASE_TLS"
+    )
+    database_tls_ca: str | None = Field(default=None, validation_alias="DATABASE_TLS_CA")
     signing_secret: Secret | None = Field(
         default=None, validation_alias="CLERK_WEBHOOK_SIGNING_SECRET"
     )
@@ -209,7 +213,9 @@ class Settings(BaseSettings):
         if not re.fullmatch(r"[0-9]{1,5}", port):
             raise InvalidSettings(["DATABASE_PORT: must be a number, such as 3306"])
         try:
-            return mysql_target(**pieces, port=int(port))
+            return mysql_target(
+                **pieces, port=int(port), tls=self.database_tls, tls_ca=self.database_tls_ca
+            )
         except InvalidDatabase as error:
             raise InvalidSettings([f"DATABASE_*: {error}"]) from None
 

@@ -106,7 +106,8 @@ class Compiler:
     def _text(self, statement: Any, names: Sequence[str]) -> str:
         compiled = statement.compile(dialect=self.dialect, column_keys=list(names) or None)
         order = list(compiled.positiontup or ())
-        assert order == list(names), (order, names)
+        if order != list(names):  # values would go into each other's columns
+            raise RuntimeError(f"parameters come as {order}, not as {list(names)}")
         return str(compiled)
 
 
@@ -155,7 +156,7 @@ class OwnStatements:
             quarantine,
             QUARANTINE,
             ("svix_id",),
-            lambda new: [(name, new[name]) for name in ("reason", "payload", "quarantined_at")],
+            lambda new: [(name, new[name]) for name in ("reason", "payload")],
         )
         self.release = compiler.for_ids(
             lambda ids: sa.delete(quarantine).where(quarantine.c.svix_id.op("IN")(ids))

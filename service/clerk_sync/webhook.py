@@ -32,7 +32,10 @@ log = structlog.get_logger()
 BODY_LIMIT: Final = 2 * 1024 * 1024
 # All bodies together that are being read: strangers' too, as nothing is verified before.
 UNVERIFIED_LIMIT: Final = 64 * 1024 * 1024
+# Less than this of a body is always read: strangers' large ones keep no event of Clerk's out.
+ALWAYS_READ: Final = 64 * 1024
 KEEPALIVE_SECONDS: Final = 75.0
+LINGER_SECONDS: Final = 2.0
 _SPELLINGS: Final = tuple(
     tuple(f"{prefix}-{part}" for part in ("id", "timestamp", "signature"))
     for prefix in ("svix", "webhook")
@@ -80,6 +83,8 @@ class WebhookListener:
             auto_decompress=False,
             keepalive_timeout=KEEPALIVE_SECONDS,
             read_bufsize=2**16,
+            # A refused body is read a little longer, so that its sender sees the answer.
+            lingering_time=LINGER_SECONDS,
         )
 
     async def receive(self, request: web.BaseRequest) -> web.Response:
@@ -119,6 +124,9 @@ class WebhookListener:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if (request.content_length or 0) > BODY_LIMIT:
             raise Rejected(Reason.TOO_LARGE)
+        if request.headers.get("Expect", "").lower() == "100-continue":
+            await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+            request.writer.output_size = 0
         body = await self._body(request)
         if body is None:
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
@@ -141,7 +149,7 @@ class WebhookListener:
                 self._unverified += len(chunk)
                 if size > BODY_LIMIT:
                     raise Rejected(Reason.TOO_LARGE)
-                if self._unverified > UNVERIFIED_LIMIT:
+                if self._unverified > UNVERIFIED_LIMIT and size > ALWAYS_READ:
                     return None
                 chunks.append(chunk)
             return b"".join(chunks)

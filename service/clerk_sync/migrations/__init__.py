@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -60,7 +61,9 @@ class Migration:
             lambda revision, _: self._script._upgrade_revs("head", revision),  # noqa: SLF001
             current or "base",
         )
-        with Operations.context(context):
+        with Operations.context(context), warnings.catch_warnings():
+            # Alembic names the version table's primary key, which MySQL has no names for.
+            warnings.filterwarnings("ignore", "Name .* ignored for PRIMARY key")
             context.run_migrations()
         return [f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
 
@@ -94,9 +97,13 @@ class Migration:
             if column.name not in live.c:
                 self._operations.add_column(live.name, sa.Column(column.name, column.type))
                 done.append(f"added column {live.name}.{column.name}")
-        there = {index.name for index in live.indexes}
+        return done + self.indexed(wanted, there={str(index.name) for index in live.indexes})
+
+    def indexed(self, wanted: sa.Table, *, there: set[str]) -> list[str]:
+        """Add the plain indexes that are not `there`."""
+        done = []
         for index in sorted(wanted.indexes, key=lambda index: str(index.name)):
-            if index.name not in there:
+            if str(index.name) not in there:
                 self._operations.impl.create_index(index)
                 done.append(f"added index {index.name}")
         return done
