@@ -26,10 +26,14 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
         sources = database_servers.available() if asked else ()
     except database_servers.UnavailableError as error:
         raise pytest.fail.Exception(str(error), pytrace=False) from None
-    for name, scope in (("database_url", "function"), ("shared_url", "module")):
-        if name in asked:
-            flavours = ["sqlite", *(source.flavour for source in sources)]
-            metafunc.parametrize(name, flavours, indirect=True, scope=scope)
+    for name in asked & {"database_url", "shared_url"}:
+        flavours = ["sqlite", *(source.flavour for source in sources)]
+        metafunc.parametrize(
+            name,
+            flavours,
+            indirect=True,
+            scope="module" if name == "shared_url" else "function",
+        )
     if "mysql_server" in asked:
         # An unmanaged server is somebody's: such tests are deselected below, and counted so.
         flavours = [source.flavour if source.managed else "unmanaged" for source in sources]

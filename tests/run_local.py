@@ -26,6 +26,7 @@ def main() -> None:
         prefix = f"CLERK_WEBHOOK_SIGNING_SECRET_FILE={_SECRET} "
     if not {"DATABASE_URL", "DATABASE_URL_FILE", "DATABASE_HOST"} & os.environ.keys():
         os.environ["DATABASE_URL"] = "sqlite:///.dev/clerk-sync.db"
+    os.environ.setdefault("CLERK_SYNC_HOST", "127.0.0.1")  # a laptop's network is not a pod's
     migrated = subprocess.run([_COMMAND, "migrate"], check=False)
     if migrated.returncode:
         sys.exit(migrated.returncode)

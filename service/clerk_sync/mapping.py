@@ -305,7 +305,6 @@ class _Reader:
             if column.name in (key, mark):
                 self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
         places = {part: self.place(value) for part, (_, value) in entries.items()}
-        owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
         if self.faults:
             return None
         return TableMapping(

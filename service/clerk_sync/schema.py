@@ -216,6 +216,10 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
             yield from _missing(there, column.name, column.at, hint)
         if table.mark:
             yield from _missing(there, table.mark, table.places["on_delete"])
+            type_ = there.c[table.mark].type if table.mark in there.c else sa.DateTime()
+            if not isinstance(type_, sa.DateTime):
+                at = table.places["on_delete"]
+                yield f"{at}: `{table.mark}` of `{there.name}` is {type_}: a mark needs a DATETIME"
         if table.adopt and len(there.primary_key.columns) != 1:
             yield f"{table.places['adopt']}: adopting needs a primary key of one column"
         for owned in table.owns:

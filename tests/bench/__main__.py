@@ -140,7 +140,7 @@ SERVICE: Final = Contender("clerk-sync", _serve, _migrate, ready_at_internal=Tru
 SINGLY: Final = Contender(
     "one transaction per event", _serve_singly, _migrate, ready_at_internal=True
 )
-WITHOUT_DATABASE: Final = Contender("no database", start_without_database)
+WITHOUT_DATABASE: Final = Contender("no database", start_without_database, _migrate)
 TUTORIAL: Final = Contender(
     "tutorial, verified and indexed",
     _tutorial,

@@ -1,0 +1,150 @@
+"""Metrics: closed label sets, all there at 0 from the start, names that say whose they are."""
+
+from __future__ import annotations
+
+import re
+from itertools import product
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
+
+from clerk_sync import __version__, samples
+from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
+from clerk_sync.metrics import SETTLED, Metrics
+
+# In a fresh clone, the first text waits until hypothesis has made its tables of characters.
+patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+NOW = 1_767_612_345.0
+LABELLED = {
+    "clerk_sync_outcomes_total": {
+        (("outcome", outcome), ("type", type_))
+        for outcome, type_ in product(
+            ("applied", "stale", "duplicate", "ignored", "quarantined"), (*samples.TYPES, "other")
+        )
+    },
+    "clerk_sync_rejected_total": {(("reason", reason.value),) for reason in REJECTIONS},
+    "clerk_sync_quarantined_total": {(("reason", reason.value),) for reason in QUARANTINES},
+    "clerk_sync_unavailable_total": {(("reason", reason.value),) for reason in UNAVAILABILITIES},
+}
+
+
+def series(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
+    """Everything that a scrape reads, but when series were made."""
+    text = generate_latest(metrics.registry).decode()
+    return {
+        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if not sample.name.endswith("_created")
+    }
+
+
+def counted(metrics: Metrics, name: str, **labels: str) -> float:
+    return series(metrics)[name, tuple(sorted(labels.items()))]
+
+
+def test_every_series_is_there_at_0_from_the_start() -> None:
+    found = series(Metrics())
+    ours = {key: value for key, value in found.items() if key[0].startswith("clerk_sync_")}
+    info = ("clerk_sync_build_info", (("version", __version__),))
+    assert ours.pop(info) == 1
+    assert set(ours.values()) == {0}
+    for name, labels in LABELLED.items():
+        assert {of for named, of in ours if named == name} == labels
+
+
+def test_every_name_says_whose_it_is() -> None:
+    names = {name for name, _ in series(Metrics())}
+    assert {name for name in names if not re.match("(clerk_sync|process|python)_", name)} == set()
+    assert "process_resident_memory_bytes" in names
+
+
+def test_every_metric_has_help_and_only_labels_of_closed_sets() -> None:
+    for family in text_string_to_metric_families(generate_latest(Metrics().registry).decode()):
+        assert family.documentation, family.name
+        if family.name.startswith("clerk_sync_"):
+            labels = {name for sample in family.samples for name in sample.labels}
+            assert labels <= {"type", "outcome", "reason", "le", "version"}, family.name
+
+
+@pytest.mark.parametrize("name", ["received", "queue_depth", "ready", "errors", "pool_in_use"])
+def test_what_dashboards_rest_on_is_there(name: str) -> None:
+    names = {named.removesuffix("_total") for named, _ in series(Metrics())}
+    assert f"clerk_sync_{name}" in names
+
+
+def test_a_known_type_is_counted_by_its_name() -> None:
+    metrics = Metrics()
+    metrics.answered(Answer(Outcome.APPLIED), "user.created", 0.01, NOW)
+    assert counted(metrics, "clerk_sync_outcomes_total", type="user.created", outcome="applied")
+    assert counted(metrics, "clerk_sync_last_success_timestamp_seconds") == NOW
+    assert counted(metrics, "clerk_sync_request_seconds_count") == 1
+
+
+@pytest.mark.parametrize("type_", [None, "unknown", "user.banned", "", 'x"\n', "a" * 128, "other"])
+def test_an_unknown_type_is_counted_as_other(type_: str | None) -> None:
+    metrics = Metrics()
+    before = series(metrics).keys()
+    metrics.answered(Answer(Outcome.IGNORED), type_, 0.01, NOW)
+    assert counted(metrics, "clerk_sync_outcomes_total", type="other", outcome="ignored") == 1
+    assert series(metrics).keys() == before
+
+
+def test_the_quarantined_are_counted_by_type_and_by_reason() -> None:
+    metrics = Metrics()
+    metrics.answered(Answer(Outcome.QUARANTINED, Reason.TOO_LONG), "user.updated", 0.01, NOW)
+    assert counted(metrics, "clerk_sync_quarantined_total", reason="too_long") == 1
+    assert counted(metrics, "clerk_sync_outcomes_total", type="user.updated", outcome="quarantined")
+
+
+def test_what_was_not_taken_is_no_outcome_and_no_success() -> None:
+    metrics = Metrics()
+    metrics.answered(Answer(Outcome.REJECTED, Reason.WRONG), None, 0.01, NOW)
+    metrics.answered(Answer(Outcome.UNAVAILABLE, Reason.DATABASE), "user.created", 0.01, NOW)
+    metrics.answered(Answer(Outcome.ERROR, Reason.INTERNAL), "user.created", 0.01, NOW)
+    assert counted(metrics, "clerk_sync_rejected_total", reason="wrong") == 1
+    assert counted(metrics, "clerk_sync_unavailable_total", reason="database") == 1
+    assert counted(metrics, "clerk_sync_errors_total") == 1
+    assert counted(metrics, "clerk_sync_last_success_timestamp_seconds") == 0
+    assert not [
+        key for key, value in series(metrics).items() if value and key[0].startswith("clerk_sync_o")
+    ]
+
+
+_answers = st.sampled_from(
+    [
+        *map(Answer, (outcome for outcome in SETTLED if outcome is not Outcome.QUARANTINED)),
+        *(Answer(Outcome.REJECTED, reason) for reason in REJECTIONS),
+        *(Answer(Outcome.QUARANTINED, reason) for reason in QUARANTINES),
+        *(Answer(Outcome.UNAVAILABLE, reason) for reason in UNAVAILABILITIES),
+        Answer(Outcome.ERROR, Reason.INTERNAL),
+    ]
+)
+_hammered = Metrics()
+_series = series(_hammered).keys()
+
+
+@patient
+@given(_answers, st.none() | st.text() | st.sampled_from(samples.TYPES))
+def test_no_answer_makes_a_new_series(answer: Answer, type_: str | None) -> None:
+    _hammered.answered(answer, type_, 0.01, NOW)
+    assert series(_hammered).keys() == _series
+
+
+def test_a_batch_is_counted_with_its_time() -> None:
+    metrics = Metrics()
+    metrics.applied(64, 0.02)
+    assert counted(metrics, "clerk_sync_batch_events_sum") == 64
+    assert counted(metrics, "clerk_sync_apply_seconds_sum") == 0.02
+
+
+def test_two_services_in_one_process_count_apart() -> None:
+    one, other = Metrics(), Metrics()
+    one.received.inc()
+    assert counted(one, "clerk_sync_received_total") == 1
+    assert counted(other, "clerk_sync_received_total") == 0

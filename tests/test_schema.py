@@ -1,0 +1,373 @@
+"""`migrate`, by hand or by itself, and what a service says of a schema that is not right."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from typing import TYPE_CHECKING, Any, Final
+
+import pytest
+import sqlalchemy as sa
+
+from clerk_sync import mapping as mappings
+from clerk_sync import schema, tables
+from tests.histories import Clerk, Database, mapped
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from clerk_sync.mapping import Mapping
+
+MIRROR: Final = mappings.load("mirror")
+ORBYTAL: Final = mappings.load("orbytal")
+TUTORIAL: Final = (
+    """CREATE TABLE users (
+        id SERIAL, username VARCHAR(255), tagline VARCHAR(255), display_name VARCHAR(255),
+        img_url VARCHAR(255)
+    ) OPTIONS""",
+    """CREATE TABLE blocks (
+        id SERIAL, url VARCHAR(255), type INTEGER, user_id BIGINT, label VARCHAR(255)
+    ) OPTIONS""",
+)
+PEOPLE: Final = """
+tables:
+  user:
+    table: people
+    key: clerk_id
+    columns:
+      username: username
+      display_nam: first_name
+    on_delete: {mark: deleted}
+    owns:
+      - {table: posts, column: author, references: clerk_id}
+"""
+MADE: Final = """
+tables:
+  user:
+    table: made
+    create: true
+    key: clerk_id
+    columns:
+      username: {value: username, type: string(255)}
+"""
+MADE_LATER: Final = f"""{MADE}
+      email: {{value: primary_email, type: string(320), index: true}}
+    on_delete: {{mark: deleted_at}}
+""".replace("\n\n", "\n")
+
+
+@pytest.fixture
+async def database(database_url: str) -> AsyncIterator[Database]:
+    async with Database.at(database_url) as database:
+        yield database
+
+
+async def live(database: Database, *names: str) -> dict[str, Any]:
+    """What the database says of these tables: columns, keys and indexes."""
+
+    def look(connection: sa.Connection) -> dict[str, Any]:
+        inspector = sa.inspect(connection)
+        return {
+            name: (
+                {
+                    column["name"]: (
+                        type_name(connection.dialect, column["type"]),
+                        column["nullable"] and column["name"] not in primary,
+                    )
+                    for column in inspector.get_columns(name)
+                },
+                primary,
+                {
+                    (str(index["name"]), tuple(index["column_names"]))
+                    for index in inspector.get_indexes(name)
+                    if not index["unique"]
+                },
+            )
+            for name in names
+            for primary in [inspector.get_pk_constraint(name)["constrained_columns"]]
+        }
+
+    async with database.engine.connect() as connection:
+        return await connection.run_sync(look)
+
+
+def wanted(database: Database, *wanted: sa.Table) -> dict[str, Any]:
+    """The same of tables as they are declared."""
+    dialect = database.engine.dialect
+    return {
+        table.name: (
+            {
+                column.name: (type_name(dialect, column.type), column.nullable)
+                for column in table.columns
+            },
+            [column.name for column in table.primary_key.columns],
+            {
+                (str(index.name), tuple(column.name for column in index.columns))
+                for index in table.indexes
+            },
+        )
+        for table in wanted
+    }
+
+
+def type_name(dialect: sa.Dialect, type_: sa.types.TypeEngine[Any]) -> str:
+    """The type without what its table says for all of its columns."""
+    words = type_.compile(dialect).partition(" C")[0].upper()
+    return {
+        "BIGINT(20)": "BIGINT",  # a width that says nothing
+        "TINYINT(1)": "BOOL",
+        "LONGTEXT": "JSON" if dialect.name == "mariadb" else "LONGTEXT",  # is one there
+    }.get(words, words)
+
+
+def normal(database: Database, found: dict[str, Any]) -> str:
+    text = json.dumps(found, default=sorted, sort_keys=True, indent=1)
+    # MariaDB's JSON is a LONGTEXT with a check.
+    return text.replace('"LONGTEXT"', '"JSON"') if not database.sqlite else text
+
+
+async def assert_as_declared(database: Database, mapping: Mapping) -> None:
+    made = [tables.made_table(table) for table in mapping.tables.values() if table.create]
+    everything = [*tables.metadata.tables.values(), *made]
+    assert normal(database, await live(database, *(t.name for t in everything))) == normal(
+        database, wanted(database, *everything)
+    )
+
+
+async def faults(database: Database, mapping: Mapping) -> tuple[str, ...]:
+    with pytest.raises(schema.SchemaFaults) as found:
+        await database.store(mapping)
+    return found.value.faults
+
+
+async def test_migrate_makes_what_is_declared_and_then_has_nothing_to_do(
+    database: Database,
+) -> None:
+    done = await schema.migrate(database.engine, MIRROR)
+    assert "made table clerk_users" in done
+    await assert_as_declared(database, MIRROR)
+    await database.store(MIRROR)
+    assert await schema.migrate(database.engine, MIRROR) == []
+
+
+MIGRATE: Final = """
+import asyncio, json, sys
+from clerk_sync import mapping, schema
+from clerk_sync.database import engine_of, target_of
+
+async def main():
+    target = target_of(sys.argv[1])
+    engine = engine_of(lambda: target, size=1)
+    print("ready", flush=True)
+    sys.stdin.readline()
+    print(json.dumps(await schema.migrate(engine, mapping.load("mirror"))))
+    await engine.dispose()
+
+asyncio.run(main())
+"""
+
+
+async def test_four_processes_migrate_at_once_and_one_does_the_work(database: Database) -> None:
+    pipe = asyncio.subprocess.PIPE
+    processes = [
+        await asyncio.create_subprocess_exec(
+            sys.executable, "-c", MIGRATE, database.url, stdin=pipe, stdout=pipe
+        )
+        for _ in range(4)
+    ]
+    for process in processes:
+        assert process.stdout is not None
+        assert await process.stdout.readline() == b"ready\n"
+    said = await asyncio.gather(*(process.communicate(b"go\n") for process in processes))
+    assert [process.returncode for process in processes] == [0] * 4
+    done = sorted((json.loads(out) for out, _ in said), key=len)
+    assert done[:3] == [[], [], []]
+    assert "made table clerk_users" in done[3]
+    await assert_as_declared(database, MIRROR)
+
+
+async def test_migration_that_broke_off_is_resumed(database: Database) -> None:
+    await schema.migrate(database.engine, MIRROR)
+    on_table = "" if database.sqlite else " ON clerk_sync_events"
+    await database.execute(
+        "DELETE FROM clerk_sync_version",
+        "DROP TABLE clerk_sync_quarantine",
+        "DROP TABLE clerk_organizations",
+        f"DROP INDEX clerk_sync_events_committed_at{on_table}",
+    )
+    await schema.migrate(database.engine, MIRROR)
+    await assert_as_declared(database, MIRROR)
+    assert await database.value("SELECT COUNT(*) FROM clerk_sync_version") == 1
+    assert await schema.migrate(database.engine, MIRROR) == []
+
+
+async def test_printed_sql_run_by_hand_makes_the_same(database: Database) -> None:
+    sql = await schema.migration_sql(database.engine, MIRROR)
+    assert "clerk_sync_events" in sql
+    assert "table clerk_sync_events is missing" in (await faults(database, MIRROR))[1], "printed"
+    await database.execute(*filter(str.strip, sql.split(";")))
+    await assert_as_declared(database, MIRROR)
+    await database.store(MIRROR)
+    assert (await schema.migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await schema.migrate(database.engine, MIRROR) == []
+
+
+async def test_deploy_request_without_the_version_table_is_enough(database: Database) -> None:
+    await schema.migrate(database.engine, MIRROR)
+    await database.execute("DROP TABLE clerk_sync_version")
+    await database.store(MIRROR)
+    assert (await schema.migration_sql(database.engine, MIRROR)).strip() == ""
+    (done,) = await schema.migrate(database.engine, MIRROR)
+    assert done.startswith("recorded version")
+    assert await schema.migrate(database.engine, MIRROR) == []
+
+
+async def test_table_made_for_the_mapping_gets_later_columns_and_indexes(
+    database: Database,
+) -> None:
+    await schema.migrate(database.engine, mapped(MADE))
+    store = await database.store(mapped(MADE))
+    await database.apply(store, Clerk(mapped(MADE)).user("user_1", username="ada"))
+    later = mapped(MADE_LATER)
+    assert any(
+        "`made` has no column `email`: run `clerk-sync migrate`" in fault
+        for fault in await faults(database, later)
+    )
+    assert await schema.migrate(database.engine, later) == [
+        "added column made.email",
+        "added column made.deleted_at",
+        "added index made_email",
+    ]
+    await assert_as_declared(database, later)
+    await database.store(later)
+    assert await database.rows("SELECT * FROM made") == [("user_1", "ada", None, None)]
+
+
+async def test_tutorials_tables_need_one_statement(database: Database) -> None:
+    await database.ddl(*TUTORIAL)
+    await database.execute("INSERT INTO users (username, tagline) VALUES ('ada', 'mine')")
+    assert "preset orbytal:6: table `users` has no column `clerk_id`: run `clerk-sync migrate`" in (
+        "\n".join(await faults(database, ORBYTAL)).replace(":5:", ":6:")
+    )
+    sql = await schema.migration_sql(database.engine, ORBYTAL)
+    statements = [text for text in sql.split(";") if "users" in text]
+    assert len(statements) == (2 if database.sqlite else 1)
+    assert "ALTER TABLE users ADD COLUMN clerk_id VARCHAR(128)" in statements[0]
+    done = await schema.migrate(database.engine, ORBYTAL)
+    assert "added column users.clerk_id" in done
+    assert await database.rows("SELECT id, username, tagline, clerk_id FROM users") == [
+        (1, "ada", "mine", None)
+    ]
+    await database.store(ORBYTAL)
+    assert await schema.migrate(database.engine, ORBYTAL) == []
+
+
+async def test_printed_statement_for_the_tutorial_run_by_hand_is_enough(
+    database: Database,
+) -> None:
+    await database.ddl(*TUTORIAL)
+    sql = await schema.migration_sql(database.engine, ORBYTAL)
+    await database.execute(*filter(str.strip, sql.split(";")))
+    await database.store(ORBYTAL)
+    assert await schema.migrate(database.engine, ORBYTAL) == []
+
+
+# What is wrong is said at start, with the line of the mapping file that asks for it.
+
+
+async def test_empty_database_says_which_tables_are_missing_and_what_to_run(
+    database: Database,
+) -> None:
+    found = await faults(database, mapped(PEOPLE))
+    for name in tables.metadata.tables:
+        assert any(f"table {name} is missing: run `clerk-sync migrate`" in one for one in found)
+    assert "test.yaml:4: table `people` is missing: the app's own migrations make it" in found
+
+
+async def test_every_fault_of_a_mapped_table_is_told_with_its_line(database: Database) -> None:
+    await schema.migrate(database.engine, mapped(MADE))
+    await database.ddl(
+        """CREATE TABLE people (
+            clerk_id VARCHAR(128) EXACT, username VARCHAR(9), display_name VARCHAR(9),
+            deleted_at DATETIME
+        ) OPTIONS""",
+        "CREATE TABLE posts (id SERIAL, author_id VARCHAR(128) EXACT) OPTIONS",
+    )
+    assert await faults(database, mapped(PEOPLE)) == (
+        (
+            "test.yaml:5: `clerk_id` of `people` must be unique by itself: "
+            "CREATE UNIQUE INDEX people_clerk_id ON people (clerk_id)"
+        ),
+        "test.yaml:8: table `people` has no column `display_nam`; did you mean `display_name`?",
+        "test.yaml:9: table `people` has no column `deleted`; did you mean `deleted_at`?",
+        "test.yaml:11: table `posts` has no column `author`; did you mean `author_id`?",
+    )
+    await database.execute(
+        "CREATE UNIQUE INDEX people_clerk_id ON people (clerk_id)",
+        "ALTER TABLE people RENAME COLUMN display_name TO display_nam",
+        "ALTER TABLE people RENAME COLUMN deleted_at TO deleted",
+        "ALTER TABLE posts RENAME COLUMN author_id TO author",
+    )
+    await database.store(mapped(PEOPLE))
+
+
+async def test_mark_that_cannot_hold_a_time_is_a_fault(database: Database) -> None:
+    await schema.migrate(database.engine, mapped(MADE))
+    await database.ddl(
+        """CREATE TABLE people (
+            clerk_id VARCHAR(128) EXACT PRIMARY KEY, username VARCHAR(9),
+            display_nam VARCHAR(9), deleted BIGINT
+        ) OPTIONS""",
+        "CREATE TABLE posts (id SERIAL, author VARCHAR(128) EXACT) OPTIONS",
+    )
+    (fault,) = await faults(database, mapped(PEOPLE))
+    assert fault.startswith("test.yaml:9: `deleted` of `people` is BIGINT")
+
+
+@pytest.mark.parametrize("inherited", [True, False], ids=["of the table", "of the column"])
+async def test_ids_that_ignore_case_are_a_fault(database: Database, inherited: bool) -> None:  # noqa: FBT001
+    await schema.migrate(database.engine, mapped(MADE))
+    column = "" if inherited or database.sqlite else "COLLATE utf8mb4_general_ci"
+    await database.ddl(
+        f"""CREATE TABLE people (
+            clerk_id VARCHAR(128) {column} PRIMARY KEY, username VARCHAR(9),
+            display_nam VARCHAR(9), deleted DATETIME
+        ) OPTIONS""",
+        f"CREATE TABLE posts (id SERIAL, author VARCHAR(128) {column}) OPTIONS",
+    )
+    mapping = mapped(PEOPLE)
+    if database.sqlite:  # whose own comparison is exact
+        await database.store(mapping)
+        return
+    key, owned = await faults(database, mapping)
+    assert key.startswith("test.yaml:5: `clerk_id` of `people` compares by utf8mb4_")
+    assert owned.startswith("test.yaml:11: `author` of `posts` compares by utf8mb4_")
+    await database.execute(*(fault.split("case-sensitive: ")[1] for fault in (key, owned)))
+    await database.store(mapping)
+
+
+async def test_schema_of_an_older_version_is_a_fault_that_says_what_to_run(
+    database: Database,
+) -> None:
+    await schema.migrate(database.engine, MIRROR)
+    await database.execute("ALTER TABLE clerk_sync_events DROP COLUMN reason")
+    (fault,) = await faults(database, MIRROR)
+    assert "clerk_sync_events has no column reason" in fault
+    assert "run `clerk-sync migrate`" in fault
+    assert await schema.migrate(database.engine, MIRROR) == [
+        "added column clerk_sync_events.reason"
+    ]
+    await database.store(MIRROR)
+
+
+async def test_inline_unique_is_seen(database: Database) -> None:
+    await schema.migrate(database.engine, mapped(MADE))
+    await database.ddl(
+        """CREATE TABLE people (
+            id SERIAL, clerk_id VARCHAR(128) EXACT UNIQUE, username VARCHAR(9),
+            display_nam VARCHAR(9), deleted DATETIME
+        ) OPTIONS""",
+        "CREATE TABLE posts (id SERIAL, author VARCHAR(128) EXACT) OPTIONS",
+    )
+    await database.store(mapped(PEOPLE))
