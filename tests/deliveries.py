@@ -14,10 +14,12 @@ import io
 import json
 import os
 import secrets
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -30,7 +32,7 @@ from asyncmy.errors import MySQLError
 from prometheus_client.parser import text_string_to_metric_families
 
 from clerk_sync import mapping as mappings
-from clerk_sync import samples, schema, service
+from clerk_sync import mapping_file, samples, schema, service
 from clerk_sync.database import engine_of
 from clerk_sync.settings import Secret, Settings
 from tests import servers
@@ -227,23 +229,23 @@ def settings_of(database_url: str, **more: Any) -> Settings:
     return Settings(**{name: value for name, value in values.items() if value is not None})
 
 
-_embedded: Final[list[bytes]] = []
+_embedded: Final[list[str]] = []
 
 
 async def migrate(database_url: str, mapping: mappings.Mapping | None = None) -> None:
     """Do what the command `migrate` does; for a new embedded database, copy what it did once."""
-    path = Path(database_url.removeprefix("sqlite:///"))
-    copied = mapping is None and database_url.startswith("sqlite") and not path.exists()
+    path = database_url.removeprefix("sqlite:///")
+    copied = mapping is None and path != database_url and not os.path.exists(path)  # noqa: ASYNC240, PTH110
     if copied and _embedded:
-        path.write_bytes(_embedded[0])
+        shutil.copy(_embedded[0], path)
         return
     engine = engine_of(settings_of(database_url).locate, size=1)
     try:
-        await schema.migrate(engine, mapping or mappings.load("mirror"))
+        await schema.migrate(engine, mapping or mapping_file.load("mirror"))
     finally:
         await engine.dispose()
     if copied:
-        _embedded.append(path.read_bytes())
+        _embedded.append(shutil.copy(path, tempfile.mkdtemp(prefix="clerk-sync-")))
 
 
 @contextlib.asynccontextmanager
@@ -259,7 +261,7 @@ async def talking_to(url: str, internal_url: str) -> AsyncIterator[At]:
 async def serving(settings: Settings, mapping: mappings.Mapping | None = None) -> AsyncIterator[At]:
     """Run the service in this process, and a session that talks to it."""
     async with (
-        service.running(settings, mapping or mappings.load("mirror")) as running,
+        service.running(settings, mapping or mapping_file.load("mirror")) as running,
         talking_to(running.url, running.internal_url) as at,
     ):
         yield at

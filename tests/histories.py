@@ -10,10 +10,11 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from clerk_sync import mapping as mappings
-from clerk_sync import schema
+from clerk_sync import mapping_file, schema
+from clerk_sync.address import target_of
 from clerk_sync.committer import Committer
-from clerk_sync.database import Contention, connect, engine_of, target_of
+from clerk_sync.database import connect, engine_of
+from clerk_sync.database_errors import Contention
 from clerk_sync.mapping import Change, change_of
 from clerk_sync.metrics import Metrics
 from clerk_sync.signature import Delivery
@@ -39,7 +40,7 @@ def at(moment: int) -> int:
 
 
 def mapped(text: str) -> Mapping:
-    return mappings.read(text, source="test.yaml")
+    return mapping_file.read(text, source="test.yaml")
 
 
 class Clerk:

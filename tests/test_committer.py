@@ -11,17 +11,10 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from clerk_sync import schema
+from clerk_sync.address import InvalidDatabase, target_of
 from clerk_sync.committer import AWAY_SECONDS
-from clerk_sync.database import (
-    CONNECT_SECONDS,
-    Connection,
-    InvalidDatabase,
-    Refused,
-    Statement,
-    Unavailable,
-    connect,
-    target_of,
-)
+from clerk_sync.database import CONNECT_SECONDS, Connection, Statement, connect
+from clerk_sync.database_errors import Refused, Unavailable
 from tests.histories import Clerk, Committing, Database, Halting, mapped, told, until
 
 if TYPE_CHECKING:

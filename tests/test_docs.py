@@ -14,7 +14,7 @@ import click
 import pytest
 from prometheus_client import Metric
 
-from clerk_sync import __version__, mapping, tables
+from clerk_sync import __version__, mapping_file, tables
 from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
 from clerk_sync.cli import cli
 from clerk_sync.events import KINDS
@@ -162,13 +162,13 @@ def test_presets_are_those_of_the_code() -> None:
     said = re.findall(
         r"^\| \[`(\w+)`\]\(service/clerk_sync/presets/\w+\.yaml\)", readme, re.MULTILINE
     )
-    assert list(mapping.PRESETS) == said
-    assert ", ".join(f"`{preset}`" for preset in mapping.PRESETS) in readme
+    assert list(mapping_file.PRESETS) == said
+    assert ", ".join(f"`{preset}`" for preset in mapping_file.PRESETS) in readme
     assert ", ".join(f"`{kind}`" for kind in KINDS) in readme
 
 
 def test_column_types_are_those_of_the_code() -> None:
-    assert list(mapping.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
+    assert list(mapping_file.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
 
 
 def test_computed_names_are_those_of_the_code() -> None:
@@ -176,8 +176,8 @@ def test_computed_names_are_those_of_the_code() -> None:
 
 
 def test_keys_of_the_mapping_are_those_of_the_code() -> None:
-    with pytest.raises(mapping.InvalidMapping) as invalid:
-        mapping.read("tables: {user: {zzz: 1}}", source="m.yaml")
+    with pytest.raises(mapping_file.InvalidMapping) as invalid:
+        mapping_file.read("tables: {user: {zzz: 1}}", source="m.yaml")
     named = re.search(r"there is: (.*)", invalid.value.faults[0])
     assert named
     assert named[1].split(", ") == sorted(code(row[0]) for row in table("keys"))
@@ -189,7 +189,7 @@ def test_mapping_examples_can_be_read() -> None:
     examples = blocks("README.md", "yaml")
     assert examples
     for example in examples:
-        assert mapping.read(example, source="README.md").warnings == ()
+        assert mapping_file.read(example, source="README.md").warnings == ()
 
 
 def test_log_events_are_those_of_the_code() -> None:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clerk_sync import events, mapping, samples
+from clerk_sync import events, mapping_file, samples
 from clerk_sync.answers import QUARANTINES, Reason
 from clerk_sync.columns import time_text
 from clerk_sync.events import Action, Event, Unusable, parse
@@ -24,7 +24,7 @@ patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.
 
 NOW_MS = 1_767_612_345_678
 SENT_AT = 1_767_612_999
-MAPPINGS = [mapping.load(name) for name in mapping.PRESETS]
+MAPPINGS = [mapping_file.load(name) for name in mapping_file.PRESETS]
 MAPPED = tuple(events.ACTIONS)
 
 

@@ -18,15 +18,8 @@ from clerk_sync import samples
 from clerk_sync.answers import Reason
 from clerk_sync.events import Action, parse
 from clerk_sync.expressions import InvalidExpression, names_in, row_of
-from clerk_sync.mapping import (
-    PRESETS,
-    InvalidMapping,
-    Place,
-    change_of,
-    load,
-    nearest,
-    read,
-)
+from clerk_sync.mapping import Place, change_of
+from clerk_sync.mapping_file import PRESETS, InvalidMapping, load, nearest, read
 from clerk_sync.signature import Delivery
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.

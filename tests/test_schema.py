@@ -10,8 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync import mapping as mappings
-from clerk_sync import schema, tables
+from clerk_sync import mapping_file, schema, tables
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -19,8 +18,8 @@ if TYPE_CHECKING:
 
     from clerk_sync.mapping import Mapping
 
-MIRROR: Final = mappings.load("mirror")
-ORBYTAL: Final = mappings.load("orbytal")
+MIRROR: Final = mapping_file.load("mirror")
+ORBYTAL: Final = mapping_file.load("orbytal")
 TUTORIAL: Final = (
     """CREATE TABLE users (
         id SERIAL, username VARCHAR(255), tagline VARCHAR(255), display_name VARCHAR(255),
@@ -153,15 +152,16 @@ async def test_migrate_makes_what_is_declared_and_then_has_nothing_to_do(
 
 MIGRATE: Final = """
 import asyncio, json, sys
-from clerk_sync import mapping, schema
-from clerk_sync.database import engine_of, target_of
+from clerk_sync import mapping, mapping_file, schema
+from clerk_sync.address import target_of
+from clerk_sync.database import engine_of
 
 async def main():
     target = target_of(sys.argv[1])
     engine = engine_of(lambda: target, size=1)
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(await schema.migrate(engine, mapping.load("mirror"))))
+    print(json.dumps(await schema.migrate(engine, mapping_file.load("mirror"))))
     await engine.dispose()
 
 asyncio.run(main())

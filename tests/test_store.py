@@ -9,16 +9,15 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import mapping as mappings
-from clerk_sync import schema
+from clerk_sync import mapping_file, schema
 from clerk_sync.answers import Reason
-from clerk_sync.database import Refused
+from clerk_sync.database_errors import Refused
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.mapping import Change, Mapping
+    from clerk_sync.mapping import Mapping
     from clerk_sync.store import Store
 
 PEOPLE: Final = mapped("""
@@ -73,8 +72,8 @@ tables:
       note: public_metadata.note
       nick: public_metadata.nick
 """)
-MIRROR: Final = mappings.load("mirror")
-ORBYTAL: Final = mappings.load("orbytal")
+MIRROR: Final = mapping_file.load("mirror")
+ORBYTAL: Final = mapping_file.load("orbytal")
 ALL: Final = (PEOPLE, MARKED, NAMED, CODED, STRICT, MIRROR)
 
 APP: Final = (
@@ -264,7 +263,7 @@ async def test_facts_without_a_delivery_are_ordered_too_and_leave_no_ledger(worl
     store = await world.of(PEOPLE)
 
     def read(change: Change) -> Change:
-        return mappings.Change(
+        return Change(
             None,
             "backfill",
             change.kind,
@@ -646,9 +645,11 @@ async def test_quarantined_event_is_applied_when_its_column_has_been_widened(
     assert await world.value("SELECT COUNT(*) FROM clerk_sync_quarantine") == 1
     (strict,) = [text for text in APP if "TABLE strict" in text]
     await world.ddl("DROP TABLE strict", strict.replace("VARCHAR(5)", "VARCHAR(6)"))
-    del world.stores["strict"]
-    assert await world.apply(await world.of(STRICT), change) == ["applied"]
-    assert await world.value("SELECT username FROM strict") == "sixsix"
+    try:
+        assert await world.apply(await world.store(STRICT), change) == ["applied"]
+        assert await world.value("SELECT username FROM strict") == "sixsix"
+    finally:
+        await world.ddl("DROP TABLE strict", strict)
     assert await world.quarantined() == {}
     assert await world.outcomes() == {"wide": "applied"}
 

@@ -21,9 +21,12 @@ import structlog
 
 from clerk_sync import __version__, housekeeping, logs, samples, schema, signature
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.database import Unavailable, engine_of
-from clerk_sync.mapping import InvalidMapping, Mapping, change_of
-from clerk_sync.mapping import load as load_mapping
+from clerk_sync.check import Finding, findings, signing_faults
+from clerk_sync.database import engine_of
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.mapping import Mapping, change_of
+from clerk_sync.mapping_file import InvalidMapping
+from clerk_sync.mapping_file import load as load_mapping
 from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.settings import load as load_settings
 from clerk_sync.signature import Delivery
@@ -33,11 +36,6 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
     from svix.webhooks import Webhook
-
-UNSIGNED = (
-    "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
-    "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
-)
 
 
 def main() -> None:
@@ -93,7 +91,7 @@ def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
     except InvalidSettings as error:
         faults += error.faults
     if signing:
-        faults += _signing_faults(settings)
+        faults += signing_faults(settings)
     mapping = None
     if mapped:
         try:
@@ -103,18 +101,6 @@ def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
     if faults:
         _fail(*faults)
     return settings, mapping
-
-
-def _signing_faults(settings: Settings) -> list[str]:
-    if settings.signing_secret is None:
-        return [UNSIGNED]
-    try:
-        signature.signers(settings.signing_secret.read())
-    except signature.InvalidSecret as error:
-        return [f"{settings.signing_secret.name}: {error}"]
-    except InvalidSettings as error:
-        return list(error.faults)
-    return []
 
 
 def _signers(settings: Settings) -> tuple[Webhook, ...]:
@@ -200,92 +186,21 @@ def check() -> None:
 
     Exit code 1 if any fails.
     """
-    _run(_check())
 
-
-async def _check() -> int:
-    failed = 0
-
-    def line(what: str, faults: list[str], fine: str) -> None:
-        nonlocal failed
-        failed += bool(faults)
-        for fault in faults or [""]:
-            sign = "FAIL" if faults else "ok  "
-            click.echo(f"{sign} {what:<9} {fault or fine}")
-
-    try:
-        settings = load_settings()
-    except InvalidSettings as error:
-        line("settings", list(error.faults), "")
-        return 1
-    line("settings", [], f"listen on {settings.port} and {settings.internal_port}")
-    line("secrets", _signing_faults(settings), "the signing secret is one")
-    mapping = None
-    try:
-        mapping = load_mapping(settings.config)
-        line("mapping", [], f"{mapping.source}: {', '.join(mapping.tables)}")
-        for warning in mapping.warnings:
-            click.echo(f"warn mapping   {warning}")
-    except InvalidMapping as error:
-        line("mapping", list(error.faults), "")
-    await _check_database(settings, mapping, line)
-    await _check_clerk(settings, line)
-    return 1 if failed else 0
-
-
-async def _check_database(
-    settings: Settings, mapping: Mapping | None, line: Callable[[str, list[str], str], None]
-) -> None:
-    try:
-        target = settings.locate()
-    except InvalidSettings as error:
-        line("database", list(error.faults), "")
-        return
-    engine = engine_of(settings.locate, size=1)
-    try:
+    async def work() -> int:
         try:
-            live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
-        except Unavailable as error:
-            line("database", [f"{target.where}: {error}"], "")
-            return
-        tls = ", TLS verified" if target.tls else ", no TLS" if target.path is None else ""
-        line("database", [], f"{target.where}{tls}")
-        if mapping is not None:
-            try:
-                schema.store_of(mapping, live)
-                line("schema", [], "as the mapping needs it")
-                for warning in schema.advice(mapping, live):
-                    click.echo(f"warn schema    {warning}")
-            except schema.SchemaFaults as error:
-                line("schema", list(error.faults), "")
-    finally:
-        await engine.dispose()
+            settings = load_settings()
+        except InvalidSettings as error:
+            for fault in error.faults:
+                click.echo(Finding("FAIL", "settings", fault))
+            return 1
+        failed = False
+        async for finding in findings(settings):
+            click.echo(finding)
+            failed |= finding.verdict == "FAIL"
+        return 1 if failed else 0
 
-
-async def _check_clerk(settings: Settings, line: Callable[[str, list[str], str], None]) -> None:
-    key = settings.clerk_key
-    if key is None:
-        line("clerk key", [], "not set; webhooks do not need it")
-        return
-    try:
-        headers = {"Authorization": f"Bearer {key.read()}"}
-        timeout = aiohttp.ClientTimeout(total=10)
-        async with (
-            aiohttp.ClientSession(timeout=timeout) as session,
-            session.get(f"{settings.api_url}/users/count", headers=headers) as response,
-        ):
-            status = response.status
-    except InvalidSettings as error:
-        line("clerk key", list(error.faults), "")
-    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-        line("clerk key", [f"CLERK_API_URL: not reachable: {type(error).__name__}"], "")
-    else:
-        fault = (
-            f"{key.name}: Clerk answers {status}: copy the secret key (sk_…) again"
-            if status in (401, 403)
-            else f"CLERK_API_URL: Clerk answers {status}"
-        )
-        line("clerk key", [] if status == 200 else [fault], "Clerk takes it")  # noqa: PLR2004
+    _run(work())
 
 
 @command("clerk-sync trigger user.created --id user_ada --url http://127.0.0.1:8080/webhooks/clerk")

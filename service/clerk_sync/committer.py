@@ -17,7 +17,8 @@ import stamina
 import structlog
 
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.database import Connection, Contention, Refused, SchemaChanged, Unavailable
+from clerk_sync.database import Connection
+from clerk_sync.database_errors import Contention, Refused, SchemaChanged, Unavailable
 from clerk_sync.store import quarantined
 
 if TYPE_CHECKING:

@@ -1,161 +1,24 @@
-"""Where the database is, how to reach it, and what its errors mean.
-
-A Connection runs a script: several statements in one round trip where the server can. It
-knows nothing of what they say.
-"""
+"""Connections to the database, which run scripts and know nothing of what they say."""
 
 from __future__ import annotations
 
 import asyncio
-import ipaddress
-import re
 import sqlite3
-import ssl
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import asyncmy
-import sqlalchemy as sa
-from asyncmy.errors import MySQLError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from clerk_sync.answers import Reason
+from clerk_sync.address import Locate, Target
+from clerk_sync.database_errors import Contention, Refused, translated
 
 CONNECT_SECONDS: Final = 4
 
 _T = TypeVar("_T")
-
-
-class InvalidDatabase(ValueError):  # noqa: N818
-    """A database address that cannot be used. The message never repeats a password."""
-
-
-class Unavailable(Exception):  # noqa: N818
-    """The database cannot take this now, and nothing was kept; the same again may work."""
-
-
-class Contention(Unavailable):
-    """Another transaction was in the way: retry at once."""
-
-
-class SchemaChanged(Unavailable):
-    """A table or column is not there (any more)."""
-
-
-class Refused(Exception):  # noqa: N818
-    """The database refuses this data and always will; `reason` is for the quarantine.
-
-    `reason` None marks an error that we do not know: it may be the data, and may be not.
-    """
-
-    def __init__(self, reason: Reason | None, message: str) -> None:
-        super().__init__(message)
-        self.reason = reason
-
-
-@dataclass(frozen=True, slots=True)
-class Target:
-    """Where the database is. `path` is SQLite's file, the rest MySQL's; `tls` None is plain."""
-
-    path: str | None = None
-    host: str = ""
-    port: int = 3306
-    name: str = ""
-    username: str = ""
-    password: str = field(default="", repr=False)
-    tls: ssl.SSLContext | None = field(default=None, compare=False)
-
-    @property
-    def where(self) -> str:
-        """The address without its secrets, for people."""
-        if self.path is not None:
-            return f"sqlite {self.path}"
-        return f"mysql {self.host}:{self.port}/{self.name}"
-
-
-Locate = Callable[[], Target]
-"""Gives the target anew for every connection: its password may come from a rotated file."""
-
-
-def target_of(url: str) -> Target:
-    """Read `DATABASE_URL`. Raises InvalidDatabase."""
-    try:
-        parsed = sa.make_url(url)
-    except (sa.exc.ArgumentError, ValueError):
-        raise InvalidDatabase(
-            "is not a URL: write mysql://USER:PASSWORD@HOST:3306/DATABASE, "
-            "with @ : / ? # % in the password percent-encoded"
-        ) from None
-    scheme = parsed.drivername.partition("+")[0]
-    if scheme == "sqlite":
-        if not parsed.database or parsed.database == ":memory:":
-            raise InvalidDatabase("names no file: write sqlite:///clerk-sync.db")
-        return Target(path=parsed.database)
-    if scheme not in ("mysql", "mariadb"):
-        raise InvalidDatabase(f"has the scheme `{scheme}`: use mysql:// (MariaDB too) or sqlite://")
-    if url.count("@") > 1:
-        # What follows the first would be taken for an address, and shown to people.
-        raise InvalidDatabase("has an @ too many: write the one in the password as %40")
-    options = {name: str(value) for name, value in parsed.query.items()}
-    # What PlanetScale's dashboard appends for Prisma and for Node drivers: verified TLS.
-    if options.pop("sslaccept", "strict") != "strict":
-        raise InvalidDatabase("asks for unverified TLS by `sslaccept`: use ?tls=verify or disable")
-    if re.sub(r"\s", "", options.pop("ssl", '{"rejectUnauthorized":true}')) not in (
-        '{"rejectUnauthorized":true}',
-        "true",
-    ):
-        raise InvalidDatabase("has an `ssl` option: use ?tls=verify or ?tls=disable instead")
-    tls = options.pop("tls", None)
-    tls_ca = options.pop("tls_ca", None)
-    if options:
-        raise InvalidDatabase(f"has an unknown option `{min(options)}`: there is tls and tls_ca")
-    return mysql_target(
-        host=parsed.host or "",
-        port=parsed.port or 3306,
-        name=parsed.database or "",
-        username=parsed.username or "",
-        password=parsed.password or "",
-        tls=tls,
-        tls_ca=tls_ca,
-    )
-
-
-def mysql_target(
-    *,
-    host: str,
-    port: int,
-    name: str,
-    username: str,
-    password: str,
-    tls: str | None = None,
-    tls_ca: str | None = None,
-) -> Target:
-    """A MySQL target from its pieces. Raises InvalidDatabase."""
-    pieces = {"host": host, "database name": name, "username": username}
-    missing = [what for what, value in pieces.items() if not value]
-    if missing:
-        raise InvalidDatabase(f"names no {' and no '.join(missing)}")
-    if not 1 <= port <= 65535:  # noqa: PLR2004 -- there are no others
-        raise InvalidDatabase(f"has the port {port}: MySQL's is 3306")
-    if tls not in (None, "verify", "disable"):
-        raise InvalidDatabase("has an unknown `tls`: it is `verify` (default) or `disable`")
-    context = None
-    if tls == "verify" or (tls is None and (tls_ca or not _is_loopback(host))):
-        try:
-            context = ssl.create_default_context(cafile=tls_ca)
-        except (OSError, ssl.SSLError):
-            raise InvalidDatabase(f"names a `tls_ca` that is no PEM file: {tls_ca}") from None
-    return Target(None, host, port, name, username, password, context)
-
-
-def _is_loopback(host: str) -> bool:
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +86,7 @@ class _MySQLConnection:
 
     @classmethod
     async def open(cls, target: Target, seconds: float) -> _MySQLConnection:
-        return cls(await _translated(open_mysql(target, seconds), CONNECT_SECONDS), seconds)
+        return cls(await translated(open_mysql(target, seconds), CONNECT_SECONDS), seconds)
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         literal = self._connection.literal
@@ -251,7 +114,7 @@ class _MySQLConnection:
 
     async def _guarded(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
-            return await _translated(work, self._seconds)
+            return await translated(work, self._seconds)
         except (Refused, Contention):
             raise
         except BaseException:
@@ -312,7 +175,7 @@ class _SQLiteConnection:
             return connection
 
         loop = asyncio.get_running_loop()
-        return cls(await _translated(loop.run_in_executor(thread, opened), None), thread)
+        return cls(await translated(loop.run_in_executor(thread, opened), None), thread)
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         def ran() -> list[Result]:
@@ -338,7 +201,7 @@ class _SQLiteConnection:
     async def _in_thread(self, work: Callable[[], _T]) -> _T:
         loop = asyncio.get_running_loop()
         try:
-            return await _translated(loop.run_in_executor(self._thread, work), None)
+            return await translated(loop.run_in_executor(self._thread, work), None)
         except (Refused, Contention):
             raise
         except BaseException:
@@ -374,102 +237,3 @@ def engine_of(locate: Locate, *, size: int) -> AsyncEngine:
         # PlanetScale cuts connections after a day; an hour also lets a rotated password in.
         pool_recycle=3600,
     )
-
-
-# https://dev.mysql.com/doc/mysql-errors/9.4/en/server-error-reference.html
-_REFUSALS: Final[dict[int, Reason]] = {
-    1048: Reason.NOT_NULL,  # ER_BAD_NULL_ERROR
-    1364: Reason.NOT_NULL,  # ER_NO_DEFAULT_FOR_FIELD
-    1062: Reason.CONFLICT,  # ER_DUP_ENTRY
-    1586: Reason.CONFLICT,  # ER_DUP_ENTRY_WITH_KEY_NAME
-    1406: Reason.TOO_LONG,  # ER_DATA_TOO_LONG
-    1153: Reason.TOO_LONG,  # ER_NET_PACKET_TOO_LARGE
-    1264: Reason.OUT_OF_RANGE,  # ER_WARN_DATA_OUT_OF_RANGE
-    1690: Reason.OUT_OF_RANGE,  # ER_DATA_OUT_OF_RANGE
-    1441: Reason.OUT_OF_RANGE,  # ER_DATETIME_FUNCTION_OVERFLOW
-    1265: Reason.WRONG_TYPE,  # WARN_DATA_TRUNCATED
-    1292: Reason.WRONG_TYPE,  # ER_TRUNCATED_WRONG_VALUE
-    1366: Reason.WRONG_TYPE,  # ER_TRUNCATED_WRONG_VALUE_FOR_FIELD
-    1367: Reason.WRONG_TYPE,  # ER_ILLEGAL_VALUE_FOR_TYPE
-    1411: Reason.WRONG_TYPE,  # ER_WRONG_VALUE_FOR_TYPE
-    3140: Reason.WRONG_TYPE,  # ER_INVALID_JSON_TEXT
-    3988: Reason.WRONG_TYPE,  # ER_IMPOSSIBLE_STRING_CONVERSION
-    3854: Reason.WRONG_TYPE,  # ER_CANNOT_CONVERT_STRING, of a name to adopt by
-    1267: Reason.WRONG_TYPE,  # MariaDB's for the same: ER_CANT_AGGREGATE_2COLLATIONS
-    1451: Reason.REFUSED,  # ER_ROW_IS_REFERENCED_2
-    1452: Reason.REFUSED,  # ER_NO_REFERENCED_ROW_2
-    1217: Reason.REFUSED,  # ER_ROW_IS_REFERENCED
-    1216: Reason.REFUSED,  # ER_NO_REFERENCED_ROW
-    3819: Reason.REFUSED,  # ER_CHECK_CONSTRAINT_VIOLATED
-    4025: Reason.REFUSED,  # MariaDB's ER_CONSTRAINT_FAILED
-    1644: Reason.REFUSED,  # ER_SIGNAL_EXCEPTION, a trigger's own words
-}
-_CONTENTION: Final = frozenset({1205, 1213, 3101, 3572})
-_SCHEMA: Final = frozenset({1054, 1146, 1136, 1049})
-# Errors that say nothing about the data: access, capacity, shutdown, read-only, disk.
-_UNAVAILABLE: Final = frozenset(
-    {1021, 1040, 1041, 1044, 1045, 1053, 1077, 1094, 1129, 1130, 1142, 1143, 1152, 1159, 1160}
-    | {1161, 1184, 1203, 1226, 1227, 1290, 1317, 1836, 1927, 3024, 3159, 4031, 1969, 1114}
-)
-# Vitess reports most troubles as 1105 and tells them apart by text
-# (https://github.com/vitessio/vitess/issues/8000).
-_VITESS_TRANSIENT: Final = re.compile(
-    r"code = (Aborted|Unavailable|ResourceExhausted|FailedPrecondition|DeadlineExceeded)"
-    r"|exceeded timeout|wrong tablet type|transaction pool|connection limit exceeded"
-)
-
-
-async def _translated(work: Awaitable[_T], seconds: float | None) -> _T:
-    """Await the driver, with its errors in this module's words."""
-    try:
-        async with asyncio.timeout(seconds):
-            return await work
-    except MySQLError as error:
-        raise _mysql_error(error) from error
-    except sqlite3.Error as error:
-        raise _sqlite_error(error) from error
-    except (OverflowError, UnicodeEncodeError) as error:
-        raise Refused(Reason.OUT_OF_RANGE, "value does not fit the driver") from error
-    except TimeoutError as error:
-        raise Unavailable("the database did not answer in time") from error
-    except (OSError, EOFError, RuntimeError) as error:
-        raise Unavailable(f"no connection: {type(error).__name__}") from error
-
-
-def _mysql_error(error: MySQLError) -> Exception:
-    """By number. Only the number goes into the message: the text quotes people's data."""
-    number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
-    text = f"MySQL error {number}"
-    if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
-        return Unavailable(str(error.args[1]))
-    if number in _REFUSALS:
-        return Refused(_REFUSALS[number], text)
-    if number in _CONTENTION:
-        return Contention(text)
-    if number in _SCHEMA:
-        return SchemaChanged(text)
-    if number == 1105:  # noqa: PLR2004 -- ER_UNKNOWN_ERROR
-        transient = _VITESS_TRANSIENT.search(str(error))
-        return Contention(text) if transient else Refused(None, text)
-    if number < 1000 or 2000 <= number < 3000 or number in _UNAVAILABLE:  # noqa: PLR2004
-        return Unavailable(text)  # the client library's own numbers, and the list above
-    return Refused(None, text)
-
-
-def _sqlite_error(error: sqlite3.Error) -> Exception:
-    name = getattr(error, "sqlite_errorname", "")
-    text = f"SQLite error {name or type(error).__name__}"
-    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
-        return Contention(text)
-    if name == "SQLITE_CONSTRAINT_NOTNULL":
-        return Refused(Reason.NOT_NULL, text)
-    if name in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
-        return Refused(Reason.CONFLICT, text)
-    if name.startswith("SQLITE_CONSTRAINT"):
-        return Refused(Reason.REFUSED, text)
-    if name == "SQLITE_TOOBIG":
-        return Refused(Reason.TOO_LONG, text)
-    if name == "SQLITE_MISMATCH" or isinstance(error, sqlite3.InterfaceError):
-        return Refused(Reason.WRONG_TYPE, text)
-    # SQLITE_ERROR is a statement that does not compile: here, a table or column that went.
-    return SchemaChanged(text) if name == "SQLITE_ERROR" else Unavailable(text)

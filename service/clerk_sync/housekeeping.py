@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database import Unavailable
+from clerk_sync.database_errors import Unavailable
 from clerk_sync.tables import events, quarantine
 
 if TYPE_CHECKING:

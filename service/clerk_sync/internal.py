@@ -11,7 +11,7 @@ from prometheus_client.exposition import choose_encoder
 
 from clerk_sync import profiles
 from clerk_sync.answers import RETRY_AFTER_SECONDS, Reason
-from clerk_sync.database import Unavailable
+from clerk_sync.database_errors import Unavailable
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -1,34 +1,22 @@
-"""The mapping file: which Clerk object goes to which table, and how an Event becomes a Change.
+"""Which Clerk object goes to which table, and how an Event becomes a Change.
 
-Pure: it knows names and expressions, no SQL. `store` binds the names to the live schema.
+Pure: it knows names and expressions, no SQL. `schema` binds the names to the live tables.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib.resources
-import re
 from dataclasses import dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
-import yaml
-
-from clerk_sync import samples
 from clerk_sync.answers import Reason
-from clerk_sync.events import ACTIONS, KINDS, SECRET_TYPES, Action, Event, Unusable, parse
-from clerk_sync.expressions import COMPUTED, InvalidExpression, names_in, row_of
+from clerk_sync.events import ACTIONS, SECRET_TYPES, Action, Event, Unusable, parse
 from clerk_sync.signature import Rejected
 
 if TYPE_CHECKING:
     from collections import abc
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable
 
     from clerk_sync.signature import Delivery
-
-PRESETS: Final = ("mirror", "orbytal")
-COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean", "time")
-_COLUMN_TYPE: Final = re.compile(r"string\(\d{1,5}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +28,6 @@ class Place:
 
     def __str__(self) -> str:
         return f"{self.file}:{self.line}"
-
-
-class InvalidMapping(Exception):  # noqa: N818
-    """What is wrong with the mapping file: one message per fault, each with file and line."""
-
-    def __init__(self, faults: Iterable[str]) -> None:
-        self.faults = tuple(faults)
-        super().__init__("\n".join(self.faults))
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,208 +165,3 @@ def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) 
             reason=error.reason,
             payload=payload,
         )
-
-
-def load(name: str) -> Mapping:
-    """A preset by its name, or the file at this path. Raises InvalidMapping."""
-    if name in PRESETS:
-        text = importlib.resources.files("clerk_sync").joinpath(f"presets/{name}.yaml").read_text()
-        return read(text, source=f"preset {name}")
-    try:
-        return read(Path(name).read_text(), source=name)
-    except (OSError, UnicodeDecodeError) as error:
-        what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
-        raise InvalidMapping(
-            [f"{name}: {what}: give the path of a mapping file, or {' or '.join(PRESETS)}"]
-        ) from None
-
-
-def read(text: str, *, source: str) -> Mapping:
-    """Read a mapping file's text. Raises InvalidMapping with all of its faults."""
-    reader = _Reader(source)
-    try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-    except yaml.MarkedYAMLError as error:
-        line = error.problem_mark.line + 1 if error.problem_mark else 1
-        raise InvalidMapping([f"{source}:{line}: not YAML: {error.problem}"]) from None
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        raise InvalidMapping([f"{source}:{line}: not YAML text: {error.reason}"]) from None
-    tables = dict(reader.tables(root))
-    if reader.faults:
-        raise InvalidMapping(reader.faults)
-    return Mapping(source, tables, tuple(reader.warnings))
-
-
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean …?`, or the valid names when none is near."""
-    names = sorted(valid)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
-    return f"; did you mean `{close[0]}`?" if close else f"; there is: {', '.join(names) or '-'}"
-
-
-class _Reader:
-    """Walks the YAML nodes, which know their lines, and collects every fault it meets."""
-
-    def __init__(self, source: str) -> None:
-        self.source = source
-        self.faults: list[str] = []
-        self.warnings: list[str] = []
-
-    def place(self, node: yaml.Node) -> Place:
-        return Place(self.source, node.start_mark.line + 1)
-
-    def fault(self, node: yaml.Node | None, message: str) -> None:
-        where = self.place(node) if node is not None else f"{self.source}:1"
-        self.faults.append(f"{where}: {message}")
-
-    def entries(
-        self, node: yaml.Node | None, what: str, known: Iterable[str] | None = None
-    ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """A mapping node as name → (its name's node, its value's node)."""
-        if not isinstance(node, yaml.MappingNode):
-            self.fault(node, f"{what} must be `name: value` pairs")
-            return {}
-        found: dict[str, tuple[yaml.Node, yaml.Node]] = {}
-        for name, value in node.value:
-            if not isinstance(name, yaml.ScalarNode):
-                self.fault(name, f"{what}: a name must be plain text")
-            elif name.value in found:
-                self.fault(name, f"{what}: `{name.value}` is there twice")
-            elif known is not None and name.value not in known:
-                self.fault(name, f"{what} has no `{name.value}`{nearest(name.value, known)}")
-            else:
-                found[name.value] = (name, value)
-        return found
-
-    def text(self, node: yaml.Node, what: str) -> str:
-        if isinstance(node, yaml.ScalarNode) and node.value:
-            return str(node.value)
-        self.fault(node, f"{what} must be text")
-        return ""
-
-    def tables(self, root: yaml.Node | None) -> Iterator[tuple[str, TableMapping]]:
-        top = self.entries(root, "the mapping file", ("tables",))
-        if "tables" not in top:
-            if not self.faults:
-                self.fault(root, "the mapping file needs `tables:`")
-            return
-        used: dict[str, str] = {}
-        for kind, (name, node) in self.entries(top["tables"][1], "`tables`", KINDS).items():
-            table = self.table(kind, name, node)
-            if table is None:
-                continue
-            if table.table in used:
-                self.fault(name, f"`{table.table}` already holds the {used[table.table]}s")
-            used[table.table] = kind
-            yield kind, table
-
-    def table(self, kind: str, name: yaml.Node, node: yaml.Node) -> TableMapping | None:
-        entries = self.entries(
-            node, f"`{kind}`", ("table", "key", "columns", "adopt", "on_delete", "owns", "create")
-        )
-        missing = [needed for needed in ("table", "key", "columns") if needed not in entries]
-        for needed in missing:
-            self.fault(name, f"`{kind}` needs `{needed}:`")
-        if missing:
-            return None
-        create = self.flag(entries["create"][1]) if "create" in entries else False
-        table = self.text(entries["table"][1], "`table`")
-        key = self.text(entries["key"][1], "`key`")
-        columns = tuple(self.columns(kind, entries["columns"][1], "`columns`", typed=create))
-        adopt = (
-            tuple(self.columns(kind, entries["adopt"][1], "`adopt`", typed=False))
-            if "adopt" in entries
-            else ()
-        )
-        mark = self.mark(entries["on_delete"][1]) if "on_delete" in entries else None
-        owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
-        for column in columns:
-            if column.name in (key, mark):
-                self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
-        places = {part: self.place(value) for part, (_, value) in entries.items()}
-        if self.faults:
-            return None
-        return TableMapping(
-            kind=kind,
-            table=table,
-            key=key,
-            columns=columns,
-            adopt=adopt,
-            mark=mark,
-            owns=owns,
-            create=create,
-            at=self.place(name),
-            places=places,
-            row=row_of({column.name: column.expression for column in columns}),
-            claims=row_of({column.name: column.expression for column in adopt}),
-        )
-
-    def columns(self, kind: str, node: yaml.Node, what: str, *, typed: bool) -> Iterator[Column]:
-        for name, (at, value) in self.entries(node, what).items():
-            type_ = None
-            index = False
-            source = value
-            if isinstance(value, yaml.MappingNode):
-                parts = self.entries(value, f"`{name}`", ("value", "type", "index"))
-                if "value" not in parts:
-                    self.fault(at, f"`{name}` needs `value:`")
-                    continue
-                source = parts["value"][1]
-                if "type" in parts:
-                    type_ = self.type(parts["type"][1])
-                if "index" in parts:
-                    index = self.flag(parts["index"][1])
-            if typed and type_ is None:
-                self.fault(at, f"`{name}` needs a `type:`, as `create: true` makes its column")
-            expression = self.text(source, f"`{name}`")
-            if not expression:
-                continue
-            try:
-                names = names_in(expression)
-            except InvalidExpression as error:
-                self.fault(source, f"`{name}`: `{expression}` is not an expression: {error}")
-                continue
-            known = samples.FIELDS[kind] | COMPUTED.keys()
-            for unknown in sorted(names - known):
-                self.warnings.append(
-                    f"{self.place(source)}: `{unknown}` is no field of Clerk's {kind} known to "
-                    f"this version, and will be null unless Clerk sends it{nearest(unknown, known)}"
-                )
-            yield Column(name, expression, type_, index, self.place(at))
-
-    def type(self, node: yaml.Node) -> str:
-        text = self.text(node, "`type`")
-        if not _COLUMN_TYPE.fullmatch(text):
-            self.fault(node, f"no column type `{text}`{nearest(text, COLUMN_TYPES)}")
-        return text
-
-    def flag(self, node: yaml.Node) -> bool:
-        text = self.text(node, "the flag")
-        if text not in ("true", "false"):
-            self.fault(node, f"`{text}` must be true or false")
-        return text == "true"
-
-    def mark(self, node: yaml.Node) -> str | None:
-        """The column of `{mark: column}`, or None for `remove`."""
-        if isinstance(node, yaml.ScalarNode):
-            if node.value != "remove":
-                self.fault(node, "`on_delete` must be `remove` or `{mark: column}`")
-            return None
-        entries = self.entries(node, "`on_delete`", ("mark",))
-        return self.text(entries["mark"][1], "`mark`") if entries else None
-
-    def owned(self, node: yaml.Node) -> Iterator[Owned]:
-        if not isinstance(node, yaml.SequenceNode):
-            self.fault(node, "`owns` must be a list of `{table: …, column: …, references: …}`")
-            return
-        for item in node.value:
-            entries = self.entries(item, "`owns`", ("table", "column", "references"))
-            if len(entries) != 3:  # noqa: PLR2004 -- the three names just above
-                self.fault(item, "`owns` needs `table`, `column` and `references`")
-                continue
-            table, column, references = (
-                self.text(entries[part][1], f"`{part}`")
-                for part in ("table", "column", "references")
-            )
-            yield Owned(table, column, references, self.place(item))

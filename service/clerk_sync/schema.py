@@ -15,8 +15,9 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from clerk_sync import tables
-from clerk_sync.database import Unavailable
-from clerk_sync.mapping import Mapping, Place, TableMapping, nearest
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.mapping import Mapping, Place, TableMapping
+from clerk_sync.mapping_file import nearest
 from clerk_sync.statements import Compiler
 from clerk_sync.store import Store
 from clerk_sync.targets import Target

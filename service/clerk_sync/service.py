@@ -16,7 +16,8 @@ from aiohttp import web
 from clerk_sync import __version__, housekeeping, schema
 from clerk_sync.answers import Reason
 from clerk_sync.committer import Committer
-from clerk_sync.database import Connection, Unavailable, connect, engine_of
+from clerk_sync.database import Connection, connect, engine_of
+from clerk_sync.database_errors import Unavailable
 from clerk_sync.internal import InternalListener, Readiness
 from clerk_sync.metrics import Metrics
 from clerk_sync.settings import InvalidSettings, Secret, Settings

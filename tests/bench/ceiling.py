@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from clerk_sync import logs, mapping, service, settings
+from clerk_sync import logs, mapping_file, service, settings
 from clerk_sync.answers import Answer, Outcome
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class NothingToCommit(Committer):
     """Answers at once, without queue, transaction or row: the strictest ceiling there is."""
 
-    async def commit(self, change: Change) -> Answer:
+    async def commit(self, change: Change) -> Answer:  # noqa: ARG002
         return Answer(Outcome.APPLIED)
 
 
@@ -35,5 +35,5 @@ if __name__ == "__main__":
     found = settings.load()
     logs.configure(found.log_level, found.log_format)
     uvloop.run(
-        service.serve(found, mapping.load(found.config), committer_of=committer_of),
+        service.serve(found, mapping_file.load(found.config), committer_of=committer_of),
     )

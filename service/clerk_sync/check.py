@@ -1,0 +1,127 @@
+"""What `clerk-sync check` finds: settings, secrets, mapping, database, schema, Clerk's key."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+import aiohttp
+
+from clerk_sync import mapping_file, schema, signature
+from clerk_sync.database import engine_of
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.mapping import Mapping
+from clerk_sync.settings import InvalidSettings, Settings
+
+UNSIGNED: Final = (
+    "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
+    "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
+)
+_CLERK_SECONDS: Final = 10
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: whether it is well, what was looked at, and what was seen."""
+
+    verdict: Literal["ok", "warn", "FAIL"]
+    about: str
+    text: str
+
+    def __str__(self) -> str:
+        return f"{self.verdict:<4} {self.about:<9} {self.text}"
+
+
+def signing_faults(settings: Settings) -> list[str]:
+    """What is wrong with the signing secret."""
+    if settings.signing_secret is None:
+        return [UNSIGNED]
+    try:
+        signature.signers(settings.signing_secret.read())
+    except signature.InvalidSecret as error:
+        return [f"{settings.signing_secret.name}: {error}"]
+    except InvalidSettings as error:
+        return list(error.faults)
+    return []
+
+
+async def findings(settings: Settings) -> AsyncIterator[Finding]:
+    """Look at everything, one thing after the other."""
+    listen = f"listen on {settings.port} and {settings.internal_port}"
+    yield Finding("ok", "settings", listen)
+    for finding in _failed_or("secrets", signing_faults(settings), "the signing secret is one"):
+        yield finding
+    mapping = None
+    try:
+        mapping = mapping_file.load(settings.config)
+        yield Finding("ok", "mapping", f"{mapping.source}: {', '.join(mapping.tables)}")
+        for warning in mapping.warnings:
+            yield Finding("warn", "mapping", warning)
+    except mapping_file.InvalidMapping as error:
+        for fault in error.faults:
+            yield Finding("FAIL", "mapping", fault)
+    async for finding in _of_database(settings, mapping):
+        yield finding
+    for finding in await _of_clerk_key(settings):
+        yield finding
+
+
+def _failed_or(about: str, faults: Iterable[str], fine: str) -> Iterator[Finding]:
+    found = [Finding("FAIL", about, fault) for fault in faults]
+    yield from found or [Finding("ok", about, fine)]
+
+
+async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIterator[Finding]:
+    try:
+        target = settings.locate()
+    except InvalidSettings as error:
+        for fault in error.faults:
+            yield Finding("FAIL", "database", fault)
+        return
+    engine = engine_of(settings.locate, size=1)
+    try:
+        live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
+    except Unavailable as error:
+        yield Finding("FAIL", "database", f"{target.where}: {error}")
+        return
+    finally:
+        await engine.dispose()
+    tls = ", TLS verified" if target.tls else ", no TLS" if target.path is None else ""
+    yield Finding("ok", "database", f"{target.where}{tls}")
+    if mapping is None:
+        return
+    try:
+        schema.store_of(mapping, live)
+    except schema.SchemaFaults as error:
+        for fault in error.faults:
+            yield Finding("FAIL", "schema", fault)
+        return
+    yield Finding("ok", "schema", "as the mapping needs it")
+    for warning in schema.advice(mapping, live):
+        yield Finding("warn", "schema", warning)
+
+
+async def _of_clerk_key(settings: Settings) -> list[Finding]:
+    key = settings.clerk_key
+    if key is None:
+        return [Finding("ok", "clerk key", "not set; webhooks do not need it")]
+    faults: list[str] = []
+    try:
+        headers = {"Authorization": f"Bearer {key.read()}"}
+        timeout = aiohttp.ClientTimeout(total=_CLERK_SECONDS)
+        async with (
+            aiohttp.ClientSession(timeout=timeout) as session,
+            session.get(f"{settings.api_url}/users/count", headers=headers) as response,
+        ):
+            if response.status in (401, 403):
+                faults = [
+                    f"{key.name}: Clerk answers {response.status}: copy the secret key (sk_…) again"
+                ]
+            elif response.status != 200:  # noqa: PLR2004
+                faults = [f"CLERK_API_URL: Clerk answers {response.status}"]
+    except InvalidSettings as error:
+        faults = list(error.faults)
+    except (aiohttp.ClientError, TimeoutError, ValueError) as error:
+        faults = [f"CLERK_API_URL: not reachable: {type(error).__name__}"]
+    return list(_failed_or("clerk key", faults, "Clerk takes it"))

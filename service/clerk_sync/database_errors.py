@@ -1,0 +1,137 @@
+"""What the drivers' errors mean: try again, never again, or look at the schema."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+from collections.abc import Awaitable
+from typing import Final, TypeVar
+
+from asyncmy.errors import MySQLError
+
+from clerk_sync.answers import Reason
+
+_T = TypeVar("_T")
+
+
+class Unavailable(Exception):  # noqa: N818
+    """The database cannot take this now, and nothing was kept; the same again may work."""
+
+
+class Contention(Unavailable):
+    """Another transaction was in the way: retry at once."""
+
+
+class SchemaChanged(Unavailable):
+    """A table or column is not there (any more)."""
+
+
+class Refused(Exception):  # noqa: N818
+    """The database refuses this data and always will; `reason` is for the quarantine.
+
+    `reason` None marks an error that we do not know: it may be the data, and may be not.
+    """
+
+    def __init__(self, reason: Reason | None, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+# https://dev.mysql.com/doc/mysql-errors/9.4/en/server-error-reference.html
+_REFUSALS: Final[dict[int, Reason]] = {
+    1048: Reason.NOT_NULL,  # ER_BAD_NULL_ERROR
+    1364: Reason.NOT_NULL,  # ER_NO_DEFAULT_FOR_FIELD
+    1062: Reason.CONFLICT,  # ER_DUP_ENTRY
+    1586: Reason.CONFLICT,  # ER_DUP_ENTRY_WITH_KEY_NAME
+    1406: Reason.TOO_LONG,  # ER_DATA_TOO_LONG
+    1153: Reason.TOO_LONG,  # ER_NET_PACKET_TOO_LARGE
+    1264: Reason.OUT_OF_RANGE,  # ER_WARN_DATA_OUT_OF_RANGE
+    1690: Reason.OUT_OF_RANGE,  # ER_DATA_OUT_OF_RANGE
+    1441: Reason.OUT_OF_RANGE,  # ER_DATETIME_FUNCTION_OVERFLOW
+    1265: Reason.WRONG_TYPE,  # WARN_DATA_TRUNCATED
+    1292: Reason.WRONG_TYPE,  # ER_TRUNCATED_WRONG_VALUE
+    1366: Reason.WRONG_TYPE,  # ER_TRUNCATED_WRONG_VALUE_FOR_FIELD
+    1367: Reason.WRONG_TYPE,  # ER_ILLEGAL_VALUE_FOR_TYPE
+    1411: Reason.WRONG_TYPE,  # ER_WRONG_VALUE_FOR_TYPE
+    3140: Reason.WRONG_TYPE,  # ER_INVALID_JSON_TEXT
+    3988: Reason.WRONG_TYPE,  # ER_IMPOSSIBLE_STRING_CONVERSION
+    3854: Reason.WRONG_TYPE,  # ER_CANNOT_CONVERT_STRING, of a name to adopt by
+    1267: Reason.WRONG_TYPE,  # MariaDB's for the same: ER_CANT_AGGREGATE_2COLLATIONS
+    1451: Reason.REFUSED,  # ER_ROW_IS_REFERENCED_2
+    1452: Reason.REFUSED,  # ER_NO_REFERENCED_ROW_2
+    1217: Reason.REFUSED,  # ER_ROW_IS_REFERENCED
+    1216: Reason.REFUSED,  # ER_NO_REFERENCED_ROW
+    3819: Reason.REFUSED,  # ER_CHECK_CONSTRAINT_VIOLATED
+    4025: Reason.REFUSED,  # MariaDB's ER_CONSTRAINT_FAILED
+    1644: Reason.REFUSED,  # ER_SIGNAL_EXCEPTION, a trigger's own words
+}
+_CONTENTION: Final = frozenset({1205, 1213, 3101, 3572})
+_SCHEMA: Final = frozenset({1054, 1146, 1136, 1049})
+# Errors that say nothing about the data: access, capacity, shutdown, read-only, disk.
+_UNAVAILABLE: Final = frozenset(
+    {1021, 1040, 1041, 1044, 1045, 1053, 1077, 1094, 1129, 1130, 1142, 1143, 1152, 1159, 1160}
+    | {1161, 1184, 1203, 1226, 1227, 1290, 1317, 1836, 1927, 3024, 3159, 4031, 1969, 1114}
+)
+# Vitess reports most troubles as 1105 and tells them apart by text
+# (https://github.com/vitessio/vitess/issues/8000).
+_VITESS_TRANSIENT: Final = re.compile(
+    r"code = (Aborted|Unavailable|ResourceExhausted|FailedPrecondition|DeadlineExceeded)"
+    r"|exceeded timeout|wrong tablet type|transaction pool|connection limit exceeded"
+)
+
+
+async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
+    """Await the driver, with its errors in this module's words."""
+    try:
+        async with asyncio.timeout(seconds):
+            return await work
+    except MySQLError as error:
+        raise _mysql_error(error) from error
+    except sqlite3.Error as error:
+        raise _sqlite_error(error) from error
+    except (OverflowError, UnicodeEncodeError) as error:
+        raise Refused(Reason.OUT_OF_RANGE, "value does not fit the driver") from error
+    except TimeoutError as error:
+        raise Unavailable("the database did not answer in time") from error
+    except (OSError, EOFError, RuntimeError) as error:
+        raise Unavailable(f"no connection: {type(error).__name__}") from error
+
+
+def _mysql_error(error: MySQLError) -> Exception:
+    """By number. Only the number goes into the message: the text quotes people's data."""
+    number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
+    text = f"MySQL error {number}"
+    if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
+        return Unavailable(str(error.args[1]))
+    if number in _REFUSALS:
+        return Refused(_REFUSALS[number], text)
+    if number in _CONTENTION:
+        return Contention(text)
+    if number in _SCHEMA:
+        return SchemaChanged(text)
+    if number == 1105:  # noqa: PLR2004 -- ER_UNKNOWN_ERROR
+        transient = _VITESS_TRANSIENT.search(str(error))
+        return Contention(text) if transient else Refused(None, text)
+    if number < 1000 or 2000 <= number < 3000 or number in _UNAVAILABLE:  # noqa: PLR2004
+        return Unavailable(text)  # the client library's own numbers, and the list above
+    return Refused(None, text)
+
+
+def _sqlite_error(error: sqlite3.Error) -> Exception:
+    name = getattr(error, "sqlite_errorname", "")
+    text = f"SQLite error {name or type(error).__name__}"
+    if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+        return Contention(text)
+    if name == "SQLITE_CONSTRAINT_NOTNULL":
+        return Refused(Reason.NOT_NULL, text)
+    if name in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
+        return Refused(Reason.CONFLICT, text)
+    if name.startswith("SQLITE_CONSTRAINT"):
+        return Refused(Reason.REFUSED, text)
+    if name == "SQLITE_TOOBIG":
+        return Refused(Reason.TOO_LONG, text)
+    if name == "SQLITE_MISMATCH" or isinstance(error, sqlite3.InterfaceError):
+        return Refused(Reason.WRONG_TYPE, text)
+    # SQLITE_ERROR is a statement that does not compile: here, a table or column that went.
+    return SchemaChanged(text) if name == "SQLITE_ERROR" else Unavailable(text)
