@@ -383,7 +383,7 @@ def test_check_warns_of_a_field_that_clerk_does_not_have() -> None:
     ("receiver", "exit_code", "told"),
     [
         (200, 0, "ok   clerk key Clerk takes it"),
-        (401, 1, "FAIL clerk key CLERK_SECRET_KEY: Clerk answers 401: copy the secret key"),
+        (401, 1, "FAIL clerk key CLERK_SECRET_KEY: Clerk answers 401: copy the"),
         (500, 1, "FAIL clerk key CLERK_API_URL: Clerk answers 500"),
     ],
     indirect=["receiver"],

@@ -12,6 +12,7 @@ import pytest
 from clerk_sync import mapping_file, schema
 from clerk_sync.answers import Reason
 from clerk_sync.database_errors import Refused
+from clerk_sync.mapping import Change
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped
 
 if TYPE_CHECKING:
