@@ -645,7 +645,7 @@ async def test_sigterm_under_load_loses_nothing_and_hangs_nobody(
     database_url: str, tmp_path: Path
 ) -> None:
     await deliveries.migrate(database_url)
-    load = Load(deliveries.histories(400, 12))
+    load = Load(deliveries.histories(400, 8))
     async with deliveries.process(tmp_path, database_url) as (process, at):
         await at.until_ready()
         running = asyncio.create_task(load.run(at))

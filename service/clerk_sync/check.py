@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -46,10 +46,11 @@ def signing_faults(settings: Settings) -> list[str]:
     return []
 
 
-async def findings(settings: Settings) -> AsyncIterator[Finding]:
-    """Look at everything, one thing after the other."""
+async def findings(settings: Settings, faults: Sequence[str]) -> AsyncIterator[Finding]:
+    """Look at everything, one thing after the other; `faults` are the settings' own."""
     listen = f"listen on {settings.port} and {settings.internal_port}"
-    yield Finding("ok", "settings", listen)
+    for finding in _failed_or("settings", faults, listen):
+        yield finding
     for finding in _failed_or("secrets", signing_faults(settings), "the signing secret is one"):
         yield finding
     mapping = None

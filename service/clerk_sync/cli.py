@@ -21,7 +21,7 @@ import structlog
 
 from clerk_sync import __version__, housekeeping, logs, samples, schema, signature
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.check import Finding, findings, signing_faults
+from clerk_sync.check import findings, signing_faults
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import Mapping, change_of
@@ -81,11 +81,7 @@ def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
 
 def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
     """Settings and mapping, or the end: with every fault in them at once."""
-    faults: list[str] = []
-    try:
-        settings = load_settings()
-    except InvalidSettings as error:
-        _fail(*error.faults)
+    settings, faults = load_settings()
     try:
         settings.locate()
     except InvalidSettings as error:
@@ -188,14 +184,9 @@ def check() -> None:
     """
 
     async def work() -> int:
-        try:
-            settings = load_settings()
-        except InvalidSettings as error:
-            for fault in error.faults:
-                click.echo(Finding("FAIL", "settings", fault))
-            return 1
+        settings, faults = load_settings()
         failed = False
-        async for finding in findings(settings):
+        async for finding in findings(settings, faults):
             click.echo(finding)
             failed |= finding.verdict == "FAIL"
         return 1 if failed else 0
@@ -226,7 +217,7 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
             event = _event_from(file, event, clerk_id)
     except ValueError as error:
         _fail(str(error))
-    body = json.dumps(event, ensure_ascii=False).encode()
+    body = json.dumps(event).encode()
     svix_id = f"msg_{secrets.token_urlsafe(20)}"
     signer = _signers(settings)[0]
     sent_at = datetime.now(UTC)

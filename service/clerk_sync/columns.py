@@ -128,6 +128,8 @@ def _number(value: Any) -> float | int:
 
 
 def _time(value: Any) -> str:
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, bool) or not isinstance(value, int):
         raise Unfit(Reason.WRONG_TYPE)
     if not _EARLIEST_MS <= value <= _LATEST_MS:

@@ -10,14 +10,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 from pydantic_core import from_json
 
 from clerk_sync.answers import Reason
-
-if TYPE_CHECKING:
-    from clerk_sync.signature import Delivery
+from clerk_sync.signature import Delivery, Rejected
 
 # Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
 _SECONDS_BELOW: Final = 100_000_000_000
@@ -84,8 +82,11 @@ class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
         self.clerk_id = clerk_id
 
 
-def parse(delivery: Delivery) -> Event:
-    """Read Clerk's envelope. Raises Unusable."""
+def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
+    """Read Clerk's envelope. Raises Unusable, or Rejected for another instance's event.
+
+    An event that names no instance passes: Clerk's older ones do not.
+    """
     try:
         envelope = from_json(delivery.body, allow_inf_nan=False, cache_strings="keys")
     except ValueError:
@@ -95,11 +96,13 @@ def parse(delivery: Delivery) -> Event:
     type_ = envelope.get("type")
     if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
         raise Unusable(Reason.BAD_ENVELOPE)
-    instance_id = envelope.get("instance_id")
-    if not isinstance(instance_id, str):
-        instance_id = None
+    instance = envelope.get("instance_id")
+    if not isinstance(instance, str):
+        instance = None
+    if instance_id and instance not in (None, instance_id):
+        raise Rejected(Reason.INSTANCE)
     if type_ not in ACTIONS:
-        return Event(delivery.id, type_, instance_id, None, None, None, 0, 0, {})
+        return Event(delivery.id, type_, instance, None, None, None, 0, 0, {})
     kind, action = ACTIONS[type_]
     data = envelope.get("data")
     if not isinstance(data, dict):
@@ -119,7 +122,7 @@ def parse(delivery: Delivery) -> Event:
     return Event(
         delivery.id,
         type_,
-        instance_id,
+        instance,
         kind,
         action,
         clerk_id,

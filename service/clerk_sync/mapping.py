@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 from clerk_sync.answers import Reason
 from clerk_sync.events import ACTIONS, SECRET_TYPES, Action, Event, Unusable, parse
-from clerk_sync.signature import Rejected
 
 if TYPE_CHECKING:
     from collections import abc
@@ -143,13 +142,10 @@ def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) ->
 def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) -> Change:
     """What one delivery changes; one that is unusable becomes a Change for the quarantine.
 
-    Raises Rejected when it is another Clerk instance's than `instance_id`. An event that
-    names no instance passes: Clerk's older ones do not.
+    Raises Rejected when it is another Clerk instance's than `instance_id`.
     """
     try:
-        event = parse(delivery)
-        if instance_id and event.instance_id not in (None, instance_id):
-            raise Rejected(Reason.INSTANCE)
+        event = parse(delivery, instance_id=instance_id)
         payload = None if event.type in SECRET_TYPES else delivery.body
         return change_for(event, mapping, payload=payload)
     except Unusable as error:

@@ -18,7 +18,7 @@ from clerk_sync.mapping import Column, Mapping, Owned, Place, TableMapping
 
 PRESETS: Final = ("mirror", "orbytal")
 COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean", "time")
-_COLUMN_TYPE: Final = re.compile(r"string\(\d{1,5}\)|" + "|".join(COLUMN_TYPES[1:]))
+_COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
 class InvalidMapping(Exception):  # noqa: N818

@@ -157,9 +157,10 @@ class Settings(BaseSettings):
     # Svix's own retries end after 28 hours, replays by hand reach back 90 days.
     ledger_days: int = Field(default=100, ge=2, validation_alias="CLERK_SYNC_LEDGER_DAYS")
     quarantine_days: int = Field(default=30, ge=1, validation_alias="CLERK_SYNC_QUARANTINE_DAYS")
-    log_level: Literal["debug", "info", "warning", "error"] = Field(
-        default="info", validation_alias="LOG_LEVEL"
-    )
+    log_level: Annotated[
+        Literal["debug", "info", "warning", "error"],
+        BeforeValidator(lambda text: str(text).lower()),
+    ] = Field(default="info", validation_alias="LOG_LEVEL")
     log_format: Literal["json", "console"] | None = Field(
         default=None, validation_alias="LOG_FORMAT"
     )
@@ -220,17 +221,21 @@ class Settings(BaseSettings):
             raise InvalidSettings([f"DATABASE_*: {error}"]) from None
 
 
-def load() -> Settings:
-    """The settings of this environment. Raises InvalidSettings with every fault at once."""
+def load() -> tuple[Settings, list[str]]:
+    """The settings of this environment, and every fault in them.
+
+    Faulty ones have their defaults, so that whoever asks can go on to find what else is wrong.
+    """
     try:
-        return Settings()
+        return Settings(), []
     except ValidationError as error:
-        raise InvalidSettings(
-            [
-                f"{'.'.join(map(str, fault['loc']))}: {_told(str(fault['msg']))}"
-                for fault in error.errors()
-            ]
-        ) from None
+        faults = error.errors()
+    defaults = {
+        str(field.validation_alias): field.default for field in Settings.model_fields.values()
+    }
+    faulty = {str(fault["loc"][0]) for fault in faults}
+    settings = Settings(**{name: defaults[name] for name in faulty})
+    return settings, [f"{fault['loc'][0]}: {_told(str(fault['msg']))}" for fault in faults]
 
 
 def _told(message: str) -> str:

@@ -32,7 +32,7 @@ def committer_of(settings: Settings, metrics: Metrics) -> Committer:
 
 
 if __name__ == "__main__":
-    found = settings.load()
+    found, _ = settings.load()
     logs.configure(found.log_level, found.log_format)
     uvloop.run(
         service.serve(found, mapping_file.load(found.config), committer_of=committer_of),
