@@ -121,11 +121,13 @@ async def test_full_queue_is_answered_at_once(people: tuple[Database, Store]) ->
     assert answers == ["applied"] * 5 + ["unavailable: queue_full"] * 3
 
 
-async def test_unknown_schema_is_answered_at_once(people: tuple[Database, Store]) -> None:
+async def test_a_schema_not_looked_at_yet_is_answered_at_once(
+    people: tuple[Database, Store],
+) -> None:
     database, _ = people
     async with Committing(database, None) as committing:
         answers = await committing.commit(Clerk(PEOPLE).user("user_1"))
-    assert answers == ["unavailable: schema"]
+    assert answers == ["unavailable: database"]
 
 
 async def test_waiter_that_was_cancelled_is_dropped(people: tuple[Database, Store]) -> None:

@@ -7,6 +7,7 @@ failing its whole batch, and gives SQLite, which checks nothing, the same answer
 from __future__ import annotations
 
 import json
+import math
 import sys
 from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
@@ -88,6 +89,8 @@ def _text(length: int | None, octets: int | None) -> Fit:
             value = "true" if value else "false"
         elif isinstance(value, dict | list):
             value = _json(value)
+        elif isinstance(value, float) and not math.isfinite(value):
+            raise Unfit(Reason.OUT_OF_RANGE)
         elif isinstance(value, int | float):
             try:
                 value = str(value)

@@ -30,6 +30,8 @@ log = structlog.get_logger()
 
 # A batch is two packets to the server, whose limit may be MariaDB's 16 MiB.
 BATCH_CHARACTERS: Final = 2_000_000
+# Svix sends up to 1 MiB: by count alone, a full queue could take a pod's whole memory.
+QUEUE_CHARACTERS: Final = 32_000_000
 CONTENTION_ATTEMPTS: Final = 8
 CONTENTION_SECONDS: Final = 5.0
 # How long a database that was just found away is taken to be away without asking again.
@@ -66,6 +68,8 @@ class Committer:
         queue_limit: int,
     ) -> None:
         self.store: Store | None = None
+        # What to answer while there is none.
+        self.storeless = Reason.DATABASE
         # Set when the schema or the database turns out not to be there, for who looks after them.
         self.trouble = asyncio.Event()
         self._connect = connect
@@ -74,9 +78,13 @@ class Committer:
         self._batch_limit = batch_limit
         self._queue: asyncio.Queue[_Entry | None] = asyncio.Queue()
         self._queue_limit = queue_limit
+        self._closed = False
+        self._characters = 0
         self._away_until = 0.0
+        self._sessions = 0
         self._tasks: list[asyncio.Task[None]] = []
         metrics.queue_depth.set_function(self._queue.qsize)
+        metrics.writer_connections.set_function(lambda: self._sessions)
 
     def start(self) -> None:
         """Start the writers."""
@@ -84,6 +92,7 @@ class Committer:
 
     async def close(self) -> None:
         """Commit what waits, then stop the writers and close their connections."""
+        self._closed = True
         for _ in self._tasks:
             self._queue.put_nowait(None)
         await asyncio.gather(*self._tasks)
@@ -94,15 +103,29 @@ class Committer:
         When the caller is cancelled, a change that still waits is dropped; one that is being
         written may be committed all the same, and is then known when it is sent again.
         """
+        if self._closed:
+            return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if self.store is None:
-            return Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
+            return Answer(Outcome.UNAVAILABLE, self.storeless)
         if time.monotonic() < self._away_until:
             return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
-        if self._queue.qsize() >= self._queue_limit:
+        characters = len(change.payload or "")
+        if (
+            self._queue.qsize() >= self._queue_limit
+            or self._characters + characters > QUEUE_CHARACTERS
+        ):
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self._characters += characters
         self._queue.put_nowait(_Entry(change, answer))
-        return await answer
+        try:
+            return await answer
+        finally:
+            self._characters -= characters
+
+    def back(self) -> None:
+        """The database answers again: try it at once."""
+        self._away_until = 0.0
 
     async def _take(self) -> list[_Entry] | None:
         """All that waits, up to the limits; None when it is time to stop."""
@@ -141,7 +164,7 @@ class Committer:
             session = await self._session(old)
             await self._commit(session.connection, batch)
         except SchemaChanged as error:
-            self.store = None
+            self.store, self.storeless = None, Reason.SCHEMA
             self.trouble.set()
             log.error("schema_changed", error=str(error))
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
@@ -153,7 +176,7 @@ class Committer:
                 return await self._settle(None, waiting)
             log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
             self.trouble.set()
-            if session is None:
+            if session is None and not self._sessions:
                 self._away_until = time.monotonic() + AWAY_SECONDS
                 batch += self._waiting()
         except Exception:
@@ -173,12 +196,12 @@ class Committer:
                 return session
             self._drop(session)
         session = _Session(await self._connect(), time.monotonic())
-        self._metrics.writer_connections.inc()
+        self._sessions += 1
         return session
 
     def _drop(self, session: _Session) -> None:
         session.connection.close()
-        self._metrics.writer_connections.dec()
+        self._sessions -= 1
 
     def _waiting(self) -> list[_Entry]:
         """Take everything out of the queue but the signs to stop."""
@@ -188,24 +211,34 @@ class Committer:
         return [entry for entry in entries if entry is not None]
 
     async def _commit(self, connection: Connection, batch: list[_Entry]) -> None:
-        """Commit and answer the batch, without the events in it that the database refuses."""
+        """Commit and answer the batch, halving it until what fails stands alone."""
         changes = [entry.change for entry in batch]
         try:
             answers = await self._applied(connection, changes)
-        except Refused as error:
+        except Unavailable:
+            raise
+        except Exception as error:  # noqa: BLE001 -- one event's defect is not its neighbours'
             await connection.rollback()
             if len(batch) > 1:
                 middle = len(batch) // 2
                 await self._commit(connection, batch[:middle])
                 await self._commit(connection, batch[middle:])
                 return
-            log.warning("refused", svix_id=changes[0].delivery_id, error=str(error))
-            if error.reason is None:
-                answers = [Answer(Outcome.UNAVAILABLE, Reason.DATABASE)]
-            else:
-                answers = await self._applied(connection, [quarantined(changes[0], error.reason)])
+            answers = await self._failed(connection, changes[0], error)
         for entry, answer in zip(batch, answers, strict=True):
             _resolve(entry, answer)
+
+    async def _failed(
+        self, connection: Connection, change: Change, error: Exception
+    ) -> list[Answer]:
+        """The answer to a change that failed all alone."""
+        if not isinstance(error, Refused):
+            log.error("defect", svix_id=change.delivery_id, exc_info=error)
+            return [Answer(Outcome.ERROR, Reason.INTERNAL)]
+        log.warning("refused", svix_id=change.delivery_id, error=str(error))
+        if error.reason is None:
+            return [Answer(Outcome.UNAVAILABLE, Reason.DATABASE)]
+        return await self._applied(connection, [quarantined(change, error.reason)])
 
     async def _applied(self, connection: Connection, changes: list[Change]) -> list[Answer]:
         """Apply the changes as one transaction, again while others are in its way."""
@@ -227,7 +260,7 @@ class Committer:
 
     async def _apply(self, connection: Connection, changes: list[Change]) -> list[Answer]:
         if self.store is None:
-            return [Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)] * len(changes)
+            return [Answer(Outcome.UNAVAILABLE, self.storeless)] * len(changes)
         started = time.perf_counter()
         now_ms = time.time_ns() // 1_000_000
         answers = await self.store.apply(connection, changes, now_ms=now_ms)

@@ -63,6 +63,8 @@ _REFUSALS: Final[dict[int, Reason]] = {
     1217: Reason.REFUSED,  # ER_ROW_IS_REFERENCED
     1216: Reason.REFUSED,  # ER_NO_REFERENCED_ROW
     3819: Reason.REFUSED,  # ER_CHECK_CONSTRAINT_VIOLATED
+    3105: Reason.REFUSED,  # ER_NON_DEFAULT_VALUE_FOR_GENERATED_COLUMN
+    1906: Reason.REFUSED,  # MariaDB's ER_WARNING_NON_DEFAULT_VALUE_FOR_GENERATED_COLUMN
     4025: Reason.REFUSED,  # MariaDB's ER_CONSTRAINT_FAILED
     1644: Reason.REFUSED,  # ER_SIGNAL_EXCEPTION, a trigger's own words
 }
@@ -115,6 +117,9 @@ def _mysql_error(error: MySQLError) -> Exception:
         return Contention(text) if transient else Refused(None, text)
     if number < 1000 or 2000 <= number < 3000 or number in _UNAVAILABLE:  # noqa: PLR2004
         return Unavailable(text)  # the client library's own numbers, and the list above
+    # Data exception, integrity constraint, and what a trigger of the app's signals.
+    if str(error.sqlstate)[:2] in ("22", "23", "45"):
+        return Refused(Reason.REFUSED, text)
     return Refused(None, text)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import io
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
@@ -91,9 +91,16 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
                 f"{table.places['adopt']}: no index of `{there.name}` begins with {names}: "
                 "every new user scans the table"
             )
+        written = {table.key, table.mark, *(column.name for column in table.columns)}
+        for other in there.columns:
+            if not other.nullable and other.name not in written and not _filled(other):
+                yield (
+                    f"{table.at}: `{other.name}` of `{there.name}` may not be null, has no "
+                    "default and is not mapped: every new row is refused"
+                )
         for owned in table.owns:
-            other = live.tables.get(owned.table)
-            if other is not None and not _indexed(other, {owned.column}):
+            theirs = live.tables.get(owned.table)
+            if theirs is not None and not _indexed(theirs, {owned.column}):
                 yield (
                     f"{owned.at}: no index of `{owned.table}` begins with {owned.column}: "
                     "every delete scans the table"
@@ -108,6 +115,12 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
                     f"{column.at}: `{column.name}` of `{there.name}` holds {length} characters, "
                     f"not {wanted}: ALTER TABLE {there.name} MODIFY {column.name} VARCHAR({wanted})"
                 )
+
+
+def _filled(column: sa.Column[Any]) -> bool:
+    """Whether the database fills the column by itself."""
+    automatic = column.primary_key and isinstance(column.type, sa.Integer)
+    return column.server_default is not None or column.computed is not None or automatic
 
 
 def _indexed(table: sa.Table, columns: set[str]) -> bool:

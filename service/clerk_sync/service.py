@@ -121,7 +121,7 @@ class Watch:
                 else:
                     await housekeeping.ping(self._engine)
         except schema.SchemaFaults as error:
-            self._committer.store = None
+            self._committer.store, self._committer.storeless = None, Reason.SCHEMA
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
         except (Unavailable, InvalidSettings) as error:
             return Readiness(ready=False, reason=Reason.DATABASE, detail=str(error))
@@ -137,6 +137,7 @@ class Watch:
     def _say(self, readiness: Readiness) -> None:
         if readiness != self.readiness:
             if readiness.ready:
+                self._committer.back()
                 log.info("ready")
             else:
                 for line in readiness.detail.splitlines():

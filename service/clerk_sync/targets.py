@@ -149,7 +149,8 @@ def _has_other_unique_keys(table: sa.Table, key: str) -> bool:
         if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
     ]
     numbered = {column.name for column in table.columns if column.autoincrement is True}
-    return any(names not in ({key}, numbered) for names in unique)
+    # An index over an expression names no column.
+    return any(not names or names not in ({key}, numbered) for names in unique)
 
 
 def _owned_statements(

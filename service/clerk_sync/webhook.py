@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -34,6 +35,7 @@ BODY_LIMIT: Final = 2 * 1024 * 1024
 UNVERIFIED_LIMIT: Final = 64 * 1024 * 1024
 # Less than this of a body is always read: strangers' large ones keep no event of Clerk's out.
 ALWAYS_READ: Final = 64 * 1024
+CONNECTION_LIMIT: Final = 1000
 KEEPALIVE_SECONDS: Final = 75.0
 LINGER_SECONDS: Final = 2.0
 _SPELLINGS: Final = tuple(
@@ -48,6 +50,15 @@ class _Seen:
 
     delivery: Delivery | None = None
     change: Change | None = None
+
+
+class _CappedServer(web.Server):
+    """A server that hangs up on whoever comes when too many are there: idle ones cost memory."""
+
+    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
+        super().connection_made(handler, transport)
+        if len(self.connections) > CONNECTION_LIMIT:
+            transport.abort()
 
 
 class WebhookListener:
@@ -76,7 +87,7 @@ class WebhookListener:
 
     def server(self) -> web.Server:
         """The plain server of aiohttp: there is nothing to route, and every answer is ours."""
-        return web.Server(
+        return _CappedServer(
             self.receive,
             access_log=None,
             # The signature is over the bytes as sent: nothing may unpack them.
@@ -159,16 +170,18 @@ class WebhookListener:
     def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
         change = seen.change
         self._metrics.answered(answer, change.type if change else None, seconds, time.time())
-        log.info(
-            "delivery",
-            svix_id=seen.delivery.id if seen.delivery else None,
-            type=change.type if change else None,
-            clerk_id=change.clerk_id if change else None,
-            outcome=answer.outcome.value,
-            reason=answer.reason.value if answer.reason else None,
-            status=answer.status,
-            ms=round(seconds * 1000, 1),
-        )
+        # With nobody left to read the log, Clerk still gets its answer.
+        with contextlib.suppress(OSError, ValueError):
+            log.info(
+                "delivery",
+                svix_id=seen.delivery.id if seen.delivery else None,
+                type=change.type if change else None,
+                clerk_id=change.clerk_id if change else None,
+                outcome=answer.outcome.value,
+                reason=answer.reason.value if answer.reason else None,
+                status=answer.status,
+                ms=round(seconds * 1000, 1),
+            )
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
