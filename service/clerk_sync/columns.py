@@ -85,40 +85,50 @@ def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
 
 def _text(length: int | None, octets: int | None) -> Fit:
     def fit(value: Any) -> str:
-        if isinstance(value, bool):
-            value = "true" if value else "false"
-        elif isinstance(value, dict | list):
-            value = _json(value)
-        elif isinstance(value, float) and not math.isfinite(value):
-            raise Unfit(Reason.OUT_OF_RANGE)
-        elif isinstance(value, int | float):
-            try:
-                value = str(value)
-            except ValueError:  # Python writes no integer of more than 4300 digits
-                raise Unfit(Reason.TOO_LONG) from None
-        elif not isinstance(value, str):
-            raise Unfit(Reason.WRONG_TYPE)
-        if length is not None and len(value) > length:
+        text = value if type(value) is str else _written(value)
+        if length is not None and len(text) > length:
             raise Unfit(Reason.TOO_LONG)
-        if octets is not None and len(value.encode(errors="surrogatepass")) > octets:
+        if octets is not None and len(text.encode(errors="surrogatepass")) > octets:
             raise Unfit(Reason.TOO_LONG)
-        text: str = value
         return text
 
     return fit
 
 
+def _written(value: object) -> str:
+    """What is no text, as text."""
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, dict | list):
+        return _json(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Unfit(Reason.OUT_OF_RANGE)
+    if isinstance(value, int | float | str):
+        try:
+            return str(value)
+        except ValueError:  # Python writes no integer of more than 4300 digits
+            raise Unfit(Reason.TOO_LONG) from None
+    raise Unfit(Reason.WRONG_TYPE)
+
+
 def _integer(least: int, most: int) -> Fit:
     def fit(value: Any) -> int:
-        if isinstance(value, float) and value.is_integer():
-            value = int(value)
-        if not isinstance(value, int):
-            raise Unfit(Reason.WRONG_TYPE)
+        if type(value) is not int:
+            value = _whole(value)
         if not least <= value <= most:
             raise Unfit(Reason.OUT_OF_RANGE)
-        return int(value)
+        number: int = value
+        return number
 
     return fit
+
+
+def _whole(value: object) -> int:
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if not isinstance(value, int):
+        raise Unfit(Reason.WRONG_TYPE)
+    return int(value)
 
 
 def _number(value: Any) -> float | int:
@@ -131,10 +141,8 @@ def _number(value: Any) -> float | int:
 
 
 def _time(value: Any) -> str:
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise Unfit(Reason.WRONG_TYPE)
+    if type(value) is not int:
+        value = _whole(None if isinstance(value, bool) else value)
     if not _EARLIEST_MS <= value <= _LATEST_MS:
         raise Unfit(Reason.OUT_OF_RANGE)
     return time_text(value)

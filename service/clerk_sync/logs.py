@@ -6,6 +6,7 @@ import json
 import logging
 import sys
 import traceback
+from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 import structlog
@@ -21,19 +22,13 @@ def configure(level: str, format_: str | None) -> None:
     the one quotes rows, the other lets any stranger fill the log with broken requests.
     """
     as_json = (format_ or ("console" if sys.stdout.isatty() else "json")) == "json"
-    shared: list[Any] = [
-        structlog.processors.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
-        _traceback,
-    ]
+    processors: list[Any] = [_stamped, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
     if as_json:
         # An encoder made once: json.dumps makes one per line when it is given a `default`.
         encode = json.JSONEncoder(default=str).encode
-        shared.append(structlog.processors.JSONRenderer(lambda event, **_: encode(event)))
-    else:
-        shared.append(structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty()))
+        processors[-1] = lambda _, __, event: encode(event)
     structlog.configure(
-        processors=shared,
+        processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
         logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
         cache_logger_on_first_use=True,
@@ -44,8 +39,12 @@ def configure(level: str, format_: str | None) -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def _traceback(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """An exception as its type and frames. Messages and local variables hold people's data."""
+def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Add level and time; an exception as its type and frames.
+
+    Messages and local variables of exceptions hold people's data, and are left out. One
+    processor instead of three: there is a line for every delivery.
+    """
     error = event.pop("exc_info", None)
     if error is True:
         error = sys.exc_info()
@@ -54,6 +53,8 @@ def _traceback(_: Any, __: str, event: MutableMapping[str, Any]) -> MutableMappi
     if isinstance(error, BaseException):
         event["error_type"] = type(error).__name__
         event["traceback"] = "".join(traceback.format_tb(error.__traceback__))
+    event["level"] = "error" if level == "exception" else level
+    event["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
     return event
 
 
