@@ -291,14 +291,16 @@ def test_a_port_that_is_taken_is_told() -> None:
 def test_check_fails_before_migrate_and_passes_after() -> None:
     before = run("check")
     assert before.exit_code == 1
-    assert "FAIL schema    table clerk_sync_events is missing: run `clerk-sync migrate`" in (
+    assert "FAIL database  sqlite clerk-sync.db: there is no such file yet: run `clerk-sync" in (
         before.stdout
     )
+    assert not Path("clerk-sync.db").exists()
     assert run("migrate").exit_code == 0
     after = run("check")
     assert after.exit_code == 0, after.output
     assert "FAIL" not in after.stdout
     assert [line[5:14].strip() for line in after.stdout.splitlines()] == [
+        "settings",
         "settings",
         "secrets",
         "mapping",
@@ -644,8 +646,8 @@ def test_quarantine_list_says_what_is_there_and_why() -> None:
     result = run("quarantine", "list", CLERK_WEBHOOK_SIGNING_SECRET=None)
     assert result.exit_code == 0
     first, second = sorted(result.stdout.splitlines(), key=lambda line: line[-5:])
-    assert re.fullmatch(r"\S+ \S+  too_long +user\.created +user_1  msg_1", first)
-    assert re.fullmatch(r"\S+ \S+  not_null +user\.created +user_2  msg_2", second)
+    assert re.fullmatch(r"\S+ \S+  too_long +column username +user\.created +user_1  msg_1", first)
+    assert re.fullmatch(r"\S+ \S+  not_null +column \w+ +user\.created +user_2  msg_2", second)
     assert "adalovelace" not in result.stdout
 
 

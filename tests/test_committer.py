@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -12,6 +13,7 @@ import pytest
 
 from clerk_sync import schema
 from clerk_sync.address import InvalidDatabase, target_of
+from clerk_sync.answers import Reason
 from clerk_sync.committer import AWAY_SECONDS
 from clerk_sync.database import CONNECT_SECONDS, Connection, Statement, connect
 from clerk_sync.database_errors import Refused, Unavailable
@@ -186,7 +188,7 @@ async def test_changed_schema_is_retried_and_never_quarantined(
             async with asyncio.timeout(10):
                 answers = await committing.commit(*changes)
                 assert answers == ["unavailable: schema"] * 2
-                assert committing.committer.store is None
+                assert committing.committer.doubtful
                 assert committing.committer.trouble.is_set()
                 assert await committing.commit(changes[0]) == ["unavailable: schema"]
         finally:
@@ -312,24 +314,43 @@ async def test_deadlocked_batch_is_retried_whole(mysql_server: Managed) -> None:
         assert await database.quarantined() == {}
 
 
-async def test_lock_that_is_held_too_long_is_waited_for_again(mysql_server: Managed) -> None:
+async def test_a_locked_row_holds_up_no_neighbour(mysql_server: Managed) -> None:
     clerk = Clerk(PEOPLE)
     async with (
         on(mysql_server) as (database, store),
         Committing(database, store, seconds=2.5) as committing,
         database.engine.connect() as other,
     ):
-        await committing.commit(clerk.user("user_1"))
-        await other.exec_driver_sql("SELECT * FROM clerk_sync_entities FOR UPDATE")
-        batch = asyncio.create_task(committing.commit(clerk.user("user_1", 2, username="new")))
-
-        async def retried() -> bool:
-            return committing.counted("clerk_sync_contention_retries_total") >= 1
-
-        await until(retried)
+        await committing.commit(clerk.user("user_5"))
+        await other.exec_driver_sql(
+            "SELECT * FROM clerk_sync_entities WHERE clerk_id = 'user_5' FOR UPDATE"
+        )
+        changes = [clerk.user(f"user_{n}", 2, username=f"new{n}") for n in range(10)]
+        async with asyncio.timeout(5):
+            answers = await committing.commit(*changes)
+        assert answers == ["unavailable: database" if n == 5 else "applied" for n in range(10)]
         await other.rollback()
-        assert await batch == ["applied"]
-        assert await database.value("SELECT username FROM people") == "new"
+        assert await committing.commit(changes[5]) == ["applied"]
+        name = "SELECT username FROM people WHERE clerk_id = 'user_5'"
+        assert await database.value(name) == "new5"
+
+
+async def test_an_event_larger_than_the_server_takes_stands_alone(mysql_server: Managed) -> None:
+    clerk = Clerk(PEOPLE)
+    mysql_server.execute("SET GLOBAL max_allowed_packet = 1048576")
+    try:
+        async with (
+            on(mysql_server) as (database, store),
+            Committing(database, store) as committing,
+        ):
+            payload = "'" * 900_000  # which escaping doubles
+            big = replace(clerk.user("user_9"), reason=Reason.REFUSED, payload=payload)
+            big = replace(big, action=None, row=None)
+            answers = await committing.commit(clerk.user("user_1"), big, clerk.user("user_2"))
+            assert answers == ["applied", "quarantined: too_long", "applied"]
+            assert await database.value("SELECT payload FROM clerk_sync_quarantine") is None
+    finally:
+        mysql_server.execute("SET GLOBAL max_allowed_packet = 67108864")
 
 
 async def test_connection_lost_between_decision_and_write_keeps_nothing(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Final, Literal
 
 import aiohttp
@@ -46,11 +47,18 @@ def signing_faults(settings: Settings) -> list[str]:
     return []
 
 
-async def findings(settings: Settings, faults: Sequence[str]) -> AsyncIterator[Finding]:
-    """Look at everything, one thing after the other; `faults` are the settings' own."""
+async def findings(
+    settings: Settings, faults: Sequence[str], doubts: Sequence[str]
+) -> AsyncIterator[Finding]:
+    """Look at everything, one thing after the other.
+
+    `faults` are those of the settings, `doubts` what may be meant otherwise.
+    """
     listen = f"listen on {settings.port} and {settings.internal_port}"
     for finding in _failed_or("settings", faults, listen):
         yield finding
+    for doubt in doubts:
+        yield Finding("warn", "settings", doubt)
     for finding in _failed_or("secrets", signing_faults(settings), "the signing secret is one"):
         yield finding
     mapping = None
@@ -79,6 +87,10 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
     except InvalidSettings as error:
         for fault in error.faults:
             yield Finding("FAIL", "database", fault)
+        return
+    if target.path is not None and not Path(target.path).exists():  # noqa: ASYNC240 -- once
+        missing = f"{target.where}: there is no such file yet: {schema.RUN_MIGRATE}"
+        yield Finding("FAIL", "database", missing)
         return
     engine = engine_of(settings.locate, size=1)
     try:

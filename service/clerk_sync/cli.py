@@ -7,6 +7,7 @@ import base64
 import dataclasses
 import itertools
 import json
+import os
 import secrets
 import sys
 import time
@@ -32,10 +33,15 @@ from clerk_sync.settings import load as load_settings
 from clerk_sync.signature import Delivery
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator, Sequence
+    from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
     from svix.webhooks import Webhook
+
+
+# Deliveries applied at once by a command: each may be a MiB.
+AT_ONCE = 16
+Group = list[tuple[str, "Delivery | Answer"]]
 
 
 def main() -> None:
@@ -54,6 +60,7 @@ def cli() -> None:
     Settings come from the environment: DATABASE_URL, CLERK_WEBHOOK_SIGNING_SECRET and others;
     `clerk-sync check` says what is wrong with them.
     """
+    logs.hush()
 
 
 def _fail(*faults: str) -> NoReturn:
@@ -127,14 +134,17 @@ def serve() -> None:
     from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
 
     logs.configure(settings.log_level, settings.log_format)
-    for warning in mapping.warnings:
-        structlog.get_logger().warning("mapping", detail=warning)
+    for warning in (*settings.doubts(os.environ), *mapping.warnings):
+        structlog.get_logger().warning("doubt", detail=warning)
 
     async def work() -> int:
         try:
             await service.serve(settings, mapping)
         except OSError as error:
-            _fail(f"cannot listen: {error.strerror or error}")
+            _fail(
+                f"cannot listen: {error.strerror or error}: "
+                "CLERK_SYNC_PORT and CLERK_SYNC_INTERNAL_PORT name other ports"
+            )
         return 0
 
     _run(work())
@@ -150,25 +160,29 @@ def migrate(*, print_: bool) -> None:
     """
     settings, mapping = _settled(signing=False, mapped=True)
     assert mapping is not None
+    for warning in mapping.warnings:
+        click.echo(f"warning: {warning}", err=True)
 
     async def work() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
             if print_:
                 sql = await schema.migration_sql(engine, mapping)
-                click.echo(
-                    sql or "-- Nothing to do: the schema is what clerk-sync needs.", nl=False
-                )
-                return 0
-            for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
-                click.echo(line)
+                if sql:
+                    click.echo(sql, nl=False)
+                    return 0
+            else:
+                for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
+                    click.echo(line)
             live = await schema.reflected(engine, mapping)
             try:
                 schema.store_of(mapping, live)
             except schema.SchemaFaults as error:
                 _fail(*error.faults)
             for warning in schema.advice(mapping, live):
-                click.echo(f"advice: {warning}")
+                click.echo(f"advice: {warning}", err=True)
+            if print_:
+                click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
             return 0
         finally:
             await engine.dispose()
@@ -186,7 +200,7 @@ def check() -> None:
     async def work() -> int:
         settings, faults = load_settings()
         failed = False
-        async for finding in findings(settings, faults):
+        async for finding in findings(settings, faults, settings.doubts(os.environ)):
             click.echo(finding)
             failed |= finding.verdict == "FAIL"
         return 1 if failed else 0
@@ -207,7 +221,7 @@ def check() -> None:
 def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None) -> None:
     """Post a signed, realistic event of this TYPE, such as user.created.
 
-    Exit code 0 if it was answered 2xx.
+    Exit code 0 if it was answered 2xx, and not put into quarantine.
     """
     settings, _ = _settled(signing=True, mapped=False)
     now_ms = time.time_ns() // 1_000_000
@@ -241,6 +255,9 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
         data = event.get("data")
         named = data.get("id") if isinstance(data, dict) else None
         click.echo(f"{event.get('type')} {named or ''} as {svix_id}: {response.status} {text}")
+        if '"quarantined"' in text:
+            click.echo("`clerk-sync quarantine list` says what it failed on", err=True)
+            return 1
         return 0 if response.ok else 1
 
     _run(work())
@@ -278,7 +295,12 @@ def replay(file: Any) -> None:
             if line.strip():
                 yield f"line {number}", _recorded(line, keys)
 
-    _run(_applied(settings, mapping, deliveries()))
+    async def groups() -> AsyncIterator[Group]:
+        lines = deliveries()
+        while some := list(itertools.islice(lines, AT_ONCE)):
+            yield some
+
+    _run(_applied(settings, mapping, groups()))
 
 
 def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
@@ -297,9 +319,9 @@ def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
 async def _applied(
     settings: Settings,
     mapping: Mapping,
-    deliveries: Iterator[tuple[str, Delivery | Answer]],
+    groups: AsyncIterator[Group],
 ) -> int:
-    """Apply deliveries as the service would, many at a time; 1 if any was not taken."""
+    """Apply deliveries as the service would, group by group; 1 if any was not taken."""
     from clerk_sync import service  # noqa: PLC0415
 
     logs.configure(settings.log_level, settings.log_format)
@@ -322,8 +344,8 @@ async def _applied(
 
     try:
         async with service.committing(settings, mapping) as committer:
-            while some := list(itertools.islice(deliveries, settings.batch_limit)):
-                await asyncio.gather(*(told(name, delivery) for name, delivery in some))
+            async for group in groups:
+                await asyncio.gather(*(told(name, delivery) for name, delivery in group))
     except schema.SchemaFaults as error:
         _fail(*error.faults)
     click.echo(
@@ -343,6 +365,8 @@ def _engine_work(work: Callable[[AsyncEngine], Coroutine[Any, Any, int]]) -> NoR
     async def around() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
+            if faults := await schema.own_faults(engine):
+                _fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
             return await work(engine)
         finally:
             await engine.dispose()
@@ -356,14 +380,15 @@ def quarantine_list(*, as_json: bool) -> None:
     """Show what is in quarantine, oldest first, and why."""
 
     async def work(engine: AsyncEngine) -> int:
-        kept = await housekeeping.quarantined(engine)
+        kept = await housekeeping.quarantined(engine, payloads=as_json)
         for one in kept:
             if as_json:
                 click.echo(json.dumps(dataclasses.asdict(one), default=str, ensure_ascii=False))
             else:
                 at = one.quarantined_at.isoformat(sep=" ", timespec="seconds")
                 click.echo(
-                    f"{at}  {one.reason:<14} {one.type:<30} {one.clerk_id or '-'}  {one.svix_id}"
+                    f"{at}  {one.reason:<14} {one.detail or '-':<20} "
+                    f"{one.type:<30} {one.clerk_id or '-'}  {one.svix_id}"
                 )
         if not kept and not as_json:
             click.echo("the quarantine is empty")
@@ -388,30 +413,33 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
     async def work() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
-            kept = await housekeeping.quarantined(engine, svix_ids)
+            kept = await housekeeping.quarantined(engine, svix_ids, payloads=False)
             missing = set(svix_ids) - {one.svix_id for one in kept}
             for svix_id in sorted(missing):
                 click.echo(f"{svix_id}: is not in quarantine")
-            deliveries = (
-                (
-                    one.svix_id,
-                    Delivery(one.svix_id, int(one.quarantined_at.timestamp()), one.payload)
-                    if one.payload is not None
-                    else Answer(Outcome.QUARANTINED, Reason(one.reason)),
-                )
-                for one in kept
-            )
-            failed = await _applied(settings, mapping, deliveries)
-            left = (
-                await housekeeping.quarantined(engine, [one.svix_id for one in kept])
-                if kept
-                else []
-            )
+            ids = [one.svix_id for one in kept]
+            failed = await _applied(settings, mapping, _kept(engine, ids))
+            left = ids and await housekeeping.quarantined(engine, ids, payloads=False)
             return 1 if failed or missing or left else 0
         finally:
             await engine.dispose()
 
     _run(work())
+
+
+async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]:
+    """The deliveries in quarantine; those whose payload was never kept stay as they are."""
+    for start in range(0, len(ids), AT_ONCE):
+        some = await housekeeping.quarantined(engine, ids[start : start + AT_ONCE])
+        yield [
+            (
+                one.svix_id,
+                Delivery(one.svix_id, int(one.quarantined_at.timestamp()), one.payload)
+                if one.payload is not None
+                else Answer(Outcome.QUARANTINED, Reason(one.reason)),
+            )
+            for one in some
+        ]
 
 
 @quarantine.command("drop", epilog="\b\nExample:\n  clerk-sync quarantine drop msg_2x…")

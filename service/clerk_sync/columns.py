@@ -40,11 +40,12 @@ _INTEGER_BITS: Final[tuple[tuple[type, int], ...]] = (
 
 
 class Unfit(Exception):  # noqa: N818
-    """The column cannot hold this value."""
+    """The column cannot hold this value; `column` once it is known which."""
 
-    def __init__(self, reason: Reason) -> None:
+    def __init__(self, reason: Reason, column: str | None = None) -> None:
         super().__init__(reason.value)
         self.reason = reason
+        self.column = column
 
 
 def time_text(milliseconds: int) -> str:
@@ -161,4 +162,6 @@ def _scalar(value: Any) -> Any:
         return _json(value)
     if not isinstance(value, str | int | float):
         raise Unfit(Reason.WRONG_TYPE)
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Unfit(Reason.OUT_OF_RANGE)
     return value

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 import stamina
@@ -18,7 +18,7 @@ import structlog
 
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.database import Connection
-from clerk_sync.database_errors import Contention, Refused, SchemaChanged, Unavailable
+from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
 from clerk_sync.store import quarantined
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class Committer:
         self.storeless = Reason.DATABASE
         # Set when the schema or the database turns out not to be there, for who looks after them.
         self.trouble = asyncio.Event()
+        self.doubtful = False
         self._connect = connect
         self._metrics = metrics
         self._writers = writers
@@ -163,11 +164,6 @@ class Committer:
         try:
             session = await self._session(old)
             await self._commit(session.connection, batch)
-        except SchemaChanged as error:
-            self.store, self.storeless = None, Reason.SCHEMA
-            self.trouble.set()
-            log.error("schema_changed", error=str(error))
-            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Unavailable as error:
             waiting = [entry for entry in batch if not entry.answer.done()]
             if session and session is old and waiting and not isinstance(error, Contention):
@@ -179,6 +175,12 @@ class Committer:
             if session is None and not self._sessions:
                 self._away_until = time.monotonic() + AWAY_SECONDS
                 batch += self._waiting()
+        except Refused as error:
+            # Not even the quarantine is taken: our own tables are not what they should be.
+            log.error("schema_changed", error=str(error))
+            self.doubtful = True
+            self.trouble.set()
+            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Exception:
             log.exception("defect")
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
@@ -211,34 +213,55 @@ class Committer:
         return [entry for entry in entries if entry is not None]
 
     async def _commit(self, connection: Connection, batch: list[_Entry]) -> None:
-        """Commit and answer the batch, halving it until what fails stands alone."""
+        """Commit and answer the batch, taken apart until what fails stands alone."""
         changes = [entry.change for entry in batch]
         try:
             answers = await self._applied(connection, changes)
-        except Unavailable:
-            raise
-        except Exception as error:  # noqa: BLE001 -- one event's defect is not its neighbours'
+        except LockWait as error:
+            await connection.rollback()
+            if len(batch) > 1:
+                # One by one at once: each part with the locked row in it waits its full time.
+                for entry in batch:
+                    await self._commit(connection, [entry])
+                return
+            log.warning("row_locked", svix_id=changes[0].delivery_id, error=str(error))
+            answers = [Answer(Outcome.UNAVAILABLE, Reason.DATABASE)]
+        except Exception as error:
+            if isinstance(error, Unavailable) and not isinstance(error, SchemaChanged):
+                raise
             await connection.rollback()
             if len(batch) > 1:
                 middle = len(batch) // 2
                 await self._commit(connection, batch[:middle])
                 await self._commit(connection, batch[middle:])
                 return
-            answers = await self._failed(connection, changes[0], error)
+            answers = [await self._failed(connection, changes[0], error)]
         for entry, answer in zip(batch, answers, strict=True):
             _resolve(entry, answer)
 
-    async def _failed(
-        self, connection: Connection, change: Change, error: Exception
-    ) -> list[Answer]:
+    async def _failed(self, connection: Connection, change: Change, error: Exception) -> Answer:
         """The answer to a change that failed all alone."""
+        about = {"svix_id": change.delivery_id, "type": change.type, "error": str(error)}
+        if isinstance(error, SchemaChanged):
+            log.error("schema_changed", **about)
+            self.doubtful = True
+            self.trouble.set()
+            return Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         if not isinstance(error, Refused):
             log.error("defect", svix_id=change.delivery_id, exc_info=error)
-            return [Answer(Outcome.ERROR, Reason.INTERNAL)]
-        log.warning("refused", svix_id=change.delivery_id, error=str(error))
+            return Answer(Outcome.ERROR, Reason.INTERNAL)
         if error.reason is None:
-            return [Answer(Outcome.UNAVAILABLE, Reason.DATABASE)]
-        return await self._applied(connection, [quarantined(change, error.reason)])
+            log.error("refused", **about)
+            return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        log.warning("refused", **about)
+        kept = quarantined(change, error.reason, str(error))
+        try:
+            (answer,) = await self._applied(connection, [kept])
+        except Refused:
+            # Larger than the server takes, perhaps: then without the payload.
+            await connection.rollback()
+            (answer,) = await self._applied(connection, [replace(kept, payload=None)])
+        return answer
 
     async def _applied(self, connection: Connection, changes: list[Change]) -> list[Answer]:
         """Apply the changes as one transaction, again while others are in its way."""

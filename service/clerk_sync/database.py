@@ -14,7 +14,8 @@ import asyncmy
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from clerk_sync.address import Locate, Target
-from clerk_sync.database_errors import Contention, Refused, translated
+from clerk_sync.answers import Reason
+from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChanged, translated
 
 CONNECT_SECONDS: Final = 4
 
@@ -53,8 +54,8 @@ class Connection(Protocol):
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         """Run all statements in order; a result for each.
 
-        Raises Refused or Contention, after which `rollback` makes it usable again, or another
-        Unavailable, after which the connection is closed.
+        Raises Refused, Contention, LockWait or SchemaChanged, after which `rollback` makes it
+        usable again, or another Unavailable, after which the connection is closed.
         """
         ...
 
@@ -80,13 +81,15 @@ async def connect(target: Target, *, seconds: float) -> Connection:
 class _MySQLConnection:
     """asyncmy without its pool: closed, never reused, once anything but data went wrong."""
 
-    def __init__(self, connection: Any, seconds: float) -> None:
+    def __init__(self, connection: Any, seconds: float, largest_packet: int) -> None:
         self._connection = connection
         self._seconds = seconds
+        self._largest_packet = largest_packet
 
     @classmethod
     async def open(cls, target: Target, seconds: float) -> _MySQLConnection:
-        return cls(await translated(open_mysql(target, seconds), CONNECT_SECONDS), seconds)
+        connection = await translated(open_mysql(target), CONNECT_SECONDS)
+        return cls(connection, seconds, await translated(_largest_packet(connection), seconds))
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         literal = self._connection.literal
@@ -97,7 +100,11 @@ class _MySQLConnection:
                 texts.append(f"{statement.head}{values}{statement.tail}")
             else:
                 texts.extend([statement.head % tuple(map(literal, row)) for row in rows])
-        return await self._guarded(self._query(";".join(texts)))
+        text = ";".join(texts)
+        # The server would hang up on a larger one, which looks like any lost connection.
+        if 4 * len(text) > self._largest_packet and len(text.encode()) >= self._largest_packet:
+            raise Refused(Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}")
+        return await self._guarded(self._query(text))
 
     async def _query(self, text: str) -> list[Result]:
         cursor = self._connection.cursor()
@@ -115,7 +122,7 @@ class _MySQLConnection:
     async def _guarded(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
             return await translated(work, self._seconds)
-        except (Refused, Contention):
+        except (Refused, Contention, LockWait, SchemaChanged):
             raise
         except BaseException:
             self.close()
@@ -125,7 +132,7 @@ class _MySQLConnection:
         self._connection.close()
 
 
-async def open_mysql(target: Target, seconds: float = CONNECT_SECONDS) -> Any:
+async def open_mysql(target: Target) -> Any:
     """A plain asyncmy connection, strict about data, with `autocommit` off."""
     connection = await asyncmy.connect(
         host=target.host,
@@ -148,11 +155,18 @@ async def open_mysql(target: Target, seconds: float = CONNECT_SECONDS) -> Any:
             await cursor.execute(
                 "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
                 "SET SESSION sql_mode='TRADITIONAL',"
-                f"time_zone='+00:00',innodb_lock_wait_timeout={max(1, int(seconds) - 1)}"
+                "time_zone='+00:00',innodb_lock_wait_timeout=1"
             )
             while await cursor.nextset():
                 pass
     return connection
+
+
+async def _largest_packet(connection: Any) -> int:
+    async with connection.cursor() as cursor:
+        await cursor.execute("SELECT @@max_allowed_packet")
+        ((size,),) = await cursor.fetchall()
+        return int(size)
 
 
 class _SQLiteConnection:
@@ -202,7 +216,7 @@ class _SQLiteConnection:
         loop = asyncio.get_running_loop()
         try:
             return await translated(loop.run_in_executor(self._thread, work), None)
-        except (Refused, Contention):
+        except (Refused, Contention, LockWait, SchemaChanged):
             raise
         except BaseException:
             self.close()

@@ -8,6 +8,7 @@ import sqlite3
 from collections.abc import Awaitable
 from typing import Final, TypeVar
 
+import sqlalchemy as sa
 from asyncmy.errors import MySQLError
 
 from clerk_sync.answers import Reason
@@ -21,6 +22,10 @@ class Unavailable(Exception):  # noqa: N818
 
 class Contention(Unavailable):
     """Another transaction was in the way: retry at once."""
+
+
+class LockWait(Unavailable):
+    """A row is held by somebody else's transaction, for longer than events may wait."""
 
 
 class SchemaChanged(Unavailable):
@@ -68,19 +73,67 @@ _REFUSALS: Final[dict[int, Reason]] = {
     4025: Reason.REFUSED,  # MariaDB's ER_CONSTRAINT_FAILED
     1644: Reason.REFUSED,  # ER_SIGNAL_EXCEPTION, a trigger's own words
 }
-_CONTENTION: Final = frozenset({1205, 1213, 3101, 3572})
+_CONTENTION: Final = frozenset({1213, 3101})
+_LOCK_WAIT: Final = frozenset({1205, 3572})
 _SCHEMA: Final = frozenset({1054, 1146, 1136, 1049})
 # Errors that say nothing about the data: access, capacity, shutdown, read-only, disk.
 _UNAVAILABLE: Final = frozenset(
-    {1021, 1040, 1041, 1044, 1045, 1053, 1077, 1094, 1129, 1130, 1142, 1143, 1152, 1159, 1160}
+    {
+        1021,
+        1026,
+        1030,
+        1036,
+        1792,
+        1040,
+        1041,
+        1044,
+        1045,
+        1053,
+        1077,
+        1094,
+        1129,
+        1130,
+        1142,
+        1143,
+        1152,
+        1159,
+        1160,
+    }
     | {1161, 1184, 1203, 1226, 1227, 1290, 1317, 1836, 1927, 3024, 3159, 4031, 1969, 1114}
 )
+_WORDS: Final[dict[int, str]] = {
+    1021: ": the disk is full",
+    1030: ": the storage engine failed, as when the disk is full",
+    1036: ": the table is read-only",
+    1040: ": too many connections",
+    1045: ": access denied, the username or the password is wrong",
+    1054: ": a column is not there",
+    1114: ": the table is full",
+    1142: ": the user may not do this",
+    1146: ": a table is not there",
+    1205: ": a row is locked by another transaction",
+    1213: ": deadlock",
+    1290: ": the server is read-only",
+    1792: ": the transaction is read-only",
+    2003: ": cannot connect",
+    2006: ": the connection is gone",
+    2013: ": the connection was lost",
+}
 # Vitess reports most troubles as 1105 and tells them apart by text
 # (https://github.com/vitessio/vitess/issues/8000).
 _VITESS_TRANSIENT: Final = re.compile(
     r"code = (Aborted|Unavailable|ResourceExhausted|FailedPrecondition|DeadlineExceeded)"
     r"|exceeded timeout|wrong tablet type|transaction pool|connection limit exceeded"
 )
+
+
+def told(error: Exception) -> str:
+    """An error of SQLAlchemy's, for people: what it means, or the driver's own words."""
+    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
+    hint = ""
+    if "WRONG_VERSION_NUMBER" in str(cause) or "does not support SSL" in str(cause):
+        hint = ": the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
+    return f"{type(cause).__name__}: {cause}{hint}"
 
 
 async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
@@ -103,13 +156,15 @@ async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
 def _mysql_error(error: MySQLError) -> Exception:
     """By number. Only the number goes into the message: the text quotes people's data."""
     number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
-    text = f"MySQL error {number}"
+    text = f"MySQL error {number}{_WORDS.get(number, '')}"
     if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
         return Unavailable(str(error.args[1]))
     if number in _REFUSALS:
         return Refused(_REFUSALS[number], text)
     if number in _CONTENTION:
         return Contention(text)
+    if number in _LOCK_WAIT:
+        return LockWait(text)
     if number in _SCHEMA:
         return SchemaChanged(text)
     if number == 1105:  # noqa: PLR2004 -- ER_UNKNOWN_ERROR

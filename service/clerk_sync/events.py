@@ -74,12 +74,17 @@ class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
     """A verified event that cannot be applied; `reason` says why, `type` where it is known."""
 
     def __init__(
-        self, reason: Reason, type_: str | None = None, clerk_id: str | None = None
+        self,
+        reason: Reason,
+        type_: str | None = None,
+        clerk_id: str | None = None,
+        detail: str | None = None,
     ) -> None:
         super().__init__(reason.value)
         self.reason = reason
         self.type = type_
         self.clerk_id = clerk_id
+        self.detail = detail
 
 
 def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:

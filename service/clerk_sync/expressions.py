@@ -38,9 +38,11 @@ class InvalidExpression(ValueError):  # noqa: N818
 
 def names_in(expression: str) -> set[str]:
     """The Clerk fields and computed names that an expression reads. Raises InvalidExpression."""
+    if "{{" in expression:
+        raise InvalidExpression("write it without the braces")
     try:
-        parsed = _environment.parse("{{ (" + expression + "\n) }}")
         _environment.compile_expression(expression)
+        parsed = _environment.parse("{{ (" + expression + "\n) }}")
     except TemplateSyntaxError as error:
         raise InvalidExpression(error.message or "not an expression") from None
     # Something such as `a }} {{ b` would parse as a template, but is no expression.

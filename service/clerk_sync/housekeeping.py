@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database_errors import Unavailable
-from clerk_sync.tables import events, quarantine
+from clerk_sync.database_errors import Unavailable, told
+from clerk_sync.tables import entities, events, quarantine
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -28,13 +28,23 @@ class Quarantined:
     kind: str | None
     clerk_id: str | None
     reason: str
+    detail: str | None
     payload: str | None
     quarantined_at: datetime
 
 
-async def quarantined(engine: AsyncEngine, ids: Sequence[str] = ()) -> list[Quarantined]:
-    """The events in quarantine, oldest first; only these ids, if any are given."""
-    query = sa.select(quarantine).order_by(quarantine.c.quarantined_at, quarantine.c.svix_id)
+async def quarantined(
+    engine: AsyncEngine, ids: Sequence[str] = (), *, payloads: bool = True
+) -> list[Quarantined]:
+    """The events in quarantine, oldest first; only these ids, if any are given.
+
+    Payloads may be a MiB each: without them there is a null in their place.
+    """
+    columns = [
+        column if payloads or column is not quarantine.c.payload else sa.null().label("payload")
+        for column in quarantine.c
+    ]
+    query = sa.select(*columns).order_by(quarantine.c.quarantined_at, quarantine.c.svix_id)
     if ids:
         query = query.where(quarantine.c.svix_id.in_(ids))
     rows = await _run(engine, query)
@@ -56,7 +66,7 @@ async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
             )
             return gone.rowcount
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(type(error).__name__) from error
+        raise Unavailable(told(error)) from error
 
 
 async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:
@@ -73,14 +83,22 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
                 async with engine.begin() as connection:
                     await connection.execute(sa.delete(table).where(table.c.svix_id.in_(ids)))
             except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-                raise Unavailable(type(error).__name__) from error
+                raise Unavailable(told(error)) from error
             gone += len(ids)
     return gone
 
 
-async def ping(engine: AsyncEngine) -> None:
-    """Ask the database for a sign of life. Raises Unavailable."""
-    await _run(engine, sa.select(sa.literal(1).label("alive")))
+async def probe(engine: AsyncEngine) -> None:
+    """Ask the database whether it takes writes, with one that finds no row. Raises Unavailable.
+
+    After a failover the old primary still answers every SELECT.
+    """
+    nothing = sa.update(entities).where(entities.c.kind == "").values(synced_at=None)
+    try:
+        async with engine.connect() as connection:
+            await connection.execute(nothing)
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(told(error)) from error
 
 
 async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any]]:
@@ -88,4 +106,4 @@ async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any
         async with engine.connect() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(type(error).__name__) from error
+        raise Unavailable(told(error)) from error

@@ -15,6 +15,12 @@ if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 
+def hush() -> None:
+    """Silence the libraries that quote data, or let strangers fill the log."""
+    for name in ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+
+
 def configure(level: str, format_: str | None) -> None:
     """Set up structlog, and send what libraries log the same way.
 
@@ -35,8 +41,7 @@ def configure(level: str, format_: str | None) -> None:
     )
     handler = _Forward(logging.WARNING)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    for name in ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy"):
-        logging.getLogger(name).setLevel(logging.CRITICAL)
+    hush()
 
 
 def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:

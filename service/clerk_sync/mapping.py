@@ -96,7 +96,7 @@ class Change:
     it), which still get their ledger row. `row` and `claims` are a SAVE's column values, the
     latter those by which it may adopt an existing row. `delivery_id` is None for facts that
     come from Clerk's API instead of a delivery. `payload` is kept only if the event ends in
-    quarantine.
+    quarantine; `detail` then says where it failed, such as the column, and holds no data.
     """
 
     delivery_id: str | None
@@ -110,6 +110,7 @@ class Change:
     claims: abc.Mapping[str, Any] | None = None
     reason: Reason | None = None
     payload: str | None = None
+    detail: str | None = None
 
 
 def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:
@@ -123,7 +124,9 @@ def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) ->
             row = table.row(event.data)
             claims = table.claims(event.data) if table.adopt else None
         except Exception as error:  # an expression may fail in any way
-            raise Unusable(Reason.BAD_EXPRESSION, event.type, event.clerk_id) from error
+            raise Unusable(
+                Reason.BAD_EXPRESSION, event.type, event.clerk_id, type(error).__name__
+            ) from error
     return Change(
         event.delivery_id,
         event.type,
@@ -160,4 +163,5 @@ def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) 
             error.clerk_id,
             reason=error.reason,
             payload=payload,
+            detail=error.detail,
         )

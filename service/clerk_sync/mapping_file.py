@@ -38,8 +38,10 @@ def load(name: str) -> Mapping:
         return read(Path(name).read_text(), source=name)
     except (OSError, UnicodeDecodeError) as error:
         what = error.strerror if isinstance(error, OSError) else "not UTF-8 text"
+        near = difflib.get_close_matches(name, PRESETS, n=1)
+        hint = f"; did you mean `{near[0]}`?" if near else ""
         raise InvalidMapping(
-            [f"{name}: {what}: give the path of a mapping file, or {' or '.join(PRESETS)}"]
+            [f"{name}: {what}: give the path of a mapping file, or {' or '.join(PRESETS)}{hint}"]
         ) from None
 
 

@@ -15,7 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from clerk_sync import tables
-from clerk_sync.database_errors import Unavailable
+from clerk_sync.database_errors import Unavailable, told
 from clerk_sync.mapping import Mapping, Place, TableMapping
 from clerk_sync.mapping_file import nearest
 from clerk_sync.statements import Compiler
@@ -58,6 +58,11 @@ async def bound(engine: AsyncEngine, mapping: Mapping) -> Store:
 async def reflected(engine: AsyncEngine, mapping: Mapping) -> Live:
     """The live tables that the mapping names. Raises Unavailable."""
     return await _inspected(engine, _names(mapping))
+
+
+async def own_faults(engine: AsyncEngine) -> list[str]:
+    """What is missing of clerk-sync's own tables. Raises Unavailable."""
+    return list(_own_faults(await _inspected(engine, set(tables.metadata.tables))))
 
 
 def store_of(mapping: Mapping, live: Live) -> Store:
@@ -166,7 +171,7 @@ async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
         async with engine.connect() as connection:
             return await connection.run_sync(inspect)
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(_told(error)) from error
+        raise Unavailable(told(error)) from error
 
 
 def _complete(connection: sa.Connection, table: sa.Table) -> None:
@@ -186,12 +191,6 @@ def _complete(connection: sa.Connection, table: sa.Table) -> None:
         type_ = table.c[column].type
         if isinstance(type_, sa.String):
             type_.collation = collation
-
-
-def _told(error: Exception) -> str:
-    """A database error for people: the driver's own words, which hold no data on this path."""
-    cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
-    return f"{type(cause).__name__}: {cause}"
 
 
 def _spelling(connection: sa.Connection) -> sa.Dialect:
@@ -300,7 +299,7 @@ async def migrate(engine: AsyncEngine, mapping: Mapping) -> list[str]:
             await connection.commit()
             return done
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(_told(error)) from error
+        raise Unavailable(told(error)) from error
 
 
 async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
@@ -310,7 +309,7 @@ async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
         async with engine.connect() as connection:
             await connection.run_sync(_migrated, mapping, print_to=out)
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(_told(error)) from error
+        raise Unavailable(told(error)) from error
     return out.getvalue()
 
 

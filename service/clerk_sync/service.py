@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 LOOK_SECONDS_READY: Final = 3.0
-LOOK_SECONDS_UNREADY: Final = 0.5
+LOOK_SECONDS_UNREADY: Final = 0.25
 KEEP_SECONDS: Final = 60.0
 PING_SECONDS: Final = 3.0
 BIND_SECONDS: Final = 60.0
@@ -103,15 +103,17 @@ class Watch:
             self._say(await self._found())
             self.looked.set()
             seconds = LOOK_SECONDS_READY if self.readiness.ready else LOOK_SECONDS_UNREADY
+            await asyncio.sleep(LOOK_SECONDS_UNREADY)  # trouble may come many times a second
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds):
+                async with asyncio.timeout(seconds - LOOK_SECONDS_UNREADY):
                     await self._committer.trouble.wait()
             self._committer.trouble.clear()
 
     async def _found(self) -> Readiness:
         now = asyncio.get_running_loop().time()
         # Bound anew every now and then: a column that was widened takes longer values.
-        bind = self._committer.store is None or now - self._bound > BIND_SECONDS
+        doubtful, self._committer.doubtful = self._committer.doubtful, False
+        bind = doubtful or self._committer.store is None or now - self._bound > BIND_SECONDS
         seconds = BINDING_SECONDS if bind else PING_SECONDS
         try:
             async with asyncio.timeout(seconds):
@@ -119,7 +121,7 @@ class Watch:
                     self._committer.store = await schema.bound(self._engine, self._mapping)
                     self._bound = now
                 else:
-                    await housekeeping.ping(self._engine)
+                    await housekeeping.probe(self._engine)
         except schema.SchemaFaults as error:
             self._committer.store, self._committer.storeless = None, Reason.SCHEMA
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))

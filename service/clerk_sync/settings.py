@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import re
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Final, Literal
 
@@ -183,6 +185,22 @@ class Settings(BaseSettings):
         file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Secrets(settings_cls), env_settings
+
+    def doubts(self, environ: Mapping[str, str]) -> list[str]:
+        """What in the environment is likely meant otherwise: a misspelt name, no database."""
+        found = []
+        known = {str(field.validation_alias) for field in type(self).model_fields.values()}
+        known |= {f"{name}_FILE" for name in known}
+        for name in sorted(environ.keys() - known):
+            # Kubernetes makes such names for a Service called clerk-sync.
+            ours = name.startswith("CLERK_SYNC_") and not re.search(r"_(SERVICE|PORT)_", name)
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if ours else 0.85)
+            if ours or (near and name.startswith(("CLERK_", "DATABASE_"))):
+                hint = f"; did you mean {near[0]}?" if near else ""
+                found.append(f"{name} is no setting of clerk-sync{hint}")
+        if self.database_url is None and self.database_host is None:
+            found.append(f"DATABASE_URL is not set: the embedded {self.DEFAULT_DATABASE} is used")
+        return found
 
     @property
     def clerk_key(self) -> Secret | None:

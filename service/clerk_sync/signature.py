@@ -74,9 +74,11 @@ class Delivery:
 class Rejected(Exception):  # noqa: N818 -- it is named for what happened to the POST
     """The POST is not a valid delivery; `reason` says why in one word."""
 
-    def __init__(self, reason: Reason) -> None:
+    def __init__(self, reason: Reason, delivery: Delivery | None = None) -> None:
         super().__init__(reason.value)
         self.reason = reason
+        # Where only its age is wrong: a clock that is off shows in nothing else.
+        self.delivery = delivery
 
 
 class InvalidSecret(ValueError):  # noqa: N818
@@ -112,7 +114,7 @@ def verify(
     """
     delivery = recorded(headers, body, signers=signers)
     if abs(now - delivery.sent_at) > TOLERANCE_SECONDS:
-        raise Rejected(Reason.EXPIRED)
+        raise Rejected(Reason.EXPIRED, delivery)
     return delivery
 
 

@@ -136,6 +136,7 @@ QUARANTINE: Final = (
     "kind",
     "clerk_id",
     "reason",
+    "detail",
     "payload",
     "quarantined_at",
 )
@@ -156,7 +157,7 @@ class OwnStatements:
             quarantine,
             QUARANTINE,
             ("svix_id",),
-            lambda new: [(name, new[name]) for name in ("reason", "payload")],
+            lambda new: [(name, new[name]) for name in ("reason", "detail", "payload")],
         )
         self.release = compiler.for_ids(
             lambda ids: sa.delete(quarantine).where(quarantine.c.svix_id.op("IN")(ids))

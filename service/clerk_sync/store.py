@@ -109,7 +109,7 @@ class Store:
         try:
             return change, self.targets[change.kind].row(change.clerk_id, change.row or {})
         except Unfit as error:
-            return replace(change, action=None, reason=error.reason), None
+            return quarantined(change, error.reason, f"column {error.column}"), None
 
     def _reduced(self, checked: Iterable[tuple[Change, list[Any] | None]]) -> _Batch:
         """At most one save and one deletion per entity: the newest, and the earliest."""
@@ -320,7 +320,7 @@ class Store:
             event_at = time_text(change.event_ms) if change.event_ms else None
             recorded.append((*about, answer.outcome.value, reason, event_at, now))
             if answer.outcome is Outcome.QUARANTINED:
-                detained.append((*about, reason, change.payload, now))
+                detained.append((*about, reason, change.detail, change.payload, now))
             elif known.get(svix_id) == Outcome.QUARANTINED:
                 released.append(svix_id)
         steps: list[Step] = []
@@ -344,6 +344,6 @@ def _time_read(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def quarantined(change: Change, reason: Reason) -> Change:
+def quarantined(change: Change, reason: Reason, detail: str) -> Change:
     """The same delivery, to be kept aside for this reason."""
-    return replace(change, action=None, reason=reason)
+    return replace(change, action=None, reason=reason, detail=detail)

@@ -64,6 +64,7 @@ quarantine: Final = sa.Table(
     sa.Column("kind", sa.String(32)),
     sa.Column("clerk_id", sa.String(ID_LENGTH)),
     sa.Column("reason", sa.String(32), nullable=False),
+    sa.Column("detail", sa.String(255)),
     # Null where even the envelope was unreadable: it could be a mail with a one-time code.
     sa.Column("payload", sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)),
     sa.Column("quarantined_at", _TIME, nullable=False),

@@ -107,17 +107,24 @@ class Target:
 
     def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
         """A row in the order of `names`, its mark still empty. Raises Unfit."""
-        row = [self._fits[self.mapping.key](clerk_id)]
-        for (name, value), fit in zip(values.items(), self._column_fits, strict=True):
-            if value is not None:
-                row.append(fit(value))
-            elif name in self._not_null:
-                raise Unfit(Reason.NOT_NULL)
-            else:
-                row.append(None)
+        name = self.mapping.key
+        try:
+            row = [self._fits[name](clerk_id)]
+            for (name, value), fit in zip(values.items(), self._column_fits, strict=True):
+                if value is not None:
+                    row.append(fit(value))
+                else:
+                    self._take_null(name)
+                    row.append(None)
+        except Unfit as error:
+            raise Unfit(error.reason, name) from None
         if self.mapping.mark:
             row.append(None)
         return row
+
+    def _take_null(self, name: str) -> None:
+        if name in self._not_null:
+            raise Unfit(Reason.NOT_NULL)
 
     def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The values by which to adopt a row; None where one is missing or cannot be there."""

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 from aiohttp import web
@@ -36,6 +36,7 @@ UNVERIFIED_LIMIT: Final = 64 * 1024 * 1024
 # Less than this of a body is always read: strangers' large ones keep no event of Clerk's out.
 ALWAYS_READ: Final = 64 * 1024
 CONNECTION_LIMIT: Final = 1000
+SILENT_SECONDS: Final = 15.0
 KEEPALIVE_SECONDS: Final = 75.0
 LINGER_SECONDS: Final = 2.0
 _SPELLINGS: Final = tuple(
@@ -52,13 +53,44 @@ class _Seen:
     change: Change | None = None
 
 
-class _CappedServer(web.Server):
-    """A server that hangs up on whoever comes when too many are there: idle ones cost memory."""
+class _BoundedServer(web.Server):
+    """A server that strangers cannot occupy by saying nothing.
+
+    A connection without a whole request after a while is ended; and when too many are there,
+    the oldest of those that wait for a request makes room for the newcomer. `busy` are those
+    being answered.
+    """
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.busy: set[object] = set()
+        self._heard: set[object] = set()
+        self._there: dict[web.RequestHandler, asyncio.Transport] = {}
 
     def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
         super().connection_made(handler, transport)
-        if len(self.connections) > CONNECTION_LIMIT:
-            transport.abort()
+        self._there[handler] = transport
+        loop = asyncio.get_running_loop()
+        loop.call_later(SILENT_SECONDS, self._end_silent, handler)
+        if len(self._there) > CONNECTION_LIMIT:
+            idle = next((one for one in self._there if one not in self.busy), handler)
+            loop.call_soon(self._there[idle].abort)
+
+    def connection_lost(
+        self, handler: web.RequestHandler, exc: BaseException | None = None
+    ) -> None:
+        self._there.pop(handler, None)
+        self._heard.discard(handler)
+        super().connection_lost(handler, exc)
+
+    def _end_silent(self, handler: web.RequestHandler) -> None:
+        if handler in self._there and handler not in self._heard:
+            self._there[handler].abort()
+
+    def hear(self, handler: object) -> None:
+        """Note that a request of this connection is being answered."""
+        self._heard.add(handler)
+        self.busy.add(handler)
 
 
 class WebhookListener:
@@ -84,10 +116,11 @@ class WebhookListener:
         self._metrics = metrics
         self._deadline = deadline_seconds
         self._unverified = 0
+        self._server: _BoundedServer
 
     def server(self) -> web.Server:
         """The plain server of aiohttp: there is nothing to route, and every answer is ours."""
-        return _CappedServer(
+        self._server = _BoundedServer(
             self.receive,
             access_log=None,
             # The signature is over the bytes as sent: nothing may unpack them.
@@ -97,9 +130,17 @@ class WebhookListener:
             # A refused body is read a little longer, so that its sender sees the answer.
             lingering_time=LINGER_SECONDS,
         )
+        return self._server
 
     async def receive(self, request: web.BaseRequest) -> web.Response:
         """Answer one request. Nothing but a defect of ours makes this a 500."""
+        self._server.hear(request.protocol)
+        try:
+            return await self._receive(request)
+        finally:
+            self._server.busy.discard(request.protocol)
+
+    async def _receive(self, request: web.BaseRequest) -> web.Response:
         started = time.perf_counter()
         self._metrics.received.inc()
         seen = _Seen()
@@ -109,7 +150,11 @@ class WebhookListener:
         except TimeoutError:
             answer = Answer(Outcome.UNAVAILABLE, Reason.DEADLINE)
         except Rejected as error:
+            seen.delivery = seen.delivery or error.delivery
             answer = Answer(Outcome.REJECTED, error.reason)
+            if error.delivery is not None:
+                age = round(time.time()) - error.delivery.sent_at
+                log.warning("clock_skew", svix_id=error.delivery.id, age_seconds=age)
         except (ConnectionError, web.RequestPayloadError):
             # The sender went away, or its chunks are none: nobody hears the answer.
             answer = Answer(Outcome.REJECTED, Reason.MALFORMED)

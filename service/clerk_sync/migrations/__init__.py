@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import sqlalchemy as sa
@@ -61,9 +60,7 @@ class Migration:
             lambda revision, _: self._script._upgrade_revs("head", revision),  # noqa: SLF001
             current or "base",
         )
-        with Operations.context(context), warnings.catch_warnings():
-            # Alembic names the version table's primary key, which MySQL has no names for.
-            warnings.filterwarnings("ignore", "Name .* ignored for PRIMARY key")
+        with Operations.context(context):
             context.run_migrations()
         return [f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
 

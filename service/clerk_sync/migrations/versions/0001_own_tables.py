@@ -51,6 +51,7 @@ def upgrade() -> None:
         sa.Column("kind", sa.String(32)),
         sa.Column("clerk_id", sa.String(128)),
         sa.Column("reason", sa.String(32), nullable=False),
+        sa.Column("detail", sa.String(255)),
         sa.Column("payload", sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")),
         sa.Column("quarantined_at", _TIME, nullable=False),
         if_not_exists=True,
