@@ -234,7 +234,7 @@ def table(columns: str = "{c: id}", rest: str = "", *, kind: str = "user") -> st
             "1: `1` must be true or false",
         ),
         # Expressions
-        (table("{c: 'a |'}"), "1: `c`: `a |` is not an expression: expected token"),
+        (table("{c: 'a |'}"), "1: `c`: `a |` is not an expression: unexpected end of template"),
         (table("{c: '(a'}"), "1: `c`: `(a` is not an expression: "),
         (table("{c: 'a b'}"), "1: `c`: `a b` is not an expression: "),
         (
