@@ -178,8 +178,7 @@ class Committer:
         except Refused as error:
             # Not even the quarantine is taken: our own tables are not what they should be.
             log.error("schema_changed", error=str(error))
-            self.doubtful = True
-            self.trouble.set()
+            self._doubt()
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Exception:
             log.exception("defect")
@@ -204,6 +203,11 @@ class Committer:
     def _drop(self, session: _Session) -> None:
         session.connection.close()
         self._sessions -= 1
+
+    def _doubt(self) -> None:
+        """Have the schema looked at again, now."""
+        self.doubtful = True
+        self.trouble.set()
 
     def _waiting(self) -> list[_Entry]:
         """Take everything out of the queue but the signs to stop."""
@@ -244,8 +248,7 @@ class Committer:
         about = {"svix_id": change.delivery_id, "type": change.type, "error": str(error)}
         if isinstance(error, SchemaChanged):
             log.error("schema_changed", **about)
-            self.doubtful = True
-            self.trouble.set()
+            self._doubt()
             return Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         if not isinstance(error, Refused):
             log.error("defect", svix_id=change.delivery_id, exc_info=error)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import sqlite3
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager
 from typing import Final, TypeVar
 
 import sqlalchemy as sa
@@ -127,13 +128,22 @@ _VITESS_TRANSIENT: Final = re.compile(
 )
 
 
-def told(error: Exception) -> str:
+def _told(error: Exception) -> str:
     """An error of SQLAlchemy's, for people: what it means, or the driver's own words."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
     hint = ""
     if "WRONG_VERSION_NUMBER" in str(cause) or "does not support SSL" in str(cause):
         hint = ": the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
     return f"{type(cause).__name__}: {cause}{hint}"
+
+
+@contextmanager
+def engine_errors_told() -> Iterator[None]:
+    """Within, what fails in SQLAlchemy's engine is Unavailable, in words for people."""
+    try:
+        yield
+    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+        raise Unavailable(_told(error)) from error
 
 
 async def translated(work: Awaitable[_T], seconds: float | None) -> _T:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database_errors import Unavailable, told
+from clerk_sync.database_errors import engine_errors_told
 from clerk_sync.tables import entities, events, quarantine
 
 if TYPE_CHECKING:
@@ -59,14 +59,12 @@ async def quarantine_size(engine: AsyncEngine) -> int:
 
 async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
     """Forget these events in quarantine; how many were there. The ledger keeps its rows."""
-    try:
+    with engine_errors_told():
         async with engine.begin() as connection:
             gone = await connection.execute(
                 sa.delete(quarantine).where(quarantine.c.svix_id.in_(ids))
             )
             return gone.rowcount
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error
 
 
 async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:
@@ -79,11 +77,9 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
     ):
         old = sa.select(table.c.svix_id).where(time < now - timedelta(days=days)).limit(_CHUNK)
         while ids := [row["svix_id"] for row in await _run(engine, old)]:
-            try:
+            with engine_errors_told():
                 async with engine.begin() as connection:
                     await connection.execute(sa.delete(table).where(table.c.svix_id.in_(ids)))
-            except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-                raise Unavailable(told(error)) from error
             gone += len(ids)
     return gone
 
@@ -94,16 +90,12 @@ async def probe(engine: AsyncEngine) -> None:
     After a failover the old primary still answers every SELECT.
     """
     nothing = sa.update(entities).where(entities.c.kind == "").values(synced_at=None)
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             await connection.execute(nothing)
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error
 
 
 async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error

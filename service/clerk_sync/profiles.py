@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database_errors import Unavailable
+from clerk_sync.database_errors import engine_errors_told
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -29,7 +29,7 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
     if column is None:
         raise LookupError("the mapping fills no column with `username`")
     query = _present(users).where(users.table.c[column] == username).limit(1)
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             row = (await connection.execute(query)).mappings().first()
             if row is None:
@@ -41,18 +41,14 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
                 )
                 user[table.name] = [dict(one) for one in rows.mappings()]
             return user
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(type(error).__name__) from error
 
 
 async def some(engine: AsyncEngine, users: Target) -> list[dict[str, Any]]:
     """At most 30 users with all columns. Raises Unavailable."""
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             rows = await connection.execute(_present(users).limit(LIMIT))
             return [dict(row) for row in rows.mappings()]
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(type(error).__name__) from error
 
 
 def _present(users: Target) -> sa.Select[Any]:

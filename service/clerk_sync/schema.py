@@ -15,12 +15,12 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from clerk_sync import tables
-from clerk_sync.database_errors import Unavailable, told
+from clerk_sync.database_errors import engine_errors_told
 from clerk_sync.mapping import Mapping, Place, TableMapping
 from clerk_sync.mapping_file import nearest
 from clerk_sync.statements import Compiler
 from clerk_sync.store import Store
-from clerk_sync.targets import Target
+from clerk_sync.targets import Target, unique_keys
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -167,11 +167,9 @@ async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
             _complete(connection, table)
         return Live(found, _spelling(connection))
 
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             return await connection.run_sync(inspect)
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error
 
 
 def _complete(connection: sa.Connection, table: sa.Table) -> None:
@@ -257,13 +255,7 @@ def _key_faults(table: TableMapping, there: sa.Table) -> Iterator[str]:
     if table.key not in there.c:
         yield f"{at}: table `{there.name}` has no column `{table.key}`: {RUN_MIGRATE}"
         return
-    unique = [{column.name for column in index.columns} for index in there.indexes if index.unique]
-    unique += [
-        {column.name for column in constraint.columns}
-        for constraint in there.constraints
-        if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
-    ]
-    if {table.key} not in unique:
+    if {table.key} not in unique_keys(there):
         yield (
             f"{at}: `{table.key}` of `{there.name}` must be unique by itself: "
             f"CREATE UNIQUE INDEX {there.name}_{table.key} ON {there.name} ({table.key})"
@@ -293,23 +285,19 @@ async def migrate(engine: AsyncEngine, mapping: Mapping) -> list[str]:
         with _alone(connection):
             return _migrated(connection, mapping, print_to=None)
 
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             done = await connection.run_sync(work)
             await connection.commit()
             return done
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error
 
 
 async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
     """The SQL that `migrate` would run now, for people who may not run it. Raises Unavailable."""
     out = io.StringIO()
-    try:
+    with engine_errors_told():
         async with engine.connect() as connection:
             await connection.run_sync(_migrated, mapping, print_to=out)
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(told(error)) from error
     return out.getvalue()
 
 

@@ -144,20 +144,24 @@ class Target:
         ]
 
 
+def unique_keys(table: sa.Table) -> list[set[str]]:
+    """The columns of each unique key of a live table, its primary key among them."""
+    keys = [{column.name for column in index.columns} for index in table.indexes if index.unique]
+    return keys + [
+        {column.name for column in constraint.columns}
+        for constraint in table.constraints
+        if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
+    ]
+
+
 def _has_other_unique_keys(table: sa.Table, key: str) -> bool:
     """Whether a new row may collide with another's: by a written column, or by a default.
 
     Only a number that the database itself gives out cannot.
     """
-    unique = [{column.name for column in index.columns} for index in table.indexes if index.unique]
-    unique += [
-        {column.name for column in constraint.columns}
-        for constraint in table.constraints
-        if isinstance(constraint, sa.UniqueConstraint | sa.PrimaryKeyConstraint)
-    ]
     numbered = {column.name for column in table.columns if column.autoincrement is True}
     # An index over an expression names no column.
-    return any(not names or names not in ({key}, numbered) for names in unique)
+    return any(not names or names not in ({key}, numbered) for names in unique_keys(table))
 
 
 def _owned_statements(
