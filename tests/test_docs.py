@@ -193,7 +193,7 @@ def test_mapping_examples_can_be_read() -> None:
 
 
 def test_log_events_are_those_of_the_code() -> None:
-    source = "".join(path.read_text("utf-8") for path in SOURCE.glob("*.py"))
+    source = "".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
     written = re.findall(
         r"""(?:\blog|get_logger\(\))\.(info|warning|error|exception)\(\s*"([a-z_]+)\"""", source
     )

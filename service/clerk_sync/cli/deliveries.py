@@ -1,4 +1,4 @@
-"""The commands. The only place that reads the environment and sets exit codes."""
+"""The commands that make deliveries, apply them again, and look after the quarantine."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ import base64
 import dataclasses
 import itertools
 import json
-import os
 import secrets
-import sys
 import time
 from collections import Counter
 from datetime import UTC, datetime
@@ -18,18 +16,13 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import aiohttp
 import click
-import structlog
 
-from clerk_sync import __version__, housekeeping, logs, samples, schema, signature
+from clerk_sync import housekeeping, logs, samples, schema, signature
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.check import findings, signing_faults
+from clerk_sync.cli.frame import cli, command, fail, run, settled
 from clerk_sync.database import engine_of
-from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import Mapping, change_of
-from clerk_sync.mapping_file import InvalidMapping
-from clerk_sync.mapping_file import load as load_mapping
-from clerk_sync.settings import InvalidSettings, Settings
-from clerk_sync.settings import load as load_settings
+from clerk_sync.settings import Settings
 from clerk_sync.signature import Delivery
 
 if TYPE_CHECKING:
@@ -44,168 +37,10 @@ AT_ONCE = 16
 Group = list[tuple[str, "Delivery | Answer"]]
 
 
-def main() -> None:
-    """Run a command."""
-    cli(prog_name="clerk-sync")
-
-
-@click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="\b\nExample:\n  clerk-sync COMMAND --help",
-)
-@click.version_option(__version__, prog_name="clerk-sync")
-def cli() -> None:
-    """Keep an app's MySQL tables in step with Clerk.
-
-    Settings come from the environment: DATABASE_URL, CLERK_WEBHOOK_SIGNING_SECRET and others;
-    `clerk-sync check` says what is wrong with them.
-    """
-    logs.hush()
-
-
-def _fail(*faults: str) -> NoReturn:
-    for fault in faults:
-        click.echo(f"clerk-sync: {fault}", err=True)
-    sys.exit(1)
-
-
-def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
-    """Run a command's work on uvloop; its exit code is the process's."""
-    try:
-        import uvloop  # noqa: PLC0415 -- there is none for Windows
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            sys.exit(runner.run(work))
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except Unavailable as error:
-        _fail(str(error))
-
-
-def _settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
-    """Settings and mapping, or the end: with every fault in them at once."""
-    settings, faults = load_settings()
-    try:
-        settings.locate()
-    except InvalidSettings as error:
-        faults += error.faults
-    if signing:
-        faults += signing_faults(settings)
-    mapping = None
-    if mapped:
-        try:
-            mapping = load_mapping(settings.config)
-        except InvalidMapping as error:
-            faults += [f"CLERK_SYNC_CONFIG: {fault}" for fault in error.faults]
-    if faults:
-        _fail(*faults)
-    return settings, mapping
-
-
 def _signers(settings: Settings) -> tuple[Webhook, ...]:
-    """Of settings that `_settled` has found to have a signing secret."""
+    """Of settings that `settled` has found to have a signing secret."""
     assert settings.signing_secret is not None
     return signature.signers(settings.signing_secret.read())
-
-
-def command(example: str, **options: Any) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of the group, whose help ends with an example."""
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-        epilog = f"\b\nExample:\n  {example}"
-        return cli.command(epilog=epilog, **options)(function)
-
-    return decorate
-
-
-@command("CLERK_WEBHOOK_SIGNING_SECRET=whsec_… DATABASE_URL=mysql://… clerk-sync serve")
-def serve() -> None:
-    """Receive Clerk's webhooks until SIGTERM.
-
-    It never changes the schema: with one that is missing or old it is live, not ready, and says
-    what to run.
-    """
-    settings, mapping = _settled(signing=True, mapped=True)
-    assert mapping is not None
-    from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
-
-    logs.configure(settings.log_level, settings.log_format)
-    for warning in (*settings.doubts(os.environ), *mapping.warnings):
-        structlog.get_logger().warning("doubt", detail=warning)
-
-    async def work() -> int:
-        try:
-            await service.serve(settings, mapping)
-        except OSError as error:
-            _fail(
-                f"cannot listen: {error.strerror or error}: "
-                "CLERK_SYNC_PORT and CLERK_SYNC_INTERNAL_PORT name other ports"
-            )
-        return 0
-
-    _run(work())
-
-
-@command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
-@click.option("--print", "print_", is_flag=True, help="Print the SQL instead of running it.")
-def migrate(*, print_: bool) -> None:
-    """Make clerk-sync's tables, and what the mapping needs of others.
-
-    Safe to run from several pods at once, and again. With --print nothing is changed: the SQL
-    that is missing now goes to stdout, as for a PlanetScale deploy request.
-    """
-    settings, mapping = _settled(signing=False, mapped=True)
-    assert mapping is not None
-    for warning in mapping.warnings:
-        click.echo(f"warning: {warning}", err=True)
-
-    async def work() -> int:
-        engine = engine_of(settings.locate, size=1)
-        try:
-            if print_:
-                sql = await schema.migration_sql(engine, mapping)
-                if sql:
-                    click.echo(sql, nl=False)
-                    return 0
-            else:
-                for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
-                    click.echo(line)
-            live = await schema.reflected(engine, mapping)
-            try:
-                schema.store_of(mapping, live)
-            except schema.SchemaFaults as error:
-                _fail(*error.faults)
-            for warning in schema.advice(mapping, live):
-                click.echo(f"advice: {warning}", err=True)
-            if print_:
-                click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
-            return 0
-        finally:
-            await engine.dispose()
-
-    _run(work())
-
-
-@command("clerk-sync check")
-def check() -> None:
-    """Check settings, secrets, database, schema, mapping and Clerk's key: a line each.
-
-    Exit code 1 if any fails.
-    """
-
-    async def work() -> int:
-        settings, faults = load_settings()
-        failed = False
-        async for finding in findings(settings, faults, settings.doubts(os.environ)):
-            click.echo(finding)
-            failed |= finding.verdict == "FAIL"
-        return 1 if failed else 0
-
-    _run(work())
 
 
 @command("clerk-sync trigger user.created --id user_ada --url http://127.0.0.1:8080/webhooks/clerk")
@@ -223,14 +58,14 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
 
     Exit code 0 if it was answered 2xx, and not put into quarantine.
     """
-    settings, _ = _settled(signing=True, mapped=False)
+    settings, _ = settled(signing=True, mapped=False)
     now_ms = time.time_ns() // 1_000_000
     try:
         event = samples.event(type_, clerk_id=clerk_id, now_ms=now_ms)
         if file is not None:
             event = _event_from(file, event, clerk_id)
     except ValueError as error:
-        _fail(str(error))
+        fail(str(error))
     body = json.dumps(event).encode()
     svix_id = f"msg_{secrets.token_urlsafe(20)}"
     signer = _signers(settings)[0]
@@ -251,7 +86,7 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
             ):
                 text = await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError, ValueError) as error:
-            _fail(f"{target}: {type(error).__name__}: is the service running there?")
+            fail(f"{target}: {type(error).__name__}: is the service running there?")
         data = event.get("data")
         named = data.get("id") if isinstance(data, dict) else None
         click.echo(f"{event.get('type')} {named or ''} as {svix_id}: {response.status} {text}")
@@ -260,7 +95,7 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
             return 1
         return 0 if response.ok else 1
 
-    _run(work())
+    run(work())
 
 
 def _event_from(file: Path, event: dict[str, Any], clerk_id: str | None) -> dict[str, Any]:
@@ -286,7 +121,7 @@ def replay(file: Any) -> None:
     One JSON object per line with `headers` and `body_b64`, as Clerk's own CLI listener prints
     them. Their signatures are checked, their age is not. Exit code 1 if any was not taken.
     """
-    settings, mapping = _settled(signing=True, mapped=True)
+    settings, mapping = settled(signing=True, mapped=True)
     assert mapping is not None
     keys = _signers(settings)
 
@@ -300,7 +135,7 @@ def replay(file: Any) -> None:
         while some := list(itertools.islice(lines, AT_ONCE)):
             yield some
 
-    _run(_applied(settings, mapping, groups()))
+    run(_applied(settings, mapping, groups()))
 
 
 def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
@@ -347,7 +182,7 @@ async def _applied(
             async for group in groups:
                 await asyncio.gather(*(told(name, delivery) for name, delivery in group))
     except schema.SchemaFaults as error:
-        _fail(*error.faults)
+        fail(*error.faults)
     click.echo(
         ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"
     )
@@ -360,18 +195,18 @@ def quarantine() -> None:
 
 
 def _engine_work(work: Callable[[AsyncEngine], Coroutine[Any, Any, int]]) -> NoReturn:
-    settings, _ = _settled(signing=False, mapped=False)
+    settings, _ = settled(signing=False, mapped=False)
 
     async def around() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
             if faults := await schema.own_faults(engine):
-                _fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
+                fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
             return await work(engine)
         finally:
             await engine.dispose()
 
-    _run(around())
+    run(around())
 
 
 @quarantine.command("list", epilog="\b\nExample:\n  clerk-sync quarantine list --json")
@@ -406,8 +241,8 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
     What succeeds leaves the quarantine. Exit code 1 if anything stays in it.
     """
     if bool(svix_ids) == everything:
-        _fail("name the events (clerk-sync quarantine list), or give --all")
-    settings, mapping = _settled(signing=False, mapped=True)
+        fail("name the events (clerk-sync quarantine list), or give --all")
+    settings, mapping = settled(signing=False, mapped=True)
     assert mapping is not None
 
     async def work() -> int:
@@ -424,7 +259,7 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
         finally:
             await engine.dispose()
 
-    _run(work())
+    run(work())
 
 
 async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]:

@@ -1,0 +1,100 @@
+"""The commands that run the service, make its tables and say what is wrong."""
+
+from __future__ import annotations
+
+import os
+
+import click
+import structlog
+
+from clerk_sync import logs, schema
+from clerk_sync.check import findings
+from clerk_sync.cli.frame import command, fail, run, settled
+from clerk_sync.database import engine_of
+from clerk_sync.settings import load as load_settings
+
+
+@command("CLERK_WEBHOOK_SIGNING_SECRET=whsec_… DATABASE_URL=mysql://… clerk-sync serve")
+def serve() -> None:
+    """Receive Clerk's webhooks until SIGTERM.
+
+    It never changes the schema: with one that is missing or old it is live, not ready, and says
+    what to run.
+    """
+    settings, mapping = settled(signing=True, mapped=True)
+    assert mapping is not None
+    from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
+
+    logs.configure(settings.log_level, settings.log_format)
+    for warning in (*settings.doubts(os.environ), *mapping.warnings):
+        structlog.get_logger().warning("doubt", detail=warning)
+
+    async def work() -> int:
+        try:
+            await service.serve(settings, mapping)
+        except OSError as error:
+            fail(
+                f"cannot listen: {error.strerror or error}: "
+                "CLERK_SYNC_PORT and CLERK_SYNC_INTERNAL_PORT name other ports"
+            )
+        return 0
+
+    run(work())
+
+
+@command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
+@click.option("--print", "print_", is_flag=True, help="Print the SQL instead of running it.")
+def migrate(*, print_: bool) -> None:
+    """Make clerk-sync's tables, and what the mapping needs of others.
+
+    Safe to run from several pods at once, and again. With --print nothing is changed: the SQL
+    that is missing now goes to stdout, as for a PlanetScale deploy request.
+    """
+    settings, mapping = settled(signing=False, mapped=True)
+    assert mapping is not None
+    for warning in mapping.warnings:
+        click.echo(f"warning: {warning}", err=True)
+
+    async def work() -> int:
+        engine = engine_of(settings.locate, size=1)
+        try:
+            if print_:
+                sql = await schema.migration_sql(engine, mapping)
+                if sql:
+                    click.echo(sql, nl=False)
+                    return 0
+            else:
+                for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
+                    click.echo(line)
+            live = await schema.reflected(engine, mapping)
+            try:
+                schema.store_of(mapping, live)
+            except schema.SchemaFaults as error:
+                fail(*error.faults)
+            for warning in schema.advice(mapping, live):
+                click.echo(f"advice: {warning}", err=True)
+            if print_:
+                click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
+            return 0
+        finally:
+            await engine.dispose()
+
+    run(work())
+
+
+@command("clerk-sync check")
+def check() -> None:
+    """Check settings, secrets, database, schema, mapping and Clerk's key: a line each.
+
+    Exit code 1 if any fails.
+    """
+
+    async def work() -> int:
+        settings, faults = load_settings()
+        failed = False
+        async for finding in findings(settings, faults, settings.doubts(os.environ)):
+            click.echo(finding)
+            failed |= finding.verdict == "FAIL"
+        return 1 if failed else 0
+
+    run(work())
