@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from clerk_sync import mapping_file, schema
+from clerk_sync import mapping_file, schema, tables
 from clerk_sync.address import target_of
 from clerk_sync.committer import Committer
 from clerk_sync.database import connect, engine_of
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 T0: Final = 1_700_000_000_000
 NOW: Final = T0 + 90_000_000
-OWN: Final = ("clerk_sync_entities", "clerk_sync_events", "clerk_sync_quarantine")
+OWN: Final = tuple(tables.metadata.tables)
 
 
 def at(moment: int) -> int:

@@ -115,6 +115,7 @@ def type_name(dialect: sa.Dialect, type_: sa.types.TypeEngine[Any]) -> str:
     words = type_.compile(dialect).partition(" C")[0].upper()
     return {
         "BIGINT(20)": "BIGINT",  # a width that says nothing
+        "INTEGER(11)": "INTEGER",
         "TINYINT(1)": "BOOL",
         "LONGTEXT": "JSON" if dialect.name == "mariadb" else "LONGTEXT",  # is one there
     }.get(words, words)
@@ -187,7 +188,8 @@ async def test_four_processes_migrate_at_once_and_one_does_the_work(database: Da
     await assert_as_declared(database, MIRROR)
 
 
-async def test_migration_that_broke_off_is_resumed(database: Database) -> None:
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+async def test_migration_that_broke_off_is_resumed(database: Database, printed: bool) -> None:  # noqa: FBT001
     await schema.migrate(database.engine, MIRROR)
     on_table = "" if database.sqlite else " ON clerk_sync_events"
     await database.execute(
@@ -196,6 +198,10 @@ async def test_migration_that_broke_off_is_resumed(database: Database) -> None:
         "DROP TABLE clerk_organizations",
         f"DROP INDEX clerk_sync_events_committed_at{on_table}",
     )
+    if printed:
+        sql = await schema.migration_sql(database.engine, MIRROR)
+        await database.execute(*filter(str.strip, sql.split(";")))
+        assert (await schema.migration_sql(database.engine, MIRROR)).strip() == ""
     await schema.migrate(database.engine, MIRROR)
     await assert_as_declared(database, MIRROR)
     assert await database.value("SELECT COUNT(*) FROM clerk_sync_version") == 1
@@ -221,6 +227,52 @@ async def test_deploy_request_without_the_version_table_is_enough(database: Data
     (done,) = await schema.migrate(database.engine, MIRROR)
     assert done.startswith("recorded version")
     assert await schema.migrate(database.engine, MIRROR) == []
+
+
+LATER: Final = ("clerk_sync_leases", "clerk_sync_cursors", "clerk_sync_runs")
+FIRST: Final = "UPDATE clerk_sync_version SET version_num = '0001'"
+
+
+@pytest.mark.parametrize(
+    ("since", "recorded"),
+    [
+        ((FIRST, *(f"DROP TABLE {name}" for name in LATER)), True),
+        ((FIRST, *(f"DROP TABLE {name}" for name in LATER[1:])), True),
+        (("DELETE FROM clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
+        (("DROP TABLE clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
+    ],
+    ids=["recorded", "half done", "no row", "no version table"],
+)
+async def test_first_version_with_its_data_becomes_this_one(
+    database: Database, since: tuple[str, ...], *, recorded: bool
+) -> None:
+    mapping = mapped(MADE)
+    await schema.migrate(database.engine, mapping)
+    store = await database.store(mapping)
+    await database.apply(store, Clerk(mapping).user("user_1", username="ada"))
+    before = await database.snapshot("made")
+
+    await database.execute(*since)
+    fault = (await faults(database, mapping))[-1]
+    assert fault.startswith("table clerk_sync_runs is missing: run `clerk-sync migrate`")
+    sql = await schema.migration_sql(database.engine, mapping)
+    assert "clerk_sync_entities" not in sql
+    await database.execute(*filter(str.strip, sql.split(";")))
+    await assert_as_declared(database, mapping)
+    assert (await schema.migration_sql(database.engine, mapping)).strip() == ""
+    told = [] if recorded else ["recorded version 0002, whose tables were there"]
+    assert await schema.migrate(database.engine, mapping) == told
+
+    await database.execute(*since)
+    told = [] if recorded else ["recorded version 0001, whose tables were there"]
+    assert await schema.migrate(database.engine, mapping) == [
+        *told,
+        "clerk-sync's own tables: from 0001 to version 0002",
+    ]
+    await assert_as_declared(database, mapping)
+    assert await database.rows("SELECT * FROM clerk_sync_version") == [("0002",)]
+    assert await schema.migrate(database.engine, mapping) == []
+    assert await database.snapshot("made") == before
 
 
 async def test_table_made_for_the_mapping_gets_later_columns_and_indexes(

@@ -313,7 +313,7 @@ def _migrated(
     there = set(sa.inspect(connection).get_table_names())
     own = tables.metadata.tables
     migration = Migration(connection, VERSION_TABLE, print_to)
-    done = migration.own_tables(complete=own.keys() <= there)
+    done = migration.own_tables(there)
     wanted = [*own.values()]
     for table in mapping.tables.values():
         if table.create:

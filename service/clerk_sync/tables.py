@@ -21,6 +21,7 @@ _MYSQL: Final = ("mysql", "mariadb")
 _INNODB: Final[dict[str, Any]] = {"mysql_engine": "InnoDB", "mysql_charset": "utf8mb4"}
 _EXACT: Final[dict[str, Any]] = {**_INNODB, "mysql_collate": "utf8mb4_bin"}
 _TIME: Final = sa.DateTime().with_variant(mysql.DATETIME(fsp=3), *_MYSQL)
+_LONG: Final = sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)
 
 metadata: Final = sa.MetaData()
 
@@ -66,9 +67,50 @@ quarantine: Final = sa.Table(
     sa.Column("reason", sa.String(32), nullable=False),
     sa.Column("detail", sa.String(255)),
     # Null where even the envelope was unreadable: it could be a mail with a one-time code.
-    sa.Column("payload", sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)),
+    sa.Column("payload", _LONG),
     sa.Column("quarantined_at", _TIME, nullable=False),
     sa.Index("clerk_sync_quarantine_quarantined_at", "quarantined_at"),
+    **_EXACT,
+)
+
+# Who does what only one may do at a time. The token grows with every holder: a write that still
+# carries an old one can be told to be late.
+leases: Final = sa.Table(
+    "clerk_sync_leases",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("holder", sa.String(255), nullable=False),
+    sa.Column("token", sa.BigInteger, nullable=False),
+    # By the database's clock; 0 once it was given back.
+    sa.Column("expires_ms", sa.BigInteger, nullable=False),
+    **_EXACT,
+)
+
+# Where a backfill stands: a part of a kind is what was created in a window of time.
+cursors: Final = sa.Table(
+    "clerk_sync_cursors",
+    metadata,
+    sa.Column("kind", sa.String(32), primary_key=True),
+    sa.Column("part", sa.Integer, primary_key=True),
+    sa.Column("from_ms", sa.BigInteger),
+    sa.Column("to_ms", sa.BigInteger),
+    sa.Column("after", sa.String(ID_LENGTH)),
+    sa.Column("seen", sa.BigInteger, nullable=False),
+    sa.Column("finished", sa.Boolean, nullable=False),
+    sa.Column("begun_at", _TIME, nullable=False),
+    sa.Column("moved_at", _TIME, nullable=False),
+    **_EXACT,
+)
+
+# The last run of each command that somebody may have to be told about.
+runs: Final = sa.Table(
+    "clerk_sync_runs",
+    metadata,
+    sa.Column("name", sa.String(32), primary_key=True),
+    sa.Column("started_at", _TIME, nullable=False),
+    sa.Column("finished_at", _TIME),
+    sa.Column("result", sa.String(16)),
+    sa.Column("report", _LONG),
     **_EXACT,
 )
 

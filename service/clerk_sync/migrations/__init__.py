@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     import io
     from collections.abc import Callable
 
+    from alembic.script import Script
+
     from clerk_sync.mapping import TableMapping
 
 
@@ -41,28 +43,49 @@ class Migration:
             )
         return MigrationContext.configure(self._connection, opts=opts)
 
-    def own_tables(self, *, complete: bool) -> list[str]:
-        """Bring clerk-sync's own tables to this version.
+    def own_tables(self, there: set[str]) -> list[str]:
+        """Bring clerk-sync's own tables to this version; `there` are the tables of the database.
 
-        `complete` says that all of them are there already. With no version recorded they came
-        as printed SQL, and only the version is written down.
+        With no version recorded, tables that are there came as printed SQL: they begin at the
+        version that has them all.
         """
-        current = MigrationContext.configure(
+        recorded = MigrationContext.configure(
             self._connection, opts={"version_table": self._version_table}
         ).get_current_revision()
+        current = recorded or self._version_of(there)
         head = self._script.get_current_head()
-        if current == head or (complete and current is None and self._print_to is not None):
-            return []
-        if complete and current is None:
-            self._context(lambda _, __: []).stamp(self._script, "head")
-            return [f"recorded version {head}, whose tables were there"]
+        done = []
+        if current != recorded and self._print_to is None:
+            self._context(lambda _, __: []).stamp(self._script, str(current))
+            done.append(f"recorded version {current}, whose tables were there")
+        if current == head:
+            return done
         context = self._context(
             lambda revision, _: self._script._upgrade_revs("head", revision),  # noqa: SLF001
             current or "base",
         )
+        ours = {self._version_table, *tables.metadata.tables}
         with Operations.context(context):
-            context.run_migrations()
-        return [f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
+            # The version table is there without a row, or is not there, after a deploy request:
+            # SQL that is right for both leaves it alone.
+            if self._print_to is not None and recorded is None and ours & there:
+                for version in self._versions(since=current):
+                    version.module.upgrade()
+            else:
+                context.run_migrations()
+        return [*done, f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
+
+    def _versions(self, since: str | None = None) -> list[Script]:
+        return list(self._script.iterate_revisions("head", since or "base"))[::-1]
+
+    def _version_of(self, there: set[str]) -> str | None:
+        """The newest version whose tables, and those of all before it, are there."""
+        newest = None
+        for version in self._versions():
+            if version.module.TABLES - there:
+                break
+            newest = version.revision
+        return newest
 
     def created(self, table: sa.Table) -> list[str]:
         """Make a table that the mapping asks for."""

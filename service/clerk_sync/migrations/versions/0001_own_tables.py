@@ -7,6 +7,7 @@ from sqlalchemy.dialects import mysql
 revision = "0001"
 down_revision = None
 
+TABLES = {"clerk_sync_entities", "clerk_sync_events", "clerk_sync_quarantine"}
 # Each step may find its own work half done: DDL is no transaction on MySQL. Plain indexes are
 # added by `Migration`, which looks whether they are there.
 # Written out, not imported from `tables`: a migration stays what it was when it ran.

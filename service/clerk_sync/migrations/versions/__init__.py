@@ -1,1 +1,1 @@
-"""One module per version of clerk-sync's own tables."""
+"""One module per version of clerk-sync's own tables; `TABLES` are those that it makes."""
