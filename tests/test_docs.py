@@ -17,7 +17,7 @@ from prometheus_client import Metric
 from clerk_sync import __version__, mapping_file, tables
 from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
 from clerk_sync.cli import cli
-from clerk_sync.events import KINDS
+from clerk_sync.events import ACTIONS, KINDS, Action
 from clerk_sync.expressions import COMPUTED
 from clerk_sync.metrics import SETTLED, Metrics
 from clerk_sync.settings import Secret, Settings
@@ -164,7 +164,24 @@ def test_presets_are_those_of_the_code() -> None:
     )
     assert list(mapping_file.PRESETS) == said
     assert ", ".join(f"`{preset}`" for preset in mapping_file.PRESETS) in readme
-    assert ", ".join(f"`{kind}`" for kind in KINDS) in readme
+
+
+def test_objects_and_their_events_are_those_of_the_code() -> None:
+    wanted = [
+        [
+            f"`{kind}`",
+            *(
+                ", ".join(
+                    f"`{type_.partition('.')[2]}`"
+                    for type_, what in ACTIONS.items()
+                    if what == (kind, action)
+                )
+                for action in (Action.SAVE, Action.DELETE)
+            ),
+        ]
+        for kind in KINDS
+    ]
+    assert wanted == table("objects")
 
 
 def test_column_types_are_those_of_the_code() -> None:

@@ -16,7 +16,7 @@ from jinja2 import TemplateError
 
 from clerk_sync import samples
 from clerk_sync.answers import Reason
-from clerk_sync.events import Action, parse
+from clerk_sync.events import KINDS, Action, parse
 from clerk_sync.expressions import InvalidExpression, names_in, row_of
 from clerk_sync.mapping import Place, change_of
 from clerk_sync.mapping_file import PRESETS, InvalidMapping, load, nearest, read
@@ -167,8 +167,13 @@ def table(columns: str = "{c: id}", rest: str = "", *, kind: str = "user") -> st
         ),
         (
             "tables: {zzz: {}}",
-            "1: `tables` has no `zzz`; there is: organization, organizationMembership, user",
+            "1: `tables` has no `zzz`; there is: " + ", ".join(sorted(KINDS)),
         ),
+        (
+            "tables: {email: {}}",
+            "1: `tables` may not have `email`: its events carry one-time codes, which are never",
+        ),
+        ("tables:\n  sms: {}", "2: `tables` may not have `sms`: its events carry one-time codes"),
         ("tables:\n  [1]: {}", "2: `tables`: a name must be plain text"),
         (
             "tables:\n  user: {table: t, key: k, columns: {}}\n  user: {}",
@@ -595,11 +600,17 @@ def test_a_user_becomes_the_row_that_the_tutorials_function_wrote() -> None:
     assert (change.version_ms, change.event_ms) == (1_767_612_345_670, 1_767_612_345_678)
 
 
-@pytest.mark.parametrize("type_", ["organization.created", "organizationMembership.deleted"])
-def test_a_kind_that_is_not_mapped_is_ignored(type_: str) -> None:
-    body = json.dumps({"type": type_, "data": {"id": "x_1"}})
+@pytest.mark.parametrize(
+    "type_", ["organization.created", "organizationMembership.deleted", "session.created"]
+)
+@pytest.mark.parametrize(
+    "data", [{"id": "x_1"}, {"id": "x_1", "updated_at": "odd"}, {"id": None}, None]
+)
+def test_a_kind_that_is_not_mapped_is_ignored_whatever_it_holds(type_: str, data: object) -> None:
+    body = json.dumps({"type": type_, "data": data})
     change = change_of(Delivery("msg_1", 1, body), load("orbytal"), instance_id=None)
-    assert (change.kind, change.action, change.reason, change.payload) == (None, None, None, None)
+    assert (change.type, change.kind, change.action) == (type_, None, None)
+    assert (change.reason, change.payload) == (None, None)
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,8 @@ _CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _TYPE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 # One-time codes and whole mails: never stored, never mapped.
-SECRET_TYPES: Final = frozenset({"email.created", "sms.created"})
+SECRET_KINDS: Final = frozenset({"email", "sms"})
+SECRET_TYPES: Final = frozenset({f"{kind}.created" for kind in SECRET_KINDS})
 
 
 class Action(Enum):
@@ -36,19 +37,36 @@ class Action(Enum):
     DELETE = "delete"
 
 
-ACTIONS: Final[dict[str, tuple[str, Action]]] = {
-    "user.created": ("user", Action.SAVE),
-    "user.updated": ("user", Action.SAVE),
-    "user.deleted": ("user", Action.DELETE),
-    "organization.created": ("organization", Action.SAVE),
-    "organization.updated": ("organization", Action.SAVE),
-    "organization.deleted": ("organization", Action.DELETE),
-    "organizationMembership.created": ("organizationMembership", Action.SAVE),
-    "organizationMembership.updated": ("organizationMembership", Action.SAVE),
-    # A full object, whose updated_at is the last update's: only its own id may be trusted.
-    "organizationMembership.deleted": ("organizationMembership", Action.DELETE),
+# What ends, is revoked or removed stays an object of Clerk's with a status, sent whole: a save.
+# Only `deleted` says that it is no more
+# (https://github.com/clerk/openapi-specs/blob/main/webhooks/2025-04-15.yml).
+_SAVES: Final = {
+    "user": ("created", "updated"),
+    "organization": ("created", "updated"),
+    "organizationMembership": ("created", "updated"),
+    "organizationInvitation": ("created", "accepted", "revoked"),
+    "organizationDomain": ("created", "updated"),
+    "role": ("created", "updated"),
+    "permission": ("created", "updated"),
+    "session": ("created", "pending", "ended", "removed", "revoked"),
+    "waitlistEntry": ("created", "updated"),
+    "subscription": ("created", "updated", "active", "pastDue"),
+    "subscriptionItem": (
+        *("created", "updated", "active", "abandoned", "canceled", "ended"),
+        *("freeTrialEnding", "incomplete", "pastDue", "upcoming"),
+    ),
+    "paymentAttempt": ("created", "updated"),
 }
-KINDS: Final = tuple(dict.fromkeys(kind for kind, _ in ACTIONS.values()))
+# A deleted membership is a full object, whose updated_at is the last update's, and so may
+# roles and permissions be: only the id of what is deleted may be trusted.
+_DELETED: Final = (
+    *("user", "organization", "organizationMembership"),
+    *("organizationDomain", "role", "permission"),
+)
+KINDS: Final = tuple(_SAVES)
+ACTIONS: Final[dict[str, tuple[str, Action]]] = {
+    f"{kind}.{what}": (kind, Action.SAVE) for kind, saves in _SAVES.items() for what in saves
+} | {f"{kind}.deleted": (kind, Action.DELETE) for kind in _DELETED}
 
 
 @dataclass(frozen=True, slots=True)

@@ -152,9 +152,11 @@ def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) 
         payload = None if event.type in SECRET_TYPES else delivery.body
         return change_for(event, mapping, payload=payload)
     except Unusable as error:
+        kind, _ = ACTIONS.get(error.type or "", (None, None))
+        if error.type is not None and kind not in mapping.tables:
+            return Change(delivery.id, error.type)  # nobody asked for it, so nobody has to mend it
         # Without a type it could be a mail with a one-time code: such a body is not kept.
         payload = delivery.body if error.type is not None else None
-        kind, _ = ACTIONS.get(error.type or "", (None, None))
         return Change(
             delivery.id,
             error.type or "unknown",

@@ -12,12 +12,15 @@ from typing import Final
 import yaml
 
 from clerk_sync import samples
-from clerk_sync.events import KINDS
+from clerk_sync.events import KINDS, SECRET_KINDS
 from clerk_sync.expressions import COMPUTED, InvalidExpression, names_in, row_of
 from clerk_sync.mapping import Column, Mapping, Owned, Place, TableMapping
 
 PRESETS: Final = ("mirror", "orbytal")
 COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean", "time")
+_NEVER: Final = dict.fromkeys(
+    SECRET_KINDS, "its events carry one-time codes, which are never stored"
+)
 _COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
@@ -85,9 +88,16 @@ class _Reader:
         self.faults.append(f"{where}: {message}")
 
     def entries(
-        self, node: yaml.Node | None, what: str, known: Iterable[str] | None = None
+        self,
+        node: yaml.Node | None,
+        what: str,
+        known: Iterable[str] | None = None,
+        never: dict[str, str] | None = None,
     ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """A mapping node as name → (its name's node, its value's node)."""
+        """A mapping node as name → (its name's node, its value's node).
+
+        `never` has names that are refused for a reason of their own.
+        """
         if not isinstance(node, yaml.MappingNode):
             self.fault(node, f"{what} must be `name: value` pairs")
             return {}
@@ -97,6 +107,8 @@ class _Reader:
                 self.fault(name, f"{what}: a name must be plain text")
             elif name.value in found:
                 self.fault(name, f"{what}: `{name.value}` is there twice")
+            elif never and name.value in never:
+                self.fault(name, f"{what} may not have `{name.value}`: {never[name.value]}")
             elif known is not None and name.value not in known:
                 self.fault(name, f"{what} has no `{name.value}`{nearest(name.value, known)}")
             else:
@@ -116,7 +128,8 @@ class _Reader:
                 self.fault(root, "the mapping file needs `tables:`")
             return
         used: dict[str, str] = {}
-        for kind, (name, node) in self.entries(top["tables"][1], "`tables`", KINDS).items():
+        kinds = self.entries(top["tables"][1], "`tables`", KINDS, _NEVER)
+        for kind, (name, node) in kinds.items():
             table = self.table(kind, name, node)
             if table is None:
                 continue

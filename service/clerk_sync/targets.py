@@ -136,11 +136,15 @@ class Target:
             return None
 
     def owners_of(self, row: Sequence[Any]) -> list[tuple[str, str]]:
-        """The entities, as (kind, id), that this row cannot outlive."""
+        """The entities, as (kind, id), that this row cannot outlive.
+
+        An empty id is nobody's: Clerk's payers are a user or an organization, and have one for
+        the other.
+        """
         return [
             (kind, value)
             for kind, column in self.owners
-            if isinstance(value := row[self.names.index(column)], str)
+            if isinstance(value := row[self.names.index(column)], str) and value
         ]
 
 
