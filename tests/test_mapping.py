@@ -111,6 +111,23 @@ def test_a_file_is_read_as_it_is_written() -> None:
     assert user.column_of("last_name") is None
 
 
+@pytest.mark.parametrize(
+    ("on_delete", "wanted"),
+    [
+        ("remove", (None, None)),
+        ("{mark: deleted_at}", ("deleted_at", None)),
+        ("{mark: deleted_at, purge_after: 30d}", ("deleted_at", 2_592_000_000)),
+        ("{purge_after: 12h, mark: deleted_at}", ("deleted_at", 43_200_000)),
+        ("{mark: deleted_at, purge_after: 99999d}", ("deleted_at", 99_999 * 86_400_000)),
+    ],
+)
+def test_a_delete_removes_or_marks_and_purges_later(
+    on_delete: str, wanted: tuple[str | None, int | None]
+) -> None:
+    user = read(table(rest=f", on_delete: {on_delete}"), source="m.yaml").tables["user"]
+    assert (user.mark, user.purge_after_ms) == wanted
+
+
 def test_a_file_is_loaded_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("# Müller & Söhne\n" + GOOD)
@@ -205,6 +222,23 @@ def table(columns: str = "{c: id}", rest: str = "", *, kind: str = "user") -> st
             "1: `on_delete` has no `mrak`; did you mean `mark`?",
         ),
         (table(rest=", on_delete: {mark: [x]}"), "1: `mark` must be text"),
+        (table(rest=", on_delete: {}"), "1: `on_delete` needs `mark:`"),
+        (table(rest=", on_delete: {purge_after: 3d}"), "1: `on_delete` needs `mark:`: only what"),
+        (
+            table(rest=", on_delete: {mark: d, purge_afer: 3d}"),
+            "1: `on_delete` has no `purge_afer`; did you mean `purge_after`?",
+        ),
+        (
+            table(rest=", on_delete: {mark: d, purge_after: [3d]}"),
+            "1: `purge_after` must be text",
+        ),
+        *(
+            (
+                table(rest=f", on_delete:\n  {{mark: d, purge_after: '{text}'}}"),
+                f"2: `{text}` is no time: write days as `30d`, hours as `12h`",
+            )
+            for text in ("30", "0d", "-1d", "1.5d", "30 d", "d", "30m", "1d12h", "100000d", "٣d")
+        ),
         (table(rest=", on_delete: {mark: c}"), "1: `c` is filled by clerk-sync already"),
         # owns
         (table(rest=", owns: blocks"), "1: `owns` must be a list of `{table: …, column: …, refe"),
@@ -342,7 +376,20 @@ def test_whatever_the_file_holds_it_is_read_or_its_faults_are_told(text: str) ->
 _fragments = st.sampled_from(
     [
         *("user", "table", "key", "columns", "owns", "id", "value", "adopt", "on_delete", "mark"),
-        *("remove", "create", "true", "x|", "", "type", "json", "column", "references", "7"),
+        *(
+            "purge_after",
+            "30d",
+            "remove",
+            "create",
+            "true",
+            "x|",
+            "",
+            "type",
+            "json",
+            "column",
+            "references",
+            "7",
+        ),
     ]
 )
 _trees = st.recursive(

@@ -57,8 +57,9 @@ class Owned:
 class TableMapping:
     """One Clerk object's table.
 
-    `mark` is the column that a delete stamps, None where a delete removes the row. `adopt`
-    pairs columns with expressions. `create` says that `migrate` makes the table.
+    `mark` is the column that a delete stamps, None where a delete removes the row.
+    `purge_after_ms` is how long a marked row may stay, None for ever. `adopt` pairs columns
+    with expressions. `create` says that `migrate` makes the table.
     """
 
     kind: str
@@ -67,6 +68,7 @@ class TableMapping:
     columns: tuple[Column, ...]
     adopt: tuple[Column, ...]
     mark: str | None
+    purge_after_ms: int | None
     owns: tuple[Owned, ...]
     create: bool
     at: Place

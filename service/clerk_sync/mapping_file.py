@@ -21,6 +21,8 @@ COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean"
 _NEVER: Final = dict.fromkeys(
     SECRET_KINDS, "its events carry one-time codes, which are never stored"
 )
+_DURATION: Final = re.compile(r"([1-9]\d{0,4})([dh])")
+_UNIT_MS: Final = {"d": 86_400_000, "h": 3_600_000}
 _COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
@@ -156,7 +158,9 @@ class _Reader:
             if "adopt" in entries
             else ()
         )
-        mark = self.mark(entries["on_delete"][1]) if "on_delete" in entries else None
+        mark, purge_after_ms = (
+            self.on_delete(entries["on_delete"][1]) if "on_delete" in entries else (None, None)
+        )
         owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
         for column in columns:
             if column.name in (key, mark):
@@ -171,6 +175,7 @@ class _Reader:
             columns=columns,
             adopt=adopt,
             mark=mark,
+            purge_after_ms=purge_after_ms,
             owns=owns,
             create=create,
             at=self.place(name),
@@ -224,14 +229,30 @@ class _Reader:
             self.fault(node, f"`{text}` must be true or false")
         return text == "true"
 
-    def mark(self, node: yaml.Node) -> str | None:
-        """The column of `{mark: column}`, or None for `remove`."""
+    def on_delete(self, node: yaml.Node) -> tuple[str | None, int | None]:
+        """The column that a delete marks, and `purge_after` in milliseconds, or None."""
         if isinstance(node, yaml.ScalarNode):
             if node.value != "remove":
                 self.fault(node, "`on_delete` must be `remove` or `{mark: column}`")
-            return None
-        entries = self.entries(node, "`on_delete`", ("mark",))
-        return self.text(entries["mark"][1], "`mark`") if entries else None
+            return None, None
+        entries = self.entries(node, "`on_delete`", ("mark", "purge_after"))
+        if "mark" not in entries:
+            if len(entries) == len(node.value):  # else its fault is told already
+                self.fault(node, "`on_delete` needs `mark:`: only what is marked can be purged")
+            return None, None
+        mark = self.text(entries["mark"][1], "`mark`")
+        after = entries.get("purge_after")
+        return mark, self.duration(after[1]) if after else None
+
+    def duration(self, node: yaml.Node) -> int | None:
+        """`30d` or `12h` in milliseconds."""
+        text = self.text(node, "`purge_after`")
+        found = _DURATION.fullmatch(text)
+        if found:
+            return int(found[1]) * _UNIT_MS[found[2]]
+        if text:
+            self.fault(node, f"`{text}` is no time: write days as `30d`, hours as `12h`")
+        return None
 
     def owned(self, node: yaml.Node) -> Iterator[Owned]:
         if not isinstance(node, yaml.SequenceNode):
