@@ -139,11 +139,24 @@ def _told(error: Exception) -> str:
 
 @contextmanager
 def engine_errors_told() -> Iterator[None]:
-    """Within, what fails in SQLAlchemy's engine is Unavailable, in words for people."""
+    """Within, what fails in SQLAlchemy's engine is Unavailable, in words for people.
+
+    It is Contention or LockWait where that is why.
+    """
     try:
         yield
     except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
-        raise Unavailable(_told(error)) from error
+        raise _unavailability(error)(_told(error)) from error
+
+
+def _unavailability(error: Exception) -> type[Unavailable]:
+    known: Exception | None = None
+    match getattr(error, "orig", None):
+        case MySQLError() as cause:
+            known = _mysql_error(cause)
+        case sqlite3.Error() as cause:
+            known = _sqlite_error(cause)
+    return type(known) if isinstance(known, Contention | LockWait) else Unavailable
 
 
 async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
