@@ -223,6 +223,37 @@ def test_ids_and_the_instance_are_as_asked() -> None:
     assert len({data_of("user.created")["id"] for _ in range(100)}) == 100
 
 
+# Where an object names a user whose it is not: who made it, or whose part it holds a copy of.
+MENTIONS = {
+    "organization": {"created_by"},
+    "organizationMembership": {"organization.created_by"},
+    "organizationInvitation": {"inviter_id", "public_inviter_data.user_id"},
+    "session": {"user.organization_memberships.public_user_data.user_id"}
+    | {"user.organization_memberships.organization.created_by"},
+    "paymentAttempt": {"subscription_items.payer.user_id"},
+}
+
+
+def paths_to(value: Any, wanted: str, path: str = "") -> Iterator[str]:
+    match value:
+        case dict():
+            for key, part in value.items():
+                yield from paths_to(part, wanted, f"{path}.{key}" if path else key)
+        case list():
+            for part in value:
+                yield from paths_to(part, wanted, path)
+        case str() if value == wanted:
+            yield path
+
+
+@pytest.mark.parametrize("kind", [kind for kind in events.KINDS if kind != "user"])
+def test_it_is_known_where_an_object_says_whose_it_is(kind: str) -> None:
+    user_id = data_of("session.created")["user_id"]
+    types = [type_ for type_, (of, _) in events.ACTIONS.items() if of == kind]
+    found = {path for type_ in types for path in paths_to(data_of(type_), user_id)}
+    assert found == {*events.USER_PATHS.get(kind, ()), *MENTIONS.get(kind, ())}
+
+
 def test_an_event_is_the_callers_to_change() -> None:
     first = data_of("user.updated", clerk_id="user_7")
     first["public_metadata"]["roles"].append("mine")

@@ -22,7 +22,7 @@ _SECONDS_BELOW: Final = 100_000_000_000
 # The end of the year 9999: what a DATETIME, and Python's own, can hold.
 _LATEST_MS: Final = 253_402_300_799_999
 # Printable and without spaces: MySQL's utf8mb4_bin pads, so "a" and "a " would be one key.
-_CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
+CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _TYPE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
 # One-time codes and whole mails: never stored, never mapped.
@@ -67,6 +67,19 @@ KINDS: Final = tuple(_SAVES)
 ACTIONS: Final[dict[str, tuple[str, Action]]] = {
     f"{kind}.{what}": (kind, Action.SAVE) for kind, saves in _SAVES.items() for what in saves
 } | {f"{kind}.deleted": (kind, Action.DELETE) for kind in _DELETED}
+
+# Where an object says whose it is: the member, who accepted, who signed in, who pays. Who only
+# made or sent something (`created_by`, `inviter_id`) is not asked, and a waitlist entry knows
+# an e-mail address, but no user
+# (https://github.com/clerk/openapi-specs/blob/main/webhooks/2025-04-15.yml).
+USER_PATHS: Final[dict[str, tuple[str, ...]]] = {
+    "organizationMembership": ("public_user_data.user_id",),
+    "organizationInvitation": ("user_id",),
+    "session": ("user_id", "user.id"),
+    "subscription": ("payer.user_id",),
+    "subscriptionItem": ("payer.user_id",),
+    "paymentAttempt": ("payer.user_id",),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +144,7 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
     if not isinstance(data, dict):
         raise Unusable(Reason.BAD_ENVELOPE, type_)
     clerk_id = data.get("id")
-    if not isinstance(clerk_id, str) or not _CLERK_ID.fullmatch(clerk_id):
+    if not isinstance(clerk_id, str) or not CLERK_ID.fullmatch(clerk_id):
         raise Unusable(Reason.BAD_ID, type_)
     try:
         event_ms = _milliseconds(envelope.get("timestamp"))

@@ -151,7 +151,7 @@ def _owners(mapping: Mapping, table: TableMapping) -> list[tuple[str, str]]:
         (owner.kind, owned.column)
         for owner in mapping.tables.values()
         for owned in owner.owns
-        if owned.table == table.table and owned.references == owner.key and owner.mark is None
+        if owned.table == table.table and owned.references == owner.key
     ]
 
 

@@ -31,6 +31,9 @@ Key = tuple[str, str]
 Version = tuple[int, int, str]
 """(data.updated_at ms, event time ms, svix-id): compared in this order, so never a tie."""
 
+REMOVED: Final[Version] = (2**63 - 1, 0, "")
+"""The version of what is removed for good: no event's is newer."""
+
 APPLIED: Final = Answer(Outcome.APPLIED)
 STALE: Final = Answer(Outcome.STALE)
 DUPLICATE: Final = Answer(Outcome.DUPLICATE)
@@ -205,13 +208,14 @@ class Store:
     def _is_gone(self, batch: _Batch, change: Change) -> bool:
         """Whether the row may no longer be there: deleted itself, or something it belongs to."""
         key = (change.kind or "", change.clerk_id or "")
-        target = self.targets[key[0]]
-        if target.mapping.mark is None and batch.entities[key].settled_deleted_at is not None:
-            return True
         row = batch.rows.get(key)
-        return row is not None and any(
-            batch.entities[owner].settled_deleted_at is not None for owner in target.owners_of(row)
-        )
+        owners = self.targets[key[0]].owners_of(row) if row is not None else ()
+        return any(self._has_no_row(batch, one) for one in (key, *owners))
+
+    def _has_no_row(self, batch: _Batch, key: Key) -> bool:
+        entity = batch.entities[key]
+        marked = self.targets[key[0]].mapping.mark is not None
+        return entity.settled == REMOVED or (entity.settled_deleted_at is not None and not marked)
 
     async def _writes(
         self,
