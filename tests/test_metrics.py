@@ -13,13 +13,24 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from clerk_sync import __version__, samples
-from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
-from clerk_sync.metrics import SETTLED, Metrics
+from clerk_sync.answers import (
+    DRIFTS,
+    QUARANTINES,
+    REJECTIONS,
+    UNAVAILABILITIES,
+    Answer,
+    Ending,
+    Outcome,
+    Reason,
+)
+from clerk_sync.events import LISTED
+from clerk_sync.metrics import CLERK_STATUSES, SETTLED, Metrics
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = 1_767_612_345.0
+CLOSED = {"type", "outcome", "reason", "le", "version", "status", "kind", "drift", "result"}
 LABELLED = {
     "clerk_sync_outcomes_total": {
         (("outcome", outcome), ("type", type_))
@@ -30,6 +41,13 @@ LABELLED = {
     "clerk_sync_rejected_total": {(("reason", reason.value),) for reason in REJECTIONS},
     "clerk_sync_quarantined_total": {(("reason", reason.value),) for reason in QUARANTINES},
     "clerk_sync_unavailable_total": {(("reason", reason.value),) for reason in UNAVAILABILITIES},
+    "clerk_sync_clerk_requests_total": {(("status", status),) for status in CLERK_STATUSES},
+    "clerk_sync_clerk_entities": {(("kind", kind),) for kind in LISTED},
+    "clerk_sync_table_entities": {(("kind", kind),) for kind in LISTED},
+    "clerk_sync_reconcile_result": {(("result", ending.value),) for ending in Ending},
+    "clerk_sync_reconcile_drift_entities": {
+        (("drift", drift.value), ("kind", kind)) for drift, kind in product(DRIFTS, LISTED)
+    },
 }
 
 
@@ -69,7 +87,7 @@ def test_every_metric_has_help_and_only_labels_of_closed_sets() -> None:
         assert family.documentation, family.name
         if family.name.startswith("clerk_sync_"):
             labels = {name for sample in family.samples for name in sample.labels}
-            assert labels <= {"type", "outcome", "reason", "le", "version"}, family.name
+            assert labels <= CLOSED, family.name
 
 
 @pytest.mark.parametrize("name", ["received", "queue_depth", "ready", "errors", "pool_in_use"])

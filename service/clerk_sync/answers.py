@@ -1,4 +1,4 @@
-"""What became of a delivery, why, and what the sender is told.
+"""What became of a delivery, why, and what the sender is told; and of a comparison with Clerk.
 
 One closed vocabulary: these words are the answer's body, the metric labels and the log
 fields. The statuses decide what Svix does next: only a 2xx ends its retries, and a 4xx or
@@ -93,6 +93,39 @@ UNAVAILABILITIES: Final = (
     Reason.DEADLINE,
     Reason.DRAINING,
 )
+
+
+class Verdict(StrEnum):
+    """How an object in Clerk and its row stand to each other."""
+
+    SAME = "same"
+    # In step by what is known here: the row is newer than what was read, or was deleted.
+    NEWER = "newer"
+    MISSING = "missing"
+    OUTDATED = "outdated"
+    # The versions agree, or ours is ahead of Clerk's for no reason; the content does not.
+    DRIFTED = "drifted"
+    # The row is there, although it or what it belongs to is deleted.
+    DELETED = "deleted"
+    # The values do not fit the columns.
+    UNFIT = "unfit"
+
+
+DRIFTS: Final = (Verdict.MISSING, Verdict.OUTDATED, Verdict.DRIFTED, Verdict.DELETED)
+
+
+class Ending(StrEnum):
+    """How a backfill or a reconcile ended."""
+
+    IN_STEP = "in_step"
+    # There was drift, and it is gone.
+    MENDED = "mended"
+    # Some of it could not be.
+    UNMENDED = "unmended"
+    # The breaker kept it from deleting.
+    STOPPED = "stopped"
+    FAILED = "failed"
+
 
 STATUS: Final[dict[Outcome | Reason, int]] = {
     Outcome.APPLIED: 200,

@@ -82,15 +82,22 @@ USER_PATHS: Final[dict[str, tuple[str, ...]]] = {
 }
 
 
+# The kinds that Clerk's API can list by itself, those that others belong to first.
+LISTED: Final = ("user", "organization", "organizationMembership")
+# What stands for the type of an event where Clerk's API was asked instead.
+READ: Final = "api.read"
+
+
 @dataclass(frozen=True, slots=True)
 class Event:
     """One Clerk event.
 
     `kind`, `action`, `clerk_id` are None for types that no mapping can name. `version_ms` is
-    `data.updated_at`, `event_ms` the envelope's time, both unix milliseconds.
+    `data.updated_at`, `event_ms` the envelope's time, both unix milliseconds. `delivery_id` is
+    None for an object that was read from Clerk's API: `event_ms` is then when it was asked for.
     """
 
-    delivery_id: str
+    delivery_id: str | None
     type: str
     instance_id: str | None
     kind: str | None
@@ -166,6 +173,19 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
         event_ms,
         data,
     )
+
+
+def read(kind: str, data: dict[str, Any], *, at_ms: int) -> Event:
+    """An object as Clerk's API gave it when it was asked at this time. Raises Unusable."""
+    clerk_id = data.get("id")
+    if not isinstance(clerk_id, str) or not CLERK_ID.fullmatch(clerk_id):
+        raise Unusable(Reason.BAD_ID, READ)
+    try:
+        version_ms = _milliseconds(data.get("updated_at"))
+    except ValueError:
+        raise Unusable(Reason.BAD_VERSION, READ, clerk_id) from None
+    version_ms = at_ms if version_ms is None else version_ms
+    return Event(None, READ, None, kind, Action.SAVE, clerk_id, version_ms, at_ms, data)
 
 
 def _milliseconds(value: object) -> int | None:

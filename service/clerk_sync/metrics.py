@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Final
 
 from prometheus_client import (
@@ -18,14 +19,18 @@ from prometheus_client.process_collector import ProcessCollector
 
 from clerk_sync import __version__, samples
 from clerk_sync.answers import (
+    DRIFTS,
     QUARANTINES,
     REJECTIONS,
     UNAVAILABILITIES,
     Answer,
+    Ending,
     Outcome,
 )
+from clerk_sync.events import LISTED
 
 OTHER: Final = "other"
+CLERK_STATUSES: Final = ("200", "404", "429", "4xx", "5xx", "none", "other")
 SETTLED: Final = (
     Outcome.APPLIED,
     Outcome.STALE,
@@ -140,6 +145,54 @@ class Metrics:
             "When a delivery was last answered 2xx, unix time; 0 before the first.",
             registry=registry,
         )
+        self.clerk_requests = Counter(
+            "clerk_sync_clerk_requests",
+            "Requests to Clerk's API by how they were answered; none is no answer.",
+            ["status"],
+            registry=registry,
+        )
+        self.clerk_wait_seconds = Counter(
+            "clerk_sync_clerk_wait_seconds",
+            "Time that requests to Clerk's API waited for its rate limit, or for our share of it.",
+            registry=registry,
+        )
+        self.clerk_entities = Gauge(
+            "clerk_sync_clerk_entities",
+            "Objects that Clerk counted when it was last asked.",
+            ["kind"],
+            registry=registry,
+        )
+        self.table_entities = Gauge(
+            "clerk_sync_table_entities",
+            "Rows that the mapped table had at the same time, without marked ones.",
+            ["kind"],
+            registry=registry,
+        )
+        self.drift = Gauge(
+            "clerk_sync_reconcile_drift_entities",
+            "What the last reconcile found out of step, wherever it ran.",
+            ["kind", "drift"],
+            registry=registry,
+        )
+        self.reconcile_result = Gauge(
+            "clerk_sync_reconcile_result",
+            "1 for how the last reconcile ended, wherever it ran.",
+            ["result"],
+            registry=registry,
+        )
+        self.reconcile_finished = Gauge(
+            "clerk_sync_reconcile_finished_timestamp_seconds",
+            "When the last reconcile ended, unix time; 0 before the first.",
+            registry=registry,
+        )
+        self.reconcile_seconds = Gauge(
+            "clerk_sync_reconcile_seconds", "Time that the last reconcile took.", registry=registry
+        )
+        self.lease_held = Gauge(
+            "clerk_sync_lease_held",
+            "1 while this process reconciles, which one does at a time.",
+            registry=registry,
+        )
         Info("clerk_sync_build", "The running version.", registry=registry).info(
             {"version": __version__}
         )
@@ -155,6 +208,50 @@ class Metrics:
         self._unavailable = {
             reason: self.unavailable.labels(reason.value) for reason in UNAVAILABILITIES
         }
+
+        self._clerk_requests = {
+            status: self.clerk_requests.labels(status) for status in CLERK_STATUSES
+        }
+        for kind in LISTED:
+            self.clerk_entities.labels(kind)
+            self.table_entities.labels(kind)
+            for drift in DRIFTS:
+                self.drift.labels(kind, drift.value)
+        for ending in Ending:
+            self.reconcile_result.labels(ending.value)
+
+    def clerk_asked(self, status: int | None) -> None:
+        """Count one request to Clerk; `status` None is one without an answer."""
+        name = "none" if status is None else str(status)
+        if name not in CLERK_STATUSES:
+            name = f"{name[0]}xx"
+        self._clerk_requests.get(name, self._clerk_requests["other"]).inc()
+
+    def clerk_waited(self, seconds: float) -> None:
+        """Count a wait before a request to Clerk."""
+        self.clerk_wait_seconds.inc(seconds)
+
+    def counted(self, kind: str, *, clerk: int, table: int) -> None:
+        """Keep what both sides count."""
+        self.clerk_entities.labels(kind).set(clerk)
+        self.table_entities.labels(kind).set(table)
+
+    def reconciled(
+        self,
+        ending: Ending,
+        *,
+        finished: float,
+        seconds: float,
+        drift: Mapping[str, Mapping[str, int]],
+    ) -> None:
+        """Keep how the last reconcile ended, and its drift by kind."""
+        for one in Ending:
+            self.reconcile_result.labels(one.value).set(one is ending)
+        self.reconcile_finished.set(finished)
+        self.reconcile_seconds.set(seconds)
+        for kind in LISTED:
+            for name in DRIFTS:
+                self.drift.labels(kind, name.value).set(drift.get(kind, {}).get(name.value, 0))
 
     def applied(self, events: int, seconds: float) -> None:
         """Count one committed transaction."""

@@ -104,6 +104,16 @@ def _absolute(path: str) -> str:
     return path
 
 
+def _seconds(text: object) -> object:
+    """A span of time such as 6h, in seconds; `off` is none."""
+    if not isinstance(text, str) or text == "off":
+        return None if text == "off" else text
+    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
+    if found is None:
+        raise ValueError("must be a time such as 90s, 30m, 6h or 1d, or off")
+    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+
+
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 
@@ -159,6 +169,14 @@ class Settings(BaseSettings):
     # Svix's own retries end after 28 hours, replays by hand reach back 90 days.
     ledger_days: int = Field(default=100, ge=2, validation_alias="CLERK_SYNC_LEDGER_DAYS")
     quarantine_days: int = Field(default=30, ge=1, validation_alias="CLERK_SYNC_QUARANTINE_DAYS")
+    # Clerk's limit is shared with the customer's own app.
+    clerk_share: float = Field(default=0.2, gt=0, le=1, validation_alias="CLERK_SYNC_CLERK_SHARE")
+    reconcile_interval: Annotated[int | None, BeforeValidator(_seconds)] = Field(
+        default=None, validation_alias="CLERK_SYNC_RECONCILE_INTERVAL"
+    )
+    breaker_percent: float = Field(
+        default=5, ge=0, le=100, validation_alias="CLERK_SYNC_BREAKER_PERCENT"
+    )
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda text: str(text).lower()),
@@ -198,6 +216,11 @@ class Settings(BaseSettings):
             if ours or (near and name.startswith(("CLERK_", "DATABASE_"))):
                 hint = f"; did you mean {near[0]}?" if near else ""
                 found.append(f"{name} is no setting of clerk-sync{hint}")
+        if self.reconcile_interval is not None and self.clerk_key is None:
+            found.append(
+                "CLERK_SYNC_RECONCILE_INTERVAL is set, but CLERK_SECRET_KEY is not: "
+                "nothing will be reconciled"
+            )
         if self.database_url is None and self.database_host is None:
             found.append(f"DATABASE_URL is not set: the embedded {self.DEFAULT_DATABASE} is used")
         return found
