@@ -276,6 +276,7 @@ class Asked:
     path: str
     query: Query
     target: str
+    headers: MultiMapping[str]
     at: float
     status: int | None = None
 
@@ -356,6 +357,7 @@ class ClerkApi:
         lost_cursor: LostCursor = "refused",
         organizations_enabled: bool = True,
         tells_of_cascades: bool = False,
+        most: int = MOST,
     ) -> None:
         self.url = ""
         self.key = key
@@ -366,6 +368,8 @@ class ClerkApi:
         self.organizations_enabled = organizations_enabled
         # Whether Clerk sends events for the memberships of what is deleted is not documented.
         self.tells_of_cascades = tells_of_cascades
+        # A page holds no more, whatever was asked for.
+        self.most = most
 
         self.users: dict[str, Object] = {}
         self.organizations: dict[str, Object] = {}
@@ -578,7 +582,9 @@ class ClerkApi:
 
     def _handler(self, read: Callable[[web.Request], bytes]) -> Callable[[web.Request], Any]:
         async def handle(request: web.Request) -> web.StreamResponse:
-            asked = Asked(request.path, request.query, request.raw_path, time.monotonic())
+            asked = Asked(
+                request.path, request.query, request.raw_path, request.headers, time.monotonic()
+            )
             self.asked.append(asked)
             self._in_flight += 1
             self.most_at_once = max(self.most_at_once, self._in_flight)
@@ -666,7 +672,7 @@ class ClerkApi:
     def _read_users(self, request: web.Request) -> bytes:
         filters = _TIMES | {"user_id"}
         wanted = _wanted(request.query, _USER_ORDERS, filters=filters, cursor=True)
-        wanted = replace(wanted, keeps_gone=self.lost_cursor == "kept")
+        wanted = replace(self._capped(wanted), keeps_gone=self.lost_cursor == "kept")
         try:
             page = self._users.page(wanted)
         except _LostCursor:
@@ -691,7 +697,8 @@ class ClerkApi:
 
     def _read_organizations(self, request: web.Request) -> bytes:
         self._need_organizations()
-        return _list(self._counting(request), _wanted(request.query, _ORGANIZATION_ORDERS))
+        wanted = _wanted(request.query, _ORGANIZATION_ORDERS)
+        return _list(self._counting(request), self._capped(wanted))
 
     def _read_organization(self, request: web.Request) -> bytes:
         self._need_organizations()
@@ -704,7 +711,8 @@ class ClerkApi:
 
     def _read_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
-        return _list(self._memberships, _wanted(request.query, _MEMBERSHIP_ORDERS))
+        wanted = _wanted(request.query, _MEMBERSHIP_ORDERS)
+        return _list(self._memberships, self._capped(wanted))
 
     def _read_organization_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
@@ -713,7 +721,7 @@ class ClerkApi:
             raise _no_organization()
         filters = _TIMES | {"user_id"}
         wanted = _wanted(request.query, _MEMBERSHIP_ORDERS, filters=filters)
-        return _list(self._memberships, replace(wanted, of=owner))
+        return _list(self._memberships, replace(self._capped(wanted), of=owner))
 
     def _read_user_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
@@ -721,13 +729,16 @@ class ClerkApi:
         if self._users.one(owner) is None:
             raise _no_user(owner)
         wanted = _wanted(request.query, _MEMBERSHIP_ORDERS)
-        return _list(self._memberships, replace(wanted, of=owner))
+        return _list(self._memberships, replace(self._capped(wanted), of=owner))
+
+    def _capped(self, wanted: _Wanted) -> _Wanted:
+        return replace(wanted, limit=min(wanted.limit, self.most))
 
     def _counting(self, request: web.Request) -> _Table:
-        if request.query.get("include_members_count") != "true":
+        asked = request.query.get("include_members_count") == "true"
+        # A crowd's organizations are made without looking at who is in them.
+        if not asked or not isinstance(self._organizations, _Held):
             return self._organizations
-        if not isinstance(self._organizations, _Held):
-            raise _unbuilt("include_members_count in a crowd")
         view: Callable[[Object], Object] = lambda one: self._organization(one, counted=True)  # noqa: E731
         return replace(self._organizations, view=view)
 

@@ -19,6 +19,8 @@ from sqlalchemy.dialects import mysql
 from clerk_sync.answers import Reason
 
 Fit = Callable[[Any], Any]
+Same = Callable[[Any, Any], bool]
+"""Whether a fitted value and one as the driver reads it from the column are the same."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC).replace(tzinfo=None)
 _encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -82,6 +84,54 @@ def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
         octets = None if sqlite else _TEXT_BYTES.get(type(type_))
         return _text(None if octets else type_.length, octets)
     return _scalar
+
+
+def same_for(column: sa.Column[Any], *, json_text: bool) -> Same:
+    """The column's comparison, for values that are not null.
+
+    The database gives values back in its own form: JSON in another order, times rounded to the
+    column's precision, fixed text without its last spaces.
+    """
+    type_ = column.type
+    if json_text or isinstance(type_, sa.JSON):
+        return _same_json
+    if isinstance(type_, sa.DateTime):
+        # MySQL rounds, MariaDB cuts off: either way it is less than one unit.
+        unit = timedelta(seconds=10.0 ** -(getattr(type_, "fsp", None) or 0))
+        return lambda fitted, stored: abs(_read_time(fitted) - _read_time(stored)) < unit
+    if isinstance(type_, sa.Boolean | sa.Integer):
+        return lambda fitted, stored: int(fitted) == int(stored)
+    if isinstance(type_, sa.Numeric | sa.Float):
+        scale = None if isinstance(type_, sa.Float) else type_.scale
+        least = 0.0 if scale is None else 0.5001 * 10.0**-scale
+        # A FLOAT keeps seven digits, and shows six.
+        return lambda fitted, stored: math.isclose(
+            float(fitted), float(stored), rel_tol=1e-5, abs_tol=least
+        )
+    if isinstance(type_, sa.Enum):
+        return lambda fitted, stored: str(fitted).casefold() == _plain(stored).casefold()
+    if isinstance(type_, sa.CHAR):
+        return lambda fitted, stored: str(fitted).rstrip(" ") == _plain(stored).rstrip(" ")
+    return lambda fitted, stored: _plain(fitted) == _plain(stored)
+
+
+def read_time_ms(value: object) -> int | None:
+    """A time as a driver gives it, in unix milliseconds."""
+    return (
+        None if value is None else round((_read_time(value) - _EPOCH) / timedelta(milliseconds=1))
+    )
+
+
+def _read_time(value: object) -> datetime:
+    return value if isinstance(value, datetime) else datetime.fromisoformat(_plain(value))
+
+
+def _plain(value: object) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _same_json(fitted: Any, stored: Any) -> bool:
+    return bool(json.loads(fitted) == json.loads(stored))
 
 
 def _text(length: int | None, octets: int | None) -> Fit:

@@ -22,6 +22,8 @@ from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChan
 from clerk_sync.store import quarantined
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from clerk_sync.mapping import Change
     from clerk_sync.metrics import Metrics
     from clerk_sync.store import Store
@@ -43,10 +45,36 @@ CONNECTION_SECONDS: Final = 3600.0
 Connect = Callable[[], Awaitable[Connection]]
 
 
+class _Together:
+    """One answer of several that are waited for together: a future for each would cost more."""
+
+    __slots__ = ("_answers", "_place")
+
+    def __init__(self, answers: _Answers, place: int) -> None:
+        self._answers = answers
+        self._place = place
+
+    def done(self) -> bool:
+        return self._answers.all.done() or self._answers.known[self._place] is not None
+
+    def set_result(self, answer: Answer) -> None:
+        self._answers.known[self._place] = answer
+        self._answers.missing -= 1
+        if not self._answers.missing:
+            self._answers.all.set_result(None)
+
+
+class _Answers:
+    def __init__(self, number: int) -> None:
+        self.known: list[Answer | None] = [None] * number
+        self.missing = number
+        self.all: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+
+
 @dataclass(slots=True)
 class _Entry:
     change: Change
-    answer: asyncio.Future[Answer]
+    answer: asyncio.Future[Answer] | _Together
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +132,8 @@ class Committer:
         When the caller is cancelled, a change that still waits is dropped; one that is being
         written may be committed all the same, and is then known when it is sent again.
         """
-        if self._closed:
-            return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
-        if self.store is None:
-            return Answer(Outcome.UNAVAILABLE, self.storeless)
-        if time.monotonic() < self._away_until:
-            return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        if (refusal := self._refusal()) is not None:
+            return refusal
         characters = len(change.payload or "")
         if (
             self._queue.qsize() >= self._queue_limit
@@ -123,6 +147,31 @@ class Committer:
             return await answer
         finally:
             self._characters -= characters
+
+    async def commit_all(self, changes: Sequence[Change]) -> list[Answer]:
+        """The changes' answers, in order. For facts from Clerk's API, which have no payload."""
+        if not changes:
+            return []
+        refusal = self._refusal()
+        if refusal is None and self._queue.qsize() + len(changes) > self._queue_limit:
+            refusal = Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        if refusal is not None:
+            return [refusal] * len(changes)
+        answers = _Answers(len(changes))
+        for place, change in enumerate(changes):
+            self._queue.put_nowait(_Entry(change, _Together(answers, place)))
+        await answers.all
+        return [answer for answer in answers.known if answer is not None]
+
+    def _refusal(self) -> Answer | None:
+        """What to answer at once, while nothing can be committed."""
+        if self._closed:
+            return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
+        if self.store is None:
+            return Answer(Outcome.UNAVAILABLE, self.storeless)
+        if time.monotonic() < self._away_until:
+            return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        return None
 
     def back(self) -> None:
         """The database answers again: try it at once."""
@@ -245,7 +294,12 @@ class Committer:
 
     async def _failed(self, connection: Connection, change: Change, error: Exception) -> Answer:
         """The answer to a change that failed all alone."""
-        about = {"svix_id": change.delivery_id, "type": change.type, "error": str(error)}
+        about = {
+            "svix_id": change.delivery_id,
+            "type": change.type,
+            "clerk_id": change.clerk_id,
+            "error": str(error),
+        }
         if isinstance(error, SchemaChanged):
             log.error("schema_changed", **about)
             self._doubt()
@@ -292,7 +346,7 @@ class Committer:
         answers = await self.store.apply(connection, changes, now_ms=now_ms)
         self._metrics.applied(len(changes), time.perf_counter() - started)
         for change in changes:
-            if change.event_ms:
+            if change.event_ms and change.delivery_id is not None:
                 self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
         return answers
 

@@ -63,6 +63,11 @@ class Lease:
     token: int
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
+    def check(self) -> None:
+        """Raise Lost once somebody else holds it."""
+        if self.lost.is_set():
+            raise Lost("another process has taken over the lease")
+
 
 def holder_name() -> str:
     """What people may call this process: `clerk-sync-7c9f (pid 1)`."""

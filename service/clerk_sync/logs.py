@@ -7,7 +7,7 @@ import logging
 import sys
 import traceback
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TextIO
 
 import structlog
 
@@ -21,14 +21,15 @@ def hush() -> None:
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
-def configure(level: str, format_: str | None) -> None:
+def configure(level: str, format_: str | None, *, file: TextIO | None = None) -> None:
     """Set up structlog, and send what libraries log the same way.
 
     Libraries are heard from warnings on. The database driver and aiohttp's server are not:
     the one quotes rows, the other lets any stranger fill the log with broken requests.
     """
-    as_json = (format_ or ("console" if sys.stdout.isatty() else "json")) == "json"
-    processors: list[Any] = [_stamped, structlog.dev.ConsoleRenderer(colors=sys.stdout.isatty())]
+    file = file or sys.stdout
+    as_json = (format_ or ("console" if file.isatty() else "json")) == "json"
+    processors: list[Any] = [_stamped, structlog.dev.ConsoleRenderer(colors=file.isatty())]
     if as_json:
         # An encoder made once: json.dumps makes one per line when it is given a `default`.
         encode = json.JSONEncoder(default=str).encode
@@ -36,7 +37,7 @@ def configure(level: str, format_: str | None) -> None:
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(level),
-        logger_factory=structlog.WriteLoggerFactory(file=sys.stdout),
+        logger_factory=structlog.WriteLoggerFactory(file=file),
         cache_logger_on_first_use=True,
     )
     handler = _Forward(logging.WARNING)

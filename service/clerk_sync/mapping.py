@@ -96,7 +96,8 @@ class Change:
 
     `action` None changes nothing: an ignored event (no `reason`) or an unusable one (with
     it), which still get their ledger row. `row` and `claims` are a SAVE's column values, the
-    latter those by which it may adopt an existing row. `delivery_id` is None for facts that
+    latter those by which it may adopt an existing row; `fitted` is the row as the table's
+    columns take it, where that is known already. `delivery_id` is None for facts that
     come from Clerk's API instead of a delivery. `payload` is kept only if the event ends in
     quarantine; `detail` then says where it failed, such as the column, and holds no data.
     """
@@ -113,6 +114,7 @@ class Change:
     reason: Reason | None = None
     payload: str | None = None
     detail: str | None = None
+    fitted: list[Any] | None = None
 
 
 def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:

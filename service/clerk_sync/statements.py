@@ -17,7 +17,7 @@ from sqlalchemy.dialects import mysql, sqlite
 
 from clerk_sync.database import Statement
 from clerk_sync.events import KINDS
-from clerk_sync.tables import entities, events, quarantine
+from clerk_sync.tables import entities, events, leases, quarantine
 
 _IDS: Final = "@ids"
 _INSERT: Final = re.compile(r"(.*\sVALUES\s)(\([^()]*\))(.*)", re.DOTALL)
@@ -151,7 +151,15 @@ class OwnStatements:
         self.entities = {
             kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS
         }
+        self.states = {kind: compiler.for_ids(functools.partial(_state, kind)) for kind in KINDS}
         self.known = compiler.for_ids(_known)
+        # Locked against whoever would take the lease over: what is written under it comes first.
+        self.lease = compiler.plain(
+            sa.select(leases.c.token)
+            .where(leases.c.name == sa.bindparam("lease"))
+            .with_for_update(read=True),
+            ["lease"],
+        )
         self.record = compiler.upsert(events, LEDGER, ("svix_id",), _recorded)
         self.detain = compiler.upsert(
             quarantine,
@@ -174,6 +182,10 @@ def _settled(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
         entities.c.source,
         entities.c.deleted_at,
     ).where(entities.c.kind == name, entities.c.clerk_id.op("IN")(ids))
+
+
+def _state(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    return _settled(kind, ids).add_columns(entities.c.synced_at)
 
 
 def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:

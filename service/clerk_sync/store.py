@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 from collections import defaultdict
+from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.columns import Unfit, time_text
 from clerk_sync.database import COMMIT, Connection, Result, Step
+from clerk_sync.database_errors import Unavailable
 from clerk_sync.events import Action
 from clerk_sync.statements import Compiler, OwnStatements, Read, union
 
@@ -78,12 +80,26 @@ class _Batch:
         self.references[kind, place] = [value for (value,) in result.rows if value is not None]
 
 
+class Fenced(Unavailable):
+    """The lease under which this was to be written is somebody else's now."""
+
+
 class Store:
     """The tables of one mapping in one database, for any number of connections to it."""
 
     def __init__(self, targets: Mapping[str, Target], compiler: Compiler) -> None:
         self.targets = targets
         self.own = OwnStatements(compiler)
+        self._fence: tuple[str, int] | None = None
+
+    def fenced(self, lease: str, token: int) -> Store:
+        """The same store, whose transactions fail once the lease has another token.
+
+        Raises Fenced then, also while its holder does not know yet that it lost it.
+        """
+        store = copy(self)
+        store._fence = (lease, token)  # noqa: SLF001 -- our own kind
+        return store
 
     async def apply(
         self, connection: Connection, changes: Sequence[Change], *, now_ms: int
@@ -109,6 +125,8 @@ class Store:
         """The change with its row as the columns take it, or as one for the quarantine."""
         if change.action is not Action.SAVE or change.kind is None or change.clerk_id is None:
             return change, None
+        if change.fitted is not None:
+            return change, [*change.fitted]
         try:
             return change, self.targets[change.kind].row(change.clerk_id, change.row or {})
         except Unfit as error:
@@ -141,8 +159,8 @@ class Store:
         self, connection: Connection, batch: _Batch, changes: Sequence[Change], now: str
     ) -> None:
         """The first round trip: advance the state, read back who is newest and what is known."""
-        steps: list[Step] = []
-        learn: list[Callable[[Result], None]] = []
+        steps: list[Step] = self._fence_steps()
+        learn: list[Callable[[Result], None]] = [self._check_fence] * len(steps)
         settled: list[Read] = []
         if batch.entities:
             candidates = []
@@ -174,6 +192,13 @@ class Store:
         if steps:
             for learned, result in zip(learn, await connection.run(steps), strict=True):
                 learned(result)
+
+    def _fence_steps(self) -> list[Step]:
+        return [] if self._fence is None else [(self.own.lease, [self._fence[:1]])]
+
+    def _check_fence(self, result: Result) -> None:
+        if [token for (token,) in result.rows] != [self._fence and self._fence[1]]:
+            raise Fenced("another process has taken over the lease")
 
     def _answers(self, batch: _Batch, changes: Sequence[Change]) -> list[Answer]:
         """Each change's answer, as if they had come one by one."""
@@ -214,8 +239,12 @@ class Store:
 
     def _has_no_row(self, batch: _Batch, key: Key) -> bool:
         entity = batch.entities[key]
-        marked = self.targets[key[0]].mapping.mark is not None
-        return entity.settled == REMOVED or (entity.settled_deleted_at is not None and not marked)
+        deleted = entity.settled_deleted_at is not None
+        return self.has_no_row(key[0], entity.settled[0], deleted=deleted)
+
+    def has_no_row(self, kind: str, version_ms: int, *, deleted: bool) -> bool:
+        """Whether an entity in this state has no row, nor those that belong to it."""
+        return version_ms == REMOVED[0] or (deleted and self.targets[kind].mapping.mark is None)
 
     async def _writes(
         self,

@@ -95,6 +95,7 @@ cursors: Final = sa.Table(
     sa.Column("from_ms", sa.BigInteger),
     sa.Column("to_ms", sa.BigInteger),
     sa.Column("after", sa.String(ID_LENGTH)),
+    sa.Column("reached_ms", sa.BigInteger),
     sa.Column("seen", sa.BigInteger, nullable=False),
     sa.Column("finished", sa.Boolean, nullable=False),
     sa.Column("begun_at", _TIME, nullable=False),

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
 from clerk_sync.answers import Reason
-from clerk_sync.columns import Fit, Unfit, fit_for
+from clerk_sync.columns import Fit, Same, Unfit, fit_for, same_for
 from clerk_sync.statements import Compiler, ForIds, ordered
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from clerk_sync.mapping import Owned, TableMapping
+
+IDS_LIMIT: Final = 2000
 
 
 class Target:
@@ -46,6 +48,7 @@ class Target:
         self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key)
         self._fits = self._fits_of(compiler)
         self._column_fits = [self._fits[column.name] for column in mapping.columns]
+        self._sames = [self._same_of(column.name, column.type) for column in mapping.columns]
         self._not_null = {column.name for column in table.columns if not column.nullable}
 
         values: list[tuple[sa.Column[Any], sa.ColumnElement[Any]]] = [
@@ -66,6 +69,18 @@ class Target:
             [*new, "old_key"],
         )
         self.present = compiler.for_ids(lambda ids: sa.select(key).where(key.op("IN")(ids)))
+        self.read = compiler.for_ids(
+            lambda ids: sa.select(*(table.c[name] for name in self.names)).where(key.op("IN")(ids))
+        )
+        unmarked = table.c[mapping.mark].is_(None) if mapping.mark else sa.true()
+        self.ids = compiler.plain(
+            sa.select(key)
+            .where(key > sa.bindparam("after"), unmarked)
+            .order_by(key)
+            .suffix_with(f"LIMIT {IDS_LIMIT}"),  # as a parameter, SQLite's has an OFFSET, too
+            ["after"],
+        )
+        self.count = compiler.plain(sa.select(sa.func.count(key)).where(unmarked))
         self.delete = compiler.for_ids(lambda ids: sa.delete(table).where(key.op("IN")(ids)))
         self.mark = compiler.plain(
             sa.update(table)
@@ -105,6 +120,9 @@ class Target:
             for name in names
         }
 
+    def _same_of(self, name: str, type_: str | None) -> Same:
+        return same_for(self.table.c[name], json_text=type_ == "json")
+
     def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
         """A row in the order of `names`, its mark still empty. Raises Unfit."""
         name = self.mapping.key
@@ -126,6 +144,14 @@ class Target:
         if name in self._not_null:
             raise Unfit(Reason.NOT_NULL)
 
+    def differing(self, row: Sequence[Any], stored: Sequence[Any]) -> list[int]:
+        """The places of the mapped columns in which a row and the table's differ."""
+        return [
+            place
+            for place, same in enumerate(self._sames, start=1)
+            if not _same(same, row[place], stored[place])
+        ]
+
     def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The values by which to adopt a row; None where one is missing or cannot be there."""
         if not values or None in values.values():
@@ -146,6 +172,15 @@ class Target:
             for kind, column in self.owners
             if isinstance(value := row[self.names.index(column)], str) and value
         ]
+
+
+def _same(same: Same, fitted: object, stored: object) -> bool:
+    if fitted is None or stored is None:
+        return fitted is stored
+    try:
+        return same(fitted, stored)
+    except (ValueError, TypeError):  # somebody wrote what is no such value, as SQLite allows
+        return False
 
 
 def unique_keys(table: sa.Table) -> list[set[str]]:

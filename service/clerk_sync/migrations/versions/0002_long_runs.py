@@ -33,6 +33,7 @@ def upgrade() -> None:
         sa.Column("from_ms", sa.BigInteger),
         sa.Column("to_ms", sa.BigInteger),
         sa.Column("after", sa.String(128)),
+        sa.Column("reached_ms", sa.BigInteger),
         sa.Column("seen", sa.BigInteger, nullable=False),
         sa.Column("finished", sa.Boolean, nullable=False),
         sa.Column("begun_at", _TIME, nullable=False),

@@ -1,0 +1,64 @@
+"""What Clerk has and the tables have not: written, from where the last backfill was left off."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from clerk_sync import progress
+from clerk_sync.answers import Verdict
+from clerk_sync.mending import Tally
+from clerk_sync.report import Report, count, listed
+from clerk_sync.walk import Page, parts_of, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.clerk import Clerk
+    from clerk_sync.lease import Lease
+    from clerk_sync.mapping import Mapping
+    from clerk_sync.mending import Mending
+
+
+async def backfill(
+    clerk: Clerk,
+    mapping: Mapping,
+    mending: Mending,
+    engine: AsyncEngine,
+    lease: Lease,
+    *,
+    restart: bool,
+    report: Report,
+    on_page: Callable[[str, int, int], None],
+) -> None:
+    """Write all that Clerk has and the tables have not, from where the last backfill was.
+
+    `on_page` hears of each page: the kind, how many objects were taken by now, and how many
+    there are. Raises ClerkUnavailable, ClerkRefused, Unavailable, Lost.
+    """
+    report.tallies = mending.tallies
+    if restart:
+        await progress.forget(engine)
+    report.resumed = await progress.begun(engine)
+    kept = await progress.parts(engine)
+    counted = await listed(clerk, mapping, report)
+    mending.tallies |= {kind: Tally() for kind in counted}
+    for kind, total in counted.items():
+        if kind not in kept:
+            kept[kind] = await parts_of(clerk, kind, count=total)
+            await progress.planned(engine, kept[kind])
+    seen = {kind: sum(part.seen for part in kept[kind]) for kind in counted}
+
+    async def take(page: Page) -> None:
+        kind = page.part.kind
+        lease.check()
+        ahead = await mending.take(kind, page.objects, began_ms=page.began_ms)
+        mending.tallies[kind].found[Verdict.NEWER] += len(ahead)
+        await progress.moved(engine, page.part, lease)
+        seen[kind] += len(page.objects)
+        on_page(kind, seen[kind], counted[kind])
+
+    await walk(clerk, [part for kind in counted for part in kept[kind]], take)
+    await progress.forget(engine)
+    await count(clerk, mending, counted, report)

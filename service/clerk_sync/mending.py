@@ -1,0 +1,213 @@
+"""Bringing rows to what Clerk's API says: pages in, compared, and what differs written."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import Counter
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+
+import stamina
+import structlog
+
+from clerk_sync import events
+from clerk_sync.answers import DRIFTS, Outcome, Verdict
+from clerk_sync.comparison import Compared, compared
+from clerk_sync.database import COMMIT, NO_PARAMETERS
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.events import Unusable
+from clerk_sync.mapping import change_for
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+
+    from clerk_sync.answers import Answer
+    from clerk_sync.committer import Committer, Connect
+    from clerk_sync.database import Connection
+    from clerk_sync.mapping import Change
+    from clerk_sync.mapping import Mapping as Mapped
+    from clerk_sync.store import Store
+
+log = structlog.get_logger()
+
+_READERS: Final = 2
+_READ_ATTEMPTS: Final = 8
+# How long a database may be away before a walk gives up.
+_PATIENCE_SECONDS: Final = 60.0
+_FIRST_WAIT: Final = 0.1
+_LONGEST_WAIT: Final = 5.0
+
+_T = TypeVar("_T")
+
+
+@dataclass(slots=True)
+class Tally:
+    """What became of one kind's objects.
+
+    `found` counts verdicts, `written` the rows that were brought into step, `unfit` those that
+    the table cannot take.
+    """
+
+    read: int = 0
+    written: int = 0
+    found: Counter[Verdict] = field(default_factory=Counter)
+
+    @property
+    def drift(self) -> dict[str, int]:
+        """How many were out of step, by how."""
+        return {verdict.value: self.found[verdict] for verdict in DRIFTS}
+
+    @property
+    def unfit(self) -> int:
+        return self.found[Verdict.UNFIT]
+
+
+class Mending:
+    """One run over the tables of one mapping.
+
+    With a `committer` it writes what differs; without one it only looks. `told` hears of every
+    row that is out of step, `lost` says that the run has to end.
+    """
+
+    def __init__(
+        self,
+        mapping: Mapped,
+        store: Store,
+        connect: Connect,
+        *,
+        committer: Committer | None,
+        lost: asyncio.Event,
+        told: Callable[[str, Compared], None] = lambda _, __: None,
+    ) -> None:
+        self.store = store
+        self.tallies: dict[str, Tally] = {}
+        self._mapping = mapping
+        self._connect = connect
+        self._committer = committer
+        self._lost = lost
+        self._told = told
+        self._idle: list[Connection] = []
+        self._turns = asyncio.Semaphore(_READERS)
+
+    def close(self) -> None:
+        """Close the connections that it reads by."""
+        while self._idle:
+            self._idle.pop().close()
+
+    async def take(
+        self, kind: str, objects: Sequence[Mapping[str, Any]], *, began_ms: int
+    ) -> list[Compared]:
+        """Bring the rows of these objects into step; those that are `ahead` are left, and given.
+
+        Raises Unavailable when the database stays away.
+        """
+        tally = self.tallies[kind]
+        tally.read += len(objects)
+        changes = self._changes(kind, objects, began_ms, tally)
+        found = await self.reading(
+            lambda connection: compared(connection, self.store, kind, list(changes.values()))
+        )
+        for one in found:
+            if one.verdict is Verdict.UNFIT:
+                reason = one.reason.value if one.reason else None
+                log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
+            if one.mend is None:
+                tally.found[one.verdict] += 1
+        await self.mend(kind, [one for one in found if one.mend is not None and not one.ahead])
+        return [one for one in found if one.ahead]
+
+    def _changes(
+        self, kind: str, objects: Sequence[Mapping[str, Any]], began_ms: int, tally: Tally
+    ) -> dict[str, Change]:
+        changes = {}
+        for data in objects:
+            try:
+                change = change_for(events.read(kind, dict(data), at_ms=began_ms), self._mapping)
+            except Unusable as error:
+                log.warning(
+                    "unfit",
+                    kind=kind,
+                    clerk_id=error.clerk_id,
+                    reason=error.reason.value,
+                    detail=error.detail,
+                )
+                tally.found[Verdict.UNFIT] += 1
+                continue
+            changes[change.clerk_id or ""] = change
+        return changes
+
+    async def mend(self, kind: str, found: Sequence[Compared]) -> None:
+        """Write these mends, and count what they came to."""
+        tally = self.tallies[kind]
+        mends = [(one, one.mend) for one in found if one.mend is not None]
+        if self._committer is None:
+            for one, _ in mends:
+                tally.found[one.verdict] += 1
+                self._told(kind, one)
+            return
+        answers = await self._committed([change for _, change in mends])
+        for (one, _), answer in zip(mends, answers, strict=True):
+            match answer.outcome:
+                case Outcome.APPLIED:
+                    tally.found[one.verdict] += 1
+                    tally.written += 1
+                    self._told(kind, one)
+                case Outcome.QUARANTINED:
+                    reason = answer.reason.value if answer.reason else None
+                    log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
+                    tally.found[Verdict.UNFIT] += 1
+                case Outcome.ERROR:
+                    raise RuntimeError(f"{kind} {one.clerk_id} could not be written")
+                case _:  # something newer came between
+                    tally.found[Verdict.NEWER] += 1
+
+    async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
+        """Commit the changes, again and again while the database is away."""
+        assert self._committer is not None
+        answers = dict(enumerate(await self._committer.commit_all(changes)))
+        deadline = time.monotonic() + _PATIENCE_SECONDS
+        wait = _FIRST_WAIT
+        while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
+            if self._lost.is_set() or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(wait)
+            wait = min(2 * wait, _LONGEST_WAIT)
+            again = await self._committer.commit_all([changes[n] for n in away])
+            answers.update(zip(away, again, strict=True))
+        if away:
+            raise Unavailable("the database took no writes; the log says why")
+        return list(answers.values())
+
+    async def rows(self, kind: str) -> int:
+        """How many rows of this kind there are, without marked ones."""
+        target = self.store.targets[kind]
+
+        async def read(connection: Connection) -> int:
+            result, _ = await connection.run([(target.count, NO_PARAMETERS), COMMIT])
+            ((rows,),) = result.rows
+            return int(rows)
+
+        return await self.reading(read)
+
+    async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
+        """Read by one of a few connections, again on a new one where that fails."""
+        async for attempt in stamina.retry_context(
+            on=Unavailable, attempts=_READ_ATTEMPTS, timeout=_PATIENCE_SECONDS, wait_max=10
+        ):
+            with attempt:
+                async with self._connection() as connection:
+                    return await read(connection)
+        raise AssertionError  # the loop returns or raises
+
+    @asynccontextmanager
+    async def _connection(self) -> AsyncIterator[Connection]:
+        async with self._turns:
+            connection = self._idle.pop() if self._idle else await self._connect()
+            try:
+                yield connection
+            except BaseException:
+                connection.close()
+                raise
+            self._idle.append(connection)

@@ -1,0 +1,155 @@
+"""Where a backfill stands, and how the last runs ended: kept in the database, for whoever asks."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+import sqlalchemy as sa
+
+from clerk_sync.answers import Ending
+from clerk_sync.database_errors import engine_errors_told
+from clerk_sync.tables import cursors, leases, runs
+from clerk_sync.walk import Part
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.lease import Lease
+
+Name = Literal["backfill", "reconcile"]
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One run. `report` has numbers by kind; all is None until the run has ended."""
+
+    name: Name
+    started_at: datetime
+    finished_at: datetime | None
+    ending: Ending | None
+    report: Mapping[str, Any] | None
+
+
+async def begun(engine: AsyncEngine) -> datetime | None:
+    """When the backfill began whose cursors are kept, None where there is none."""
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            at = await connection.scalar(sa.select(sa.func.min(cursors.c.begun_at)))
+    return at if at is None or isinstance(at, datetime) else datetime.fromisoformat(str(at))
+
+
+async def parts(engine: AsyncEngine) -> dict[str, list[Part]]:
+    """The parts of the backfill that was not finished, by kind."""
+    query = sa.select(cursors).order_by(cursors.c.kind, cursors.c.part)
+    found: dict[str, list[Part]] = {}
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            for row in await connection.execute(query):
+                part = Part(
+                    row.kind,
+                    row.part,
+                    row.from_ms,
+                    row.to_ms,
+                    row.after,
+                    row.reached_ms,
+                    row.seen,
+                    row.finished,
+                )
+                found.setdefault(part.kind, []).append(part)
+    return found
+
+
+async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
+    """Keep these parts, none of which is kept yet."""
+    now = _now()
+    rows = [
+        {
+            "kind": part.kind,
+            "part": part.number,
+            "from_ms": part.from_ms,
+            "to_ms": part.to_ms,
+            "after": part.after,
+            "reached_ms": part.reached_ms,
+            "seen": part.seen,
+            "finished": part.finished,
+            "begun_at": now,
+            "moved_at": now,
+        }
+        for part in new
+    ]
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            await connection.execute(sa.insert(cursors), rows)
+
+
+async def moved(engine: AsyncEngine, part: Part, lease: Lease) -> None:
+    """Keep how far a part has come, as long as the lease is ours: one that is not moves nothing."""
+    ours = sa.exists().where(leases.c.name == lease.name, leases.c.token == lease.token)
+    move = (
+        sa.update(cursors)
+        .where(cursors.c.kind == part.kind, cursors.c.part == part.number, ours)
+        .values(
+            after=part.after,
+            reached_ms=part.reached_ms,
+            seen=part.seen,
+            finished=part.finished,
+            moved_at=_now(),
+        )
+    )
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            await connection.execute(move)
+
+
+async def forget(engine: AsyncEngine) -> None:
+    """Forget all parts: the backfill is done, or starts anew."""
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            await connection.execute(sa.delete(cursors))
+
+
+async def started(engine: AsyncEngine, name: Name) -> datetime:
+    """Note that a run begins; how the last one ended stays until this one has."""
+    now = _now()
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            changed = await connection.execute(
+                sa.update(runs).where(runs.c.name == name).values(started_at=now)
+            )
+            if not changed.rowcount:
+                await connection.execute(sa.insert(runs).values(name=name, started_at=now))
+    return now
+
+
+async def finished(
+    engine: AsyncEngine, name: Name, ending: Ending, report: Mapping[str, Any]
+) -> None:
+    """Note how a run ended."""
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            await connection.execute(
+                sa.update(runs)
+                .where(runs.c.name == name)
+                .values(finished_at=_now(), result=ending.value, report=json.dumps(report))
+            )
+
+
+async def last(engine: AsyncEngine, name: Name) -> Run | None:
+    """The last run of this name that any process made."""
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            row = (await connection.execute(sa.select(runs).where(runs.c.name == name))).first()
+    if row is None:
+        return None
+    ending = None if row.result is None else Ending(row.result)
+    report = None if row.report is None else json.loads(row.report)
+    return Run(name, row.started_at, row.finished_at, ending, report)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC).replace(tzinfo=None)

@@ -1,0 +1,284 @@
+"""Both sides looked at whole: what is missing, old, altered or gone, and mending it."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from array import array
+from bisect import bisect_left
+from typing import TYPE_CHECKING, Any, Final
+
+import structlog
+
+from clerk_sync import erasure
+from clerk_sync.clerk import ClerkUnavailable, Read
+from clerk_sync.comparison import SETTLED_MS, Compared, lingering, states_of
+from clerk_sync.database import COMMIT
+from clerk_sync.events import READ, Action
+from clerk_sync.mapping import Change
+from clerk_sync.mending import Tally
+from clerk_sync.report import Report, count, listed
+from clerk_sync.targets import IDS_LIMIT
+from clerk_sync.walk import Page, Part, parts_of, walk
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.clerk import Clerk
+    from clerk_sync.comparison import State
+    from clerk_sync.database import Connection
+    from clerk_sync.lease import Lease
+    from clerk_sync.mapping import Mapping as Mapped
+    from clerk_sync.mending import Mending
+    from clerk_sync.targets import Target
+
+log = structlog.get_logger()
+
+# The breaker does not mind fewer than this, however small the table.
+BREAKER_LEAST: Final = 10
+_CONFIRMED_AT_ONCE: Final = 8
+# A row that a webhook has just brought is asked for twice before it is deleted: the API may lag.
+_YOUNG_SECONDS: Final = 5.0
+_BUCKETS: Final = 4096
+
+
+class Stopped(Exception):  # noqa: N818
+    """The breaker: so much is gone from Clerk that it is more likely a mistake."""
+
+
+class _Unaskable(Exception):  # noqa: N818
+    """The table does not hold what it takes to ask Clerk for this object."""
+
+
+class _Seen:
+    """The ids that a walk met, in eight bytes each: a few MiB for a million.
+
+    Python's hash of a text has 64 bits, salted by process. Were two ids to share one, a deleted
+    row would be found by the next run.
+    """
+
+    def __init__(self) -> None:
+        self._buckets = [array("q") for _ in range(_BUCKETS)]
+
+    def add(self, clerk_ids: Iterable[str]) -> None:
+        for clerk_id in clerk_ids:
+            number = hash(clerk_id)
+            self._buckets[number % _BUCKETS].append(number)
+
+    def settle(self) -> None:
+        """Sort, so that it can be asked."""
+        self._buckets = [array("q", sorted(set(bucket))) for bucket in self._buckets]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._buckets))
+
+    def __contains__(self, clerk_id: str) -> bool:
+        number = hash(clerk_id)
+        bucket = self._buckets[number % _BUCKETS]
+        place = bisect_left(bucket, number)
+        return place < len(bucket) and bucket[place] == number
+
+
+class _Absent:
+    """Clerk objects of one kind that the table has and the walk did not meet."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+        self.ids: list[str] = []
+
+
+class Reconcile:
+    """One reconcile; without a lease it only looks."""
+
+    def __init__(
+        self,
+        clerk: Clerk,
+        mapping: Mapped,
+        mending: Mending,
+        engine: AsyncEngine,
+        lease: Lease | None,
+        *,
+        breaker_percent: float,
+        report: Report,
+        on_page: Callable[[str, int, int], None],
+    ) -> None:
+        self._clerk = clerk
+        self._mapping = mapping
+        self._mending = mending
+        self._engine = engine
+        self._lease = lease
+        self._breaker_percent = breaker_percent
+        self._report = report
+        self._on_page = on_page
+        self._asking = asyncio.Semaphore(_CONFIRMED_AT_ONCE)
+
+    async def run(self) -> None:
+        """Bring the tables to what Clerk has; the report tells what that took.
+
+        Raises Stopped when too much is gone, ClerkUnavailable, ClerkRefused, Unavailable, Lost:
+        nothing is deleted then.
+        """
+        report = self._report
+        report.tallies = self._mending.tallies
+        counted = await listed(self._clerk, self._mapping, report)
+        report.tallies |= {kind: Tally() for kind in counted}
+        seen = await self._walked(counted)
+        absent = {}
+        for kind in counted:
+            seen[kind].settle()
+            await self._check_end(kind, len(seen[kind]))
+            absent[kind] = await self._absent(kind, seen[kind])
+        for kind, missed in absent.items():
+            self._check_breaker(kind, missed)
+        for kind, missed in absent.items():
+            self._check_lease()
+            await self._remove(kind, missed.ids)
+        now_ms = _now_ms()
+        purged = await erasure.purge(
+            self._engine, self._mending.store, now_ms=now_ms, dry_run=self._lease is None
+        )
+        report.purged = sum(purged.values())
+        await count(self._clerk, self._mending, counted, report)
+
+    def _check_lease(self) -> None:
+        if self._lease is not None:
+            self._lease.check()
+
+    async def _walked(self, counted: Mapping[str, int]) -> dict[str, _Seen]:
+        """Compare all that Clerk lists, and mend it; the ids that there were."""
+        seen = {kind: _Seen() for kind in counted}
+        taken = dict.fromkeys(counted, 0)
+
+        async def take(page: Page) -> None:
+            kind = page.part.kind
+            self._check_lease()
+            seen[kind].add(str(one.get("id")) for one in page.objects)
+            ahead = await self._mending.take(kind, page.objects, began_ms=page.began_ms)
+            if ahead:
+                objects = {one.get("id"): one for one in page.objects}
+                for one in ahead:
+                    await self._outdo(kind, one, objects[one.clerk_id])
+            taken[kind] += len(page.objects)
+            self._on_page(kind, taken[kind], counted[kind])
+
+        parts: list[Part] = []
+        for kind, total in counted.items():
+            parts += await parts_of(self._clerk, kind, count=total)
+        await walk(self._clerk, parts, take)
+        return seen
+
+    async def _outdo(self, kind: str, one: Compared, data: Mapping[str, Any]) -> None:
+        """Mend a row whose version is ahead of Clerk's, for a while already: but ask again."""
+        organization, user = data.get("organization"), data.get("public_user_data")
+        try:
+            read = await self._ask(
+                kind,
+                one.clerk_id,
+                organization=organization.get("id") if isinstance(organization, dict) else None,
+                user=user.get("user_id") if isinstance(user, dict) else None,
+            )
+        except _Unaskable:
+            return
+        # Where it moves meanwhile, a webhook will tell, or the next run.
+        if read is not None and read.json.get("updated_at") == data.get("updated_at"):
+            await self._mending.mend(kind, [one])
+
+    async def _ask(
+        self, kind: str, clerk_id: str, *, organization: object, user: object
+    ) -> Read | None:
+        """The object as Clerk has it now, None when there is none. Raises _Unaskable."""
+        if kind != "organizationMembership":
+            return await self._clerk.one(kind, clerk_id)
+        if not isinstance(organization, str) or not isinstance(user, str):
+            raise _Unaskable
+        return await self._clerk.membership(clerk_id, organization=organization, user=user)
+
+    def _threshold(self, rows: int) -> float:
+        return max(BREAKER_LEAST, rows * self._breaker_percent / 100)
+
+    async def _check_end(self, kind: str, met: int) -> None:
+        """A walk that met far fewer than Clerk counts ended early, whatever it looked like."""
+        counted = await self._clerk.count(kind)
+        if counted - met >= self._threshold(counted):
+            raise ClerkUnavailable(
+                f"the walk ended early: Clerk counts {counted} {kind}s and listed {met}; "
+                "nothing was deleted"
+            )
+
+    def _check_breaker(self, kind: str, absent: _Absent) -> None:
+        if len(absent.ids) >= self._threshold(absent.rows):
+            raise Stopped(
+                f"{len(absent.ids)} of {absent.rows} {kind}s are not in Clerk any more, which "
+                f"the breaker ({self._breaker_percent:g} %, at least {BREAKER_LEAST}) takes for a "
+                "mistake: nothing was deleted. Is CLERK_SECRET_KEY the key of this database's "
+                "instance? If they were deleted on purpose, run it again with --breaker 100"
+            )
+
+    async def _absent(self, kind: str, seen: _Seen) -> _Absent:
+        """Go over the table by its key, and note the ids that the walk did not meet."""
+        target = self._mending.store.targets[kind]
+        absent = _Absent()
+        after = ""
+        while True:
+
+            async def page(connection: Connection, after: str = after) -> Sequence[Sequence[Any]]:
+                result, _ = await connection.run([(target.ids, ((after,),)), COMMIT])
+                return result.rows
+
+            ids = [str(clerk_id) for (clerk_id,) in await self._mending.reading(page)]
+            absent.rows += len(ids)
+            absent.ids += [clerk_id for clerk_id in ids if clerk_id not in seen]
+            if len(ids) < IDS_LIMIT:
+                return absent
+            after = ids[-1]
+
+    async def _remove(self, kind: str, ids: Sequence[str]) -> None:
+        """Delete these rows, each once Clerk has said that it has no such object."""
+        target = self._mending.store.targets[kind]
+        for start in range(0, len(ids), IDS_LIMIT):
+            some = ids[start : start + IDS_LIMIT]
+
+            async def read(connection: Connection, some: Sequence[str] = some) -> Any:
+                rows, _ = await connection.run([target.read.of(some), COMMIT])
+                states = await states_of(connection, self._mending.store, kind, some)
+                return [(row, states.get(row[0])) for row in rows.rows]
+
+            there = await self._mending.reading(read)
+            gone = await asyncio.gather(*(self._gone(target, row, state) for row, state in there))
+            await self._mending.mend(kind, [one for one in gone if one is not None])
+
+    async def _gone(
+        self, target: Target, row: Sequence[Any], state: State | None
+    ) -> Compared | None:
+        """What deletes a row whose object is gone, by Clerk's own word; None when it is not."""
+        kind, clerk_id = target.mapping.kind, str(row[0])
+        now_ms = _now_ms()
+        delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now_ms)
+        if state is not None and state.deleted_ms is not None:
+            return lingering(delete, target, row, state.deleted_ms)
+
+        def value(expression: str) -> object:
+            name = target.mapping.column_of(expression)
+            return None if name is None else row[target.names.index(name)]
+
+        organization, user = value("organization.id"), value("public_user_data.user_id")
+        young = state is not None and state.delivered and state.event_ms > now_ms - SETTLED_MS
+        async with self._asking:
+            for pause in (0.0, _YOUNG_SECONDS) if young else (0.0,):
+                await asyncio.sleep(pause)
+                try:
+                    read = await self._ask(kind, clerk_id, organization=organization, user=user)
+                except _Unaskable:
+                    log.warning("unconfirmed", kind=kind, clerk_id=clerk_id)
+                    self._report.unconfirmed += 1
+                    return None
+                if read is not None:
+                    await self._mending.take(kind, [read.json], began_ms=read.began_ms)
+                    return None
+        return lingering(delete, target, row, now_ms)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

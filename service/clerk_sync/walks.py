@@ -1,0 +1,242 @@
+"""The composition root of what walks over Clerk: settings in, a finished run out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+import structlog
+
+from clerk_sync import progress, schema
+from clerk_sync.answers import Ending
+from clerk_sync.backfill import backfill
+from clerk_sync.clerk import Clerk, ClerkUnavailable
+from clerk_sync.committer import Committer, Connect
+from clerk_sync.database import Connection, connect, engine_of
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.lease import Lease, held, holder_name
+from clerk_sync.mending import Mending
+from clerk_sync.metrics import Metrics
+from clerk_sync.reconcile import Reconcile, Stopped
+from clerk_sync.report import Report, count, listed
+from clerk_sync.settings import InvalidSettings, Settings
+
+if TYPE_CHECKING:
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.comparison import Compared
+    from clerk_sync.mapping import Mapping
+    from clerk_sync.store import Store
+
+log = structlog.get_logger()
+
+LEASE: Final = "walk"
+KEYLESS: Final = (
+    "CLERK_SECRET_KEY: is not set: copy a secret key (sk_…) from Clerk's dashboard, API keys; or "
+    "set CLERK_SECRET_KEY_FILE to a file that holds it"
+)
+# A page of Clerk's is one transaction, and two of them overlap.
+_BATCH: Final = 500
+_WRITERS: Final = 2
+# Nobody waits for an answer here: a page may take its time.
+_STATEMENT_SECONDS: Final = 30.0
+
+OnPage = Callable[[str, int, int], None]
+Told = Callable[[str, "Compared"], None]
+
+
+def quiet(*_: object) -> None:
+    """Hear, and say nothing."""
+
+
+@contextlib.asynccontextmanager
+async def clerk_of(settings: Settings, metrics: Metrics) -> AsyncIterator[Clerk]:
+    """A client of Clerk's API. Raises InvalidSettings when there is no key."""
+    secret = settings.clerk_key
+    if secret is None:
+        raise InvalidSettings([KEYLESS])
+
+    def key() -> str:
+        try:
+            return secret.read()
+        except InvalidSettings as error:
+            raise ClerkUnavailable(str(error)) from None
+
+    # Twice over: parts that are walked at once, and what is asked for ahead.
+    connector = aiohttp.TCPConnector(limit=32)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        yield Clerk(
+            session,
+            settings.api_url,
+            key,
+            share=settings.clerk_share,
+            metrics=metrics,
+        )
+
+
+def connecting(settings: Settings, seconds: float) -> Connect:
+    """How to open a connection whose round trips end within so many seconds."""
+
+    async def opened() -> Connection:
+        try:
+            return await connect(settings.locate(), seconds=seconds)
+        except InvalidSettings as error:
+            raise Unavailable(str(error)) from None
+
+    return opened
+
+
+@dataclass(frozen=True, slots=True)
+class Walks:
+    """What every walk needs, open."""
+
+    settings: Settings
+    mapping: Mapping
+    clerk: Clerk
+    engine: AsyncEngine
+    store: Store
+    metrics: Metrics
+
+    async def backfill(self, *, restart: bool, report: Report, on_page: OnPage) -> Ending:
+        """Run a backfill. Raises lease.Held, ClerkUnavailable, ClerkRefused, Unavailable, Lost."""
+
+        async def work(mending: Mending, lease: Lease) -> None:
+            await backfill(
+                self.clerk,
+                self.mapping,
+                mending,
+                self.engine,
+                lease,
+                restart=restart,
+                report=report,
+                on_page=on_page,
+            )
+
+        return await self._recorded("backfill", report, work)
+
+    async def reconcile(
+        self, *, breaker_percent: float, report: Report, on_page: OnPage, patience: bool = True
+    ) -> Ending:
+        """Run a reconcile. Raises as `backfill` does, and Stopped.
+
+        Without patience it does not wait to see whether the lease's holder is still alive.
+        """
+
+        async def work(mending: Mending, lease: Lease) -> None:
+            await self._reconcile(mending, lease, breaker_percent, report, on_page)
+
+        return await self._recorded("reconcile", report, work, patience=patience)
+
+    async def count(self, report: Report) -> None:
+        """What both sides count now, into the report. Raises as the others do."""
+        mending = self._mending(None, asyncio.Event())
+        try:
+            await count(self.clerk, mending, await listed(self.clerk, self.mapping, report), report)
+        finally:
+            mending.close()
+
+    async def look(
+        self, *, breaker_percent: float, report: Report, on_page: OnPage, told: Told
+    ) -> None:
+        """What a reconcile would mend. Writes nothing, not even a lease. Raises as it does."""
+        mending = self._mending(None, asyncio.Event(), told)
+        try:
+            await self._reconcile(mending, None, breaker_percent, report, on_page)
+        finally:
+            mending.close()
+
+    async def _reconcile(
+        self,
+        mending: Mending,
+        lease: Lease | None,
+        breaker_percent: float,
+        report: Report,
+        on_page: OnPage,
+    ) -> None:
+        await Reconcile(
+            self.clerk,
+            self.mapping,
+            mending,
+            self.engine,
+            lease,
+            breaker_percent=breaker_percent,
+            report=report,
+            on_page=on_page,
+        ).run()
+
+    def _mending(
+        self, committer: Committer | None, lost: asyncio.Event, told: Told = quiet
+    ) -> Mending:
+        return Mending(
+            self.mapping,
+            self.store,
+            connecting(self.settings, _STATEMENT_SECONDS),
+            committer=committer,
+            lost=lost,
+            told=told,
+        )
+
+    async def _recorded(
+        self,
+        name: progress.Name,
+        report: Report,
+        work: Callable[[Mending, Lease], Awaitable[None]],
+        *,
+        patience: bool = True,
+    ) -> Ending:
+        """Do the work under the lease, alone; how it ends is kept for metrics."""
+        holder = f"{name} on {holder_name()}"
+        async with held(self.engine, LEASE, holder, patience=patience) as lease:
+            self.metrics.lease_held.set(1)
+            ending = Ending.FAILED
+            await progress.started(self.engine, name)
+            try:
+                async with self._committing(lease) as committer:
+                    mending = self._mending(committer, lease.lost)
+                    try:
+                        await work(mending, lease)
+                    finally:
+                        mending.close()
+                ending = report.ending
+            except Stopped:
+                ending = Ending.STOPPED
+                raise
+            finally:
+                self.metrics.lease_held.set(0)
+                with contextlib.suppress(Unavailable):
+                    await progress.finished(self.engine, name, ending, report.summary())
+            return ending
+
+    @contextlib.asynccontextmanager
+    async def _committing(self, lease: Lease) -> AsyncIterator[Committer]:
+        """A committer of the run's own, so that webhooks never wait behind it."""
+        sqlite = self.settings.locate().path is not None
+        committer = Committer(
+            connecting(self.settings, _STATEMENT_SECONDS),
+            metrics=Metrics(),
+            writers=1 if sqlite else _WRITERS,
+            batch_limit=_BATCH,
+            queue_limit=100 * _BATCH,
+        )
+        committer.store = self.store.fenced(lease.name, lease.token)
+        committer.start()
+        try:
+            yield committer
+        finally:
+            await committer.close()
+
+
+@contextlib.asynccontextmanager
+async def walks(settings: Settings, mapping: Mapping, metrics: Metrics) -> AsyncIterator[Walks]:
+    """Open what a walk needs. Raises InvalidSettings, SchemaFaults, Unavailable."""
+    engine = engine_of(settings.locate, size=3)
+    try:
+        async with clerk_of(settings, metrics) as clerk:
+            store = await schema.bound(engine, mapping)
+            yield Walks(settings, mapping, clerk, engine, store, metrics)
+    finally:
+        await engine.dispose()
