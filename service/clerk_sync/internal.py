@@ -10,18 +10,23 @@ from aiohttp import web
 from prometheus_client.exposition import choose_encoder
 
 from clerk_sync import profiles
-from clerk_sync.answers import RETRY_AFTER_SECONDS, Reason
+from clerk_sync.answers import RETRY_AFTER_SECONDS, Outcome, Reason
+from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
 from clerk_sync.database_errors import Unavailable
+from clerk_sync.ensure import Unmapped
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from clerk_sync.ensure import Ensure
     from clerk_sync.metrics import Metrics
     from clerk_sync.targets import Target
 
 READ_SECONDS: Final = 3.0
+# The app waits with a person in front of it.
+ENSURE_SECONDS: Final = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +39,7 @@ class Readiness:
 
 
 class InternalListener:
-    """Answers from what the service knows already; only /profiles asks the database."""
+    """Answers from what the service knows already; /profiles asks the database, /ensure Clerk."""
 
     def __init__(
         self,
@@ -43,11 +48,13 @@ class InternalListener:
         metrics: Metrics,
         readiness: Callable[[], Readiness],
         users: Callable[[], Target | None],
+        ensure: Ensure | None,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._readiness = readiness
         self._users = users
+        self._ensure = ensure
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -56,6 +63,7 @@ class InternalListener:
         app.router.add_get("/readyz", self.readyz)
         app.router.add_get("/metrics", self.metrics)
         app.router.add_get("/profiles", self.profiles)
+        app.router.add_post("/ensure/{user_id}", self.ensure)
         return app
 
     async def livez(self, request: web.Request) -> web.Response:
@@ -107,6 +115,30 @@ class InternalListener:
             return _json({"error": str(error)}, status=400)
         except (Unavailable, TimeoutError):
             return _sorry("the database is not reachable")
+
+    async def ensure(self, request: web.Request) -> web.Response:
+        """The row of a user whom Clerk knows, written first if need be; 404 if there is none."""
+        if self._ensure is None:
+            return _json({"error": "CLERK_SECRET_KEY is not set"}, status=501)
+        readiness = self._readiness()
+        if not readiness.ready:
+            return _sorry(readiness.detail or "not ready")
+        try:
+            async with asyncio.timeout(ENSURE_SECONDS):
+                ensured = await self._ensure(request.match_info["user_id"])
+        except Unmapped as error:
+            return _json({"error": str(error)}, status=404)
+        except ClerkRefused as error:
+            return _json({"error": str(error)}, status=502)
+        except (ClerkUnavailable, Unavailable, TimeoutError):
+            return _sorry("Clerk or the database is not reachable")
+        if ensured.row is not None:
+            return _json(ensured.row)
+        if ensured.outcome is None:
+            return _json({"error": "Clerk has no such user, or it was deleted"}, status=404)
+        if ensured.outcome is Outcome.UNAVAILABLE:
+            return _sorry(ensured.reason or "unavailable")
+        return _json({"error": "the row cannot be written", "reason": ensured.reason}, status=422)
 
 
 def _json(value: object, status: int = 200) -> web.Response:

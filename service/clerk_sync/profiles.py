@@ -43,6 +43,15 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
             return user
 
 
+async def identified(engine: AsyncEngine, users: Target, clerk_id: str) -> dict[str, Any] | None:
+    """The user of this Clerk id with all columns, or None. Raises Unavailable."""
+    query = _present(users).where(users.table.c[users.mapping.key] == clerk_id)
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            row = (await connection.execute(query)).mappings().first()
+            return None if row is None else dict(row)
+
+
 async def some(engine: AsyncEngine, users: Target) -> list[dict[str, Any]]:
     """At most 30 users with all columns. Raises Unavailable."""
     with engine_errors_told():

@@ -18,10 +18,13 @@ from clerk_sync.answers import Reason
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
+from clerk_sync.ensure import Ensure
 from clerk_sync.internal import InternalListener, Readiness
 from clerk_sync.metrics import Metrics
+from clerk_sync.schedule import Schedule
 from clerk_sync.settings import InvalidSettings, Secret, Settings
 from clerk_sync.signature import InvalidSecret, signers
+from clerk_sync.walks import clerk_of
 from clerk_sync.webhook import WebhookListener
 
 if TYPE_CHECKING:
@@ -242,15 +245,26 @@ async def running(
             return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
         return watch.readiness
 
-    internal = InternalListener(
-        engine=engine, metrics=metrics, readiness=readiness, users=lambda: watch.users
-    )
-    committer.start()
-    watching = [asyncio.create_task(watch.look()), asyncio.create_task(watch.keep())]
+    schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
     async with contextlib.AsyncExitStack() as stack:
+        ensure = None
+        if settings.clerk_key is not None:
+            clerk = await stack.enter_async_context(clerk_of(settings, metrics))
+            ensure = Ensure(clerk, mapping, committer, engine, lambda: watch.users)
+        internal = InternalListener(
+            engine=engine,
+            metrics=metrics,
+            readiness=readiness,
+            users=lambda: watch.users,
+            ensure=ensure,
+        )
+        committer.start()
+        tasks = [
+            asyncio.create_task(work) for work in (watch.look(), watch.keep(), schedule.keep())
+        ]
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(committer.close)
-        stack.push_async_callback(_ended, watching)
+        stack.push_async_callback(_ended, tasks)
         # Probes and metrics are answered until the very end.
         probes = web.AppRunner(internal.app(), access_log=None, shutdown_timeout=1.0)
         internal_url = await _listen(stack, probes, settings.host, settings.internal_port)

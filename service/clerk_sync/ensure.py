@@ -1,0 +1,87 @@
+"""A user's row at once, for the moment when the user is in the app before the webhook is here."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from clerk_sync import events, profiles
+from clerk_sync.answers import Outcome, Reason
+from clerk_sync.events import Unusable
+from clerk_sync.mapping import change_for
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.clerk import Clerk
+    from clerk_sync.committer import Committer
+    from clerk_sync.mapping import Mapping
+    from clerk_sync.targets import Target
+
+
+class Unmapped(LookupError):  # noqa: N818
+    """The mapping has no table for users, or the schema is not known yet."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ensured:
+    """What became of one request: the user's row, None where there is none; and why not.
+
+    `reason` is None where Clerk has no such user, or it was deleted here.
+    """
+
+    row: dict[str, Any] | None
+    outcome: Outcome | None = None
+    reason: Reason | None = None
+
+
+class Ensure:
+    """Asks Clerk for one user and writes it; calls for the same user share one request."""
+
+    def __init__(
+        self,
+        clerk: Clerk,
+        mapping: Mapping,
+        committer: Committer,
+        engine: AsyncEngine,
+        users: Callable[[], Target | None],
+    ) -> None:
+        self._clerk = clerk
+        self._mapping = mapping
+        self._committer = committer
+        self._engine = engine
+        self._users = users
+        self._asked: dict[str, asyncio.Task[Ensured]] = {}
+
+    async def __call__(self, user_id: str) -> Ensured:
+        """The user's row, once it is what Clerk says.
+
+        Raises Unmapped, ClerkUnavailable, ClerkRefused, Unavailable.
+        """
+        task = self._asked.get(user_id)
+        if task is None:
+            task = asyncio.create_task(self._ensured(user_id))
+            self._asked[user_id] = task
+            task.add_done_callback(lambda _: self._asked.pop(user_id, None))
+        # One caller that goes away must not take the others' answer along.
+        return await asyncio.shield(task)
+
+    async def _ensured(self, user_id: str) -> Ensured:
+        users = self._users()
+        if users is None:
+            raise Unmapped("the mapping names no table for `user`")
+        read = await self._clerk.one("user", user_id)
+        if read is None:
+            # No delete: who asked may be ahead of Clerk's API, and a tombstone is for good.
+            return Ensured(None)
+        try:
+            change = change_for(events.read("user", read.json, at_ms=read.began_ms), self._mapping)
+        except Unusable as error:
+            return Ensured(None, Outcome.QUARANTINED, error.reason)
+        answer = await self._committer.commit(change)
+        if answer.outcome in (Outcome.UNAVAILABLE, Outcome.ERROR, Outcome.QUARANTINED):
+            return Ensured(None, answer.outcome, answer.reason)
+        return Ensured(await profiles.identified(self._engine, users, user_id))

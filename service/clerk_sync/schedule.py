@@ -1,0 +1,150 @@
+"""Reconciling on a schedule inside `serve`, and counting in between.
+
+Any number of replicas may do this: the lease lets one through, and when the last run was is in
+the database. So are its results, which every replica shows, wherever it ran.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING, Final
+
+import structlog
+
+from clerk_sync import progress, walks
+from clerk_sync.answers import Ending
+from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.lease import Held, Lost
+from clerk_sync.reconcile import Stopped
+from clerk_sync.report import Report
+from clerk_sync.schema import SchemaFaults
+from clerk_sync.settings import InvalidSettings
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.mapping import Mapping
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.settings import Settings
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 60.0
+COUNT_SECONDS: Final = 300.0
+# A run that failed is tried again this soon, if the schedule would wait longer.
+RETRY_SECONDS: Final = 900.0
+
+
+class Schedule:
+    """One replica's part in it."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        mapping: Mapping,
+        engine: AsyncEngine,
+        metrics: Metrics,
+        ready: Callable[[], bool],
+    ) -> None:
+        self._settings = settings
+        self._mapping = mapping
+        self._engine = engine
+        self._metrics = metrics
+        self._ready = ready
+        self._counted = 0.0
+        self._interval: float | None = None
+        if settings.clerk_key is not None:
+            self._interval = settings.reconcile_interval
+
+    async def keep(self) -> None:
+        """Show how the last run ended, count, and reconcile when it is time; until cancelled."""
+        pause = min(LOOK_SECONDS, self._interval or LOOK_SECONDS)
+        while True:
+            if self._ready():
+                try:
+                    if await self._due():
+                        await self._reconcile()
+                        await self._due()
+                    else:
+                        await self._count()
+                except (Unavailable, ClerkUnavailable, ClerkRefused, InvalidSettings) as error:
+                    log.warning("count_failed", error=str(error))
+                except Exception:
+                    log.exception("schedule_failed")
+            await asyncio.sleep(pause if self._ready() else 1.0)
+
+    async def _due(self) -> bool:
+        """Whether it is time; on the way, the last run goes into the metrics."""
+        run = await progress.last(self._engine, "reconcile")
+        if run is None:
+            return self._interval is not None
+        if run.finished_at is not None and run.ending is not None:
+            report = run.report or {}
+            self._metrics.reconciled(
+                run.ending,
+                finished=run.finished_at.replace(tzinfo=UTC).timestamp(),
+                seconds=max(0.0, (run.finished_at - run.started_at).total_seconds()),
+                drift=report.get("drift", {}),
+            )
+        if self._interval is None:
+            return False
+        wait = self._interval
+        if run.ending is Ending.FAILED:
+            wait = min(wait, RETRY_SECONDS)
+        now = datetime.now(UTC).replace(tzinfo=None)
+        return (
+            max(run.started_at, run.finished_at or run.started_at) + timedelta(seconds=wait) <= now
+        )
+
+    async def _reconcile(self) -> None:
+        report = Report()
+        try:
+            async with walks.walks(self._settings, self._mapping, self._metrics) as opened:
+                ending = await opened.reconcile(
+                    breaker_percent=self._settings.breaker_percent,
+                    report=report,
+                    on_page=walks.quiet,
+                    patience=False,
+                )
+        except Held as error:
+            log.info("reconcile_elsewhere", holder=error.holder)
+            return
+        except (
+            Stopped,
+            Lost,
+            ClerkUnavailable,
+            ClerkRefused,
+            Unavailable,
+            SchemaFaults,
+            InvalidSettings,
+        ) as error:
+            log.error("reconcile_failed", error=str(error))
+            return
+        finally:
+            self._show(report)
+        if ending is Ending.IN_STEP:
+            log.info("reconciled", result=ending.value, **report.summary())
+        else:
+            log.warning("reconciled", result=ending.value, **report.summary())
+
+    async def _count(self) -> None:
+        """Compare what both sides count: cheap, and enough to notice that events are missed."""
+        now = asyncio.get_running_loop().time()
+        pause = min(COUNT_SECONDS, self._interval or COUNT_SECONDS)
+        if self._interval is None or (self._counted and now - self._counted < pause):
+            return
+        self._counted = now
+        report = Report()
+        async with walks.walks(self._settings, self._mapping, self._metrics) as opened:
+            await opened.count(report)
+        self._show(report)
+
+    def _show(self, report: Report) -> None:
+        for kind, table in report.table.items():
+            self._metrics.counted(kind, clerk=report.clerk[kind], table=table)
+            if report.clerk[kind] != table:
+                log.info("counts_differ", kind=kind, clerk=report.clerk[kind], table=table)
