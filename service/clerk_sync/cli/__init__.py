@@ -1,6 +1,6 @@
 """The commands. The only place that reads the environment and sets exit codes."""
 
-from clerk_sync.cli import deliveries, serving  # noqa: F401 -- their commands join the group
+from clerk_sync.cli import deliveries, serving, walking  # noqa: F401 -- their commands join the group
 from clerk_sync.cli.frame import cli
 
 __all__ = ["cli", "main"]

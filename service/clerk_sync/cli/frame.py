@@ -20,6 +20,8 @@ from clerk_sync.settings import load as load_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+INTERRUPTED = 130  # as shells tell of SIGINT
+
 
 @click.group(
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
@@ -64,7 +66,7 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
         with asyncio.Runner(loop_factory=factory) as runner:
             sys.exit(runner.run(work))
     except KeyboardInterrupt:
-        sys.exit(130)
+        sys.exit(INTERRUPTED)
     except Unavailable as error:
         fail(str(error))
 
