@@ -228,7 +228,9 @@ def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
 
 
 def test_internal_paths_are_those_of_the_code() -> None:
-    routes = re.findall(r'add_get\("(/\w+)"', (SOURCE / "internal.py").read_text("utf-8"))
+    found = re.findall(r'add_(\w+)\("(/[^"]+)"', (SOURCE / "internal.py").read_text("utf-8"))
+    routes = [("" if method == "get" else f"{method.upper()} ") + path for method, path in found]
+    routes = [route.replace("{user_id}", "USER_ID") for route in routes]
     said = [code(row[0]).partition("?")[0] for row in table("internal")]
     assert routes == list(dict.fromkeys(said))
 
