@@ -43,6 +43,7 @@ _LONGEST_PAUSE: Final = 120.0
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60, sock_connect=10)
 # Organizations are a feature that an instance may not have switched on.
 _SWITCHED_OFF: Final = "organization_not_enabled_in_instance"
+_NO_ADDRESS: Final = "CLERK_API_URL: is no address such as https://api.clerk.com/v1"
 _PATHS: Final = {
     "user": "users",
     "organization": "organizations",
@@ -193,14 +194,18 @@ class Clerk:
         try:
             return await self._get(path, **query)
         except ClerkRefused as error:
-            if error.status == 404:  # noqa: PLR2004
+            # Without a code it is not Clerk's: a proxy's, or that of a wrong address.
+            if error.status == 404 and error.code:  # noqa: PLR2004
                 return None
             raise
 
     async def _get(self, path: str, **query: object) -> Read:
         # yarl would leave a `+` as it is, which a server reads as a space.
         text = urlencode({name: value for name, value in query.items() if value is not None})
-        url = yarl.URL(f"{self._url}/{path}?{text}", encoded=True)
+        try:
+            url = yarl.URL(f"{self._url}/{path}?{text}", encoded=True)
+        except ValueError:
+            raise ClerkUnavailable(_NO_ADDRESS) from None
         try:
             async for attempt in stamina.retry_context(
                 on=_Again, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=10
@@ -217,10 +222,11 @@ class Clerk:
 
     async def _attempt(self, url: yarl.URL) -> Read | None:
         """One request; None when Clerk says to wait, which the next one will do."""
-        key = self._key()
         if self._rate is None:
-            self._rate = Rate(int(rate_limit(key) * self._share), self._metrics.clerk_waited)
+            limit = int(rate_limit(self._key()) * self._share)
+            self._rate = Rate(limit, self._metrics.clerk_waited)
         await self._rate.turn()
+        key = self._key()
         headers = {
             "Authorization": f"Bearer {key}",
             "Clerk-API-Version": API_VERSION,
@@ -232,6 +238,8 @@ class Clerk:
                 url, headers=headers, timeout=_TIMEOUT, allow_redirects=False
             ) as response:
                 body = await response.read()
+        except ValueError:  # aiohttp.InvalidURL is one, too
+            raise ClerkUnavailable(_NO_ADDRESS) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._metrics.clerk_asked(None)
             raise _Again(f"no answer: {type(error).__name__}") from None
@@ -242,7 +250,7 @@ class Clerk:
         if response.status >= 500:  # noqa: PLR2004
             raise _Again(f"answers {response.status}")
         if response.status != 200:  # noqa: PLR2004
-            raise _refused(response.status, url.path, body)
+            raise _refused(response.status, url.path, body.replace(key.encode(), b"[key]"))
         try:
             return Read(from_json(body, cache_strings="keys"), began_ms)
         except ValueError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import time
 from collections import deque
 from contextlib import aclosing
 from dataclasses import dataclass, replace
@@ -18,7 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clerk_sync.clerk import PAGE_LIMIT, ClerkRefused, ClerkUnavailable, Read
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+    from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
 
     from clerk_sync.clerk import Clerk
 
@@ -28,9 +29,11 @@ AHEAD: Final = 4
 AT_ONCE: Final = 8
 """Parts walked at the same time."""
 # Below this, counting costs more requests than walking in parallel saves.
-_WORTH_SPLITTING: Final = 10 * PAGE_LIMIT
+_WORTH_SPLITTING: Final = 100 * PAGE_LIMIT
 _PARTS: Final = 32
 _SHORTEST_MS: Final = 1000
+# What Clerk answers where it does not take the limit: nobody has a smaller one.
+_SMALLEST_LIMIT: Final = 10
 _NO_CURSOR: Final = "CLERK_API_URL: what answers there does not list users beyond a page"
 
 
@@ -71,7 +74,7 @@ async def parts_of(clerk: Clerk, kind: str, *, count: int) -> list[Part]:
     if not first or not isinstance(first[0].get("created_at"), int):
         return [Part(kind)]
     born = first[0]["created_at"]
-    windows = await _split(clerk, born, read.began_ms, count, max(PAGE_LIMIT, count // _PARTS))
+    windows = await _split(clerk, born, read.began_ms, count, max(10 * PAGE_LIMIT, count // _PARTS))
     # Open at both ends: whoever comes while the windows are walked is in the last.
     bounds = [None, *(start for start, _ in windows[1:]), None]
     return [
@@ -134,32 +137,46 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
     def ask(part: Part) -> asyncio.Task[Read | None]:
         return asyncio.create_task(_after(clerk, part))
 
-    taken: set[str] = set()
+    # The ids of the last page, and all that were met of the moment reached.
+    known: set[str] = set()
+    fullest = _SMALLEST_LIMIT
+    # Nothing was new since the walk went back to the moment reached.
+    looking = astray = False
     asked = ask(part)
     try:
         while True:
             read = await asked
             if read is None:
+                if looking and part.after and await clerk.one("user", part.after) is not None:
+                    yield Page([], time.time_ns() // 1_000_000, replace(part, finished=True))
+                    return
                 start = part.from_ms if part.reached_ms is None else part.reached_ms
                 read = await clerk.users(after=None, from_ms=start, to_ms=part.to_ms)
-                if _leads_back(read, part) or taken.issuperset(map(_id, read.json)):
-                    if len(read.json) >= PAGE_LIMIT and not _leads_back(read, part):
-                        raise ClerkUnavailable(_NO_CURSOR)
-                    yield Page([], read.began_ms, replace(part, finished=True))
-                    return
-            new = [one for one in read.json if _id(one) not in taken]
-            taken = {*map(_id, read.json)}
-            part = replace(
-                part,
-                after=_id(read.json[-1]),
-                reached_ms=_created(read.json[-1]),
-                seen=part.seen + len(new),
-            )
-            # A short page is likely the last.
-            asked = ask(part if len(read.json) >= PAGE_LIMIT else replace(part, after=None))
-            yield Page(new, read.began_ms, part)
+                looking = True
+            ids = [_id(one) for one in read.json]
+            new = [one for one in read.json if _id(one) not in known]
+            if new and _leads_back(read, part):
+                if astray:
+                    raise ClerkUnavailable(_NO_CURSOR)
+                # Whoever answers does not look at the time: then the cursor has to tell.
+                astray = looking = True
+                asked = ask(part)
+                continue
+            looking = looking and not new
+            if looking and len(ids) < fullest:
+                yield Page([], read.began_ms, replace(part, finished=True))
+                return
+            fullest = max(fullest, len(ids))
+            reached_ms = _created(read.json[-1])
+            known = {*ids, *known} if reached_ms == part.reached_ms else {*ids}
+            part = replace(part, after=ids[-1], reached_ms=reached_ms, seen=part.seen + len(new))
+            # A short page is likely the last; not where more are of one moment than it holds.
+            by_cursor = looking or len(ids) >= PAGE_LIMIT
+            asked = ask(part if by_cursor else replace(part, after=None))
+            if new:
+                yield Page(new, read.began_ms, part)
     finally:
-        asked.cancel()
+        await _cancel([asked])
 
 
 async def _after(clerk: Clerk, part: Part) -> Read | None:
@@ -189,6 +206,11 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
     offset = max(0, part.seen - OVERLAP)
     total = offset + 1  # nothing is asked for ahead before it is known
     tail = {part.after} if part.after else set()
+
+    async def dropped() -> None:
+        await _cancel([task for _, task in asked])
+        asked.clear()
+
     try:
         while True:
             while not asked or (len(asked) < AHEAD and offset < total):
@@ -198,7 +220,7 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             read, total = await task
             ids = [_id(one) for one in read.json]
             if tail and at > 0 and not tail & set(ids):
-                _cancel(asked)
+                await dropped()
                 offset = max(0, at - PAGE_LIMIT)
                 continue
             new = [one for one, id_ in zip(read.json, ids, strict=True) if id_ not in tail]
@@ -212,18 +234,20 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
                 finished=ended,
             )
             if not ended and len(ids) < PAGE_LIMIT:  # whoever answers has a limit of its own
-                _cancel(asked)
+                await dropped()
                 offset = max(at + 1, end - OVERLAP)
             yield Page(new, read.began_ms, part)
             if ended:
                 return
     finally:
-        _cancel(asked)
+        await dropped()
 
 
-def _cancel(asked: deque[tuple[int, asyncio.Task[tuple[Read, int]]]]) -> None:
-    while asked:
-        asked.pop()[1].cancel()
+async def _cancel(asked: Iterable[asyncio.Task[Any]]) -> None:
+    """End these requests; that one has failed is no news where nobody needs it any more."""
+    for task in asked:
+        task.cancel()
+    await asyncio.gather(*asked, return_exceptions=True)
 
 
 def _created(one: dict[str, Any]) -> int | None:
