@@ -101,18 +101,18 @@ def same_for(column: sa.Column[Any], *, json_text: bool) -> Same:
         return lambda fitted, stored: abs(_read_time(fitted) - _read_time(stored)) < unit
     if isinstance(type_, sa.Boolean | sa.Integer):
         return lambda fitted, stored: int(fitted) == int(stored)
-    if isinstance(type_, sa.Numeric | sa.Float):
-        scale = None if isinstance(type_, sa.Float) else type_.scale
-        least = 0.0 if scale is None else 0.5001 * 10.0**-scale
-        # A FLOAT keeps seven digits, and shows six.
-        return lambda fitted, stored: math.isclose(
-            float(fitted), float(stored), rel_tol=1e-5, abs_tol=least
-        )
+    if isinstance(type_, sa.Float):
+        # A FLOAT of MySQL's keeps seven digits, and shows six.
+        digits = 1e-5 if isinstance(type_, mysql.FLOAT) else 1e-12
+        return lambda fitted, stored: math.isclose(fitted, float(stored), rel_tol=digits)
+    if isinstance(type_, sa.Numeric):
+        half = 0.5001 * 10.0 ** -(type_.scale or 0)
+        return lambda fitted, stored: abs(fitted - float(stored)) <= half
     if isinstance(type_, sa.Enum):
-        return lambda fitted, stored: str(fitted).casefold() == _plain(stored).casefold()
+        return lambda fitted, stored: str(fitted).casefold() == as_text(stored).casefold()
     if isinstance(type_, sa.CHAR):
-        return lambda fitted, stored: str(fitted).rstrip(" ") == _plain(stored).rstrip(" ")
-    return lambda fitted, stored: _plain(fitted) == _plain(stored)
+        return lambda fitted, stored: str(fitted).rstrip(" ") == as_text(stored).rstrip(" ")
+    return _same_text
 
 
 def read_time_ms(value: object) -> int | None:
@@ -123,11 +123,18 @@ def read_time_ms(value: object) -> int | None:
 
 
 def _read_time(value: object) -> datetime:
-    return value if isinstance(value, datetime) else datetime.fromisoformat(_plain(value))
+    return value if isinstance(value, datetime) else datetime.fromisoformat(as_text(value))
 
 
-def _plain(value: object) -> str:
+def as_text(value: object) -> str:
+    """A text, or what a driver gives for one where the column is binary."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
+
+
+def _same_text(fitted: Any, stored: Any) -> bool:
+    if isinstance(stored, bytes) and isinstance(fitted, int):  # a BIT
+        return fitted == int.from_bytes(stored)
+    return as_text(fitted) == as_text(stored)
 
 
 def _same_json(fitted: Any, stored: Any) -> bool:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.answers import Verdict
-from clerk_sync.columns import Unfit, read_time_ms
+from clerk_sync.columns import Unfit, as_text, read_time_ms
 from clerk_sync.database import COMMIT
 from clerk_sync.events import Action
 from clerk_sync.statements import union
@@ -42,14 +42,15 @@ class Compared:
     """One object of Clerk's beside its row.
 
     `mend` is the Change that brings the row to what Clerk says, None where none is needed or
-    possible. `ahead` says that our version is higher than Clerk's, and has been for a while.
+    possible. `ahead` is what our state says where its version is higher than Clerk's, and has
+    been for a while.
     """
 
     clerk_id: str
     verdict: Verdict
     mend: Change | None = None
     differences: tuple[Difference, ...] = ()
-    ahead: bool = False
+    ahead: State | None = None
     reason: Reason | None = None
 
 
@@ -102,9 +103,11 @@ async def compared(
     steps: list[Step] = [union(reads), target.read.of(sorted(wanted[kind])), COMMIT]
     known, stored, _ = await connection.run(steps)
     states = _states(known.rows)
-    there = {row[0]: row for row in stored.rows}
+    there = {as_text(row[0]): row for row in stored.rows}
     return [
-        _compared(change, store, rows[change.clerk_id or ""], there.get(change.clerk_id), states)
+        _compared(
+            change, store, rows[change.clerk_id or ""], there.get(change.clerk_id or ""), states
+        )
         for change in changes
     ]
 
@@ -162,12 +165,7 @@ def _compared(
         return Compared(clerk_id, verdict, change, differences)
     if state.synced_ms > change.event_ms - SETTLED_MS:
         return Compared(clerk_id, Verdict.NEWER)
-    outdo = replace(
-        change,
-        version_ms=state.version_ms,
-        event_ms=max(change.event_ms, state.event_ms + 1),
-    )
-    return Compared(clerk_id, verdict, outdo, differences, ahead=True)
+    return Compared(clerk_id, verdict, change, differences, ahead=state)
 
 
 def lingering(

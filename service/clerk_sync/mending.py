@@ -115,8 +115,8 @@ class Mending:
                 log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
             if one.mend is None:
                 tally.found[one.verdict] += 1
-        await self.mend(kind, [one for one in found if one.mend is not None and not one.ahead])
-        return [one for one in found if one.ahead]
+        await self.mend(kind, [one for one in found if one.mend is not None and one.ahead is None])
+        return [one for one in found if one.ahead is not None]
 
     def _changes(
         self, kind: str, objects: Sequence[Mapping[str, Any]], began_ms: int, tally: Tally
@@ -137,6 +137,19 @@ class Mending:
                 continue
             changes[change.clerk_id or ""] = change
         return changes
+
+    async def lower(self, kind: str, one: Compared) -> None:
+        """Take back the version of a row that is ahead, so that Clerk's word is newer again."""
+        if self._committer is None or one.ahead is None or one.mend is None:
+            return
+        seen = (one.ahead.version_ms, one.ahead.event_ms)
+        # With no event's time, so that the mend, which has one, is newer.
+        step = self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms)
+
+        async def write(connection: Connection) -> None:
+            await connection.run([step, COMMIT])
+
+        await self.reading(write)
 
     async def mend(self, kind: str, found: Sequence[Compared]) -> None:
         """Write these mends, and count what they came to."""

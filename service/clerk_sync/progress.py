@@ -89,10 +89,9 @@ async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
 
 async def moved(engine: AsyncEngine, part: Part, lease: Lease) -> None:
     """Keep how far a part has come, as long as the lease is ours: one that is not moves nothing."""
-    ours = sa.exists().where(leases.c.name == lease.name, leases.c.token == lease.token)
     move = (
         sa.update(cursors)
-        .where(cursors.c.kind == part.kind, cursors.c.part == part.number, ours)
+        .where(cursors.c.kind == part.kind, cursors.c.part == part.number, _ours(lease))
         .values(
             after=part.after,
             reached_ms=part.reached_ms,
@@ -127,15 +126,14 @@ async def started(engine: AsyncEngine, name: Name) -> datetime:
 
 
 async def finished(
-    engine: AsyncEngine, name: Name, ending: Ending, report: Mapping[str, Any]
+    engine: AsyncEngine, name: Name, ending: Ending, report: Mapping[str, Any], lease: Lease
 ) -> None:
-    """Note how a run ended."""
+    """Note how a run ended, as long as the lease is its own: else the next one's word counts."""
+    values = {"finished_at": _now(), "result": ending.value, "report": json.dumps(report)}
     with engine_errors_told():
         async with engine.begin() as connection:
             await connection.execute(
-                sa.update(runs)
-                .where(runs.c.name == name)
-                .values(finished_at=_now(), result=ending.value, report=json.dumps(report))
+                sa.update(runs).where(runs.c.name == name, _ours(lease)).values(values)
             )
 
 
@@ -149,6 +147,10 @@ async def last(engine: AsyncEngine, name: Name) -> Run | None:
     ending = None if row.result is None else Ending(row.result)
     report = None if row.report is None else json.loads(row.report)
     return Run(name, row.started_at, row.finished_at, ending, report)
+
+
+def _ours(lease: Lease) -> sa.Exists:
+    return sa.exists().where(leases.c.name == lease.name, leases.c.token == lease.token)
 
 
 def _now() -> datetime:

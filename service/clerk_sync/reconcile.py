@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from array import array
 from bisect import bisect_left
@@ -12,6 +13,7 @@ import structlog
 
 from clerk_sync import erasure
 from clerk_sync.clerk import ClerkUnavailable, Read
+from clerk_sync.columns import as_text
 from clerk_sync.comparison import SETTLED_MS, Compared, lingering, states_of
 from clerk_sync.database import COMMIT
 from clerk_sync.events import READ, Action
@@ -183,6 +185,7 @@ class Reconcile:
             return
         # Where it moves meanwhile, a webhook will tell, or the next run.
         if read is not None and read.json.get("updated_at") == data.get("updated_at"):
+            await self._mending.lower(kind, one)
             await self._mending.mend(kind, [one])
 
     async def _ask(
@@ -196,6 +199,8 @@ class Reconcile:
         return await self._clerk.membership(clerk_id, organization=organization, user=user)
 
     def _threshold(self, rows: int) -> float:
+        if self._breaker_percent >= 100:  # noqa: PLR2004 -- switched off
+            return math.inf
         return max(BREAKER_LEAST, rows * self._breaker_percent / 100)
 
     async def _check_end(self, kind: str, met: int) -> None:
@@ -227,7 +232,7 @@ class Reconcile:
                 result, _ = await connection.run([(target.ids, ((after,),)), COMMIT])
                 return result.rows
 
-            ids = [str(clerk_id) for (clerk_id,) in await self._mending.reading(page)]
+            ids = [as_text(clerk_id) for (clerk_id,) in await self._mending.reading(page)]
             absent.rows += len(ids)
             absent.ids += [clerk_id for clerk_id in ids if clerk_id not in seen]
             if len(ids) < IDS_LIMIT:
@@ -243,7 +248,7 @@ class Reconcile:
             async def read(connection: Connection, some: Sequence[str] = some) -> Any:
                 rows, _ = await connection.run([target.read.of(some), COMMIT])
                 states = await states_of(connection, self._mending.store, kind, some)
-                return [(row, states.get(row[0])) for row in rows.rows]
+                return [(row, states.get(as_text(row[0]))) for row in rows.rows]
 
             there = await self._mending.reading(read)
             gone = await asyncio.gather(*(self._gone(target, row, state) for row, state in there))
@@ -253,7 +258,7 @@ class Reconcile:
         self, target: Target, row: Sequence[Any], state: State | None
     ) -> Compared | None:
         """What deletes a row whose object is gone, by Clerk's own word; None when it is not."""
-        kind, clerk_id = target.mapping.kind, str(row[0])
+        kind, clerk_id = target.mapping.kind, as_text(row[0])
         now_ms = _now_ms()
         delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now_ms)
         if state is not None and state.deleted_ms is not None:
@@ -261,7 +266,8 @@ class Reconcile:
 
         def value(expression: str) -> object:
             name = target.mapping.column_of(expression)
-            return None if name is None else row[target.names.index(name)]
+            found = None if name is None else row[target.names.index(name)]
+            return None if found is None else as_text(found)
 
         organization, user = value("organization.id"), value("public_user_data.user_id")
         young = state is not None and state.delivered and state.event_ms > now_ms - SETTLED_MS

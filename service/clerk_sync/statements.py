@@ -160,6 +160,25 @@ class OwnStatements:
             .with_for_update(read=True),
             ["lease"],
         )
+        self.lower = compiler.plain(
+            sa.update(entities)
+            .ordered_values(
+                (entities.c.version_ms, sa.bindparam("to")),
+                (entities.c.event_ms, sa.literal_column("0")),
+                (entities.c.source, sa.literal_column("''")),
+            )
+            .where(
+                entities.c.kind == sa.bindparam("of_kind"),
+                entities.c.clerk_id == sa.bindparam("id"),
+                entities.c.version_ms == sa.bindparam("seen_version"),
+                entities.c.event_ms == sa.bindparam("seen_event"),
+                entities.c.deleted_at.is_(None),
+                sa.exists().where(
+                    leases.c.name == sa.bindparam("lease"), leases.c.token == sa.bindparam("token")
+                ),
+            ),
+            ["to", "of_kind", "id", "seen_version", "seen_event", "lease", "token"],
+        )
         self.record = compiler.upsert(events, LEDGER, ("svix_id",), _recorded)
         self.detain = compiler.upsert(
             quarantine,

@@ -16,7 +16,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.columns import Unfit, time_text
+from clerk_sync.columns import Unfit, as_text, time_text
 from clerk_sync.database import COMMIT, Connection, Result, Step
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.events import Action
@@ -74,7 +74,7 @@ class _Batch:
                 self.known[name] = source
 
     def learn_present(self, kind: str, result: Result) -> None:
-        self.present.update((kind, clerk_id) for (clerk_id,) in result.rows)
+        self.present.update((kind, as_text(clerk_id)) for (clerk_id,) in result.rows)
 
     def learn_references(self, kind: str, place: int, result: Result) -> None:
         self.references[kind, place] = [value for (value,) in result.rows if value is not None]
@@ -192,6 +192,14 @@ class Store:
         if steps:
             for learned, result in zip(learn, await connection.run(steps), strict=True):
                 learned(result)
+
+    def lower(self, clerk_id: str, kind: str, *, seen: tuple[int, int], to: int) -> Step:
+        """Take back a version that was ahead of Clerk's, if it is still the one that was seen.
+
+        The only statement by which a version goes down: what follows has to write the row anew.
+        """
+        lease, token = self._fence or ("", 0)
+        return (self.own.lower, [[to, kind, clerk_id, *seen, lease, token]])
 
     def _fence_steps(self) -> list[Step]:
         return [] if self._fence is None else [(self.own.lease, [self._fence[:1]])]

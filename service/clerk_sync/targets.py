@@ -145,12 +145,15 @@ class Target:
             raise Unfit(Reason.NOT_NULL)
 
     def differing(self, row: Sequence[Any], stored: Sequence[Any]) -> list[int]:
-        """The places of the mapped columns in which a row and the table's differ."""
-        return [
+        """The places of `names` in which a row that is not deleted and the table's differ."""
+        places = [
             place
             for place, same in enumerate(self._sames, start=1)
             if not _same(same, row[place], stored[place])
         ]
+        if self.mapping.mark and stored[-1] is not None:
+            places.append(len(row) - 1)
+        return places
 
     def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
         """The values by which to adopt a row; None where one is missing or cannot be there."""

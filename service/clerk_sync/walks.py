@@ -171,9 +171,10 @@ class Walks:
     def _mending(
         self, committer: Committer | None, lost: asyncio.Event, told: Told = quiet
     ) -> Mending:
+        fenced = committer.store if committer is not None else None
         return Mending(
             self.mapping,
-            self.store,
+            fenced or self.store,
             connecting(self.settings, _STATEMENT_SECONDS),
             committer=committer,
             lost=lost,
@@ -208,7 +209,7 @@ class Walks:
             finally:
                 self.metrics.lease_held.set(0)
                 with contextlib.suppress(Unavailable):
-                    await progress.finished(self.engine, name, ending, report.summary())
+                    await progress.finished(self.engine, name, ending, report.summary(), lease)
             return ending
 
     @contextlib.asynccontextmanager
