@@ -489,3 +489,33 @@ def test_tls_is_verified_unless_the_host_is_this_one(where: str, verified: bool)
     if tls is not None:
         assert tls.verify_mode is ssl.CERT_REQUIRED
         assert tls.check_hostname
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"),
+    [("90s", 90), ("30m", 1800), ("6h", 21_600), ("1d", 86_400), ("45", 45), ("off", None)],
+)
+def test_an_interval_is_a_span_of_time(
+    monkeypatch: pytest.MonkeyPatch, text: str, seconds: int | None
+) -> None:
+    monkeypatch.setenv("CLERK_SYNC_RECONCILE_INTERVAL", text)
+    settings, faults = load()
+    assert not faults
+    assert settings.reconcile_interval == seconds
+
+
+@pytest.mark.parametrize("text", ["6 h", "-1s", "soon", "1w", "0.5h"])
+def test_an_interval_that_is_none_is_said_to_be_so(
+    monkeypatch: pytest.MonkeyPatch, text: str
+) -> None:
+    monkeypatch.setenv("CLERK_SYNC_RECONCILE_INTERVAL", text)
+    _, faults = load()
+    assert faults == [
+        "CLERK_SYNC_RECONCILE_INTERVAL: must be a time such as 90s, 30m, 6h or 1d, or off"
+    ]
+
+
+def test_an_interval_without_a_key_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CLERK_SYNC_RECONCILE_INTERVAL", "6h")
+    settings, _ = load()
+    assert any("CLERK_SECRET_KEY is not" in doubt for doubt in settings.doubts(os.environ))

@@ -105,13 +105,15 @@ def _absolute(path: str) -> str:
 
 
 def _seconds(text: object) -> object:
-    """A span of time such as 6h, in seconds; `off` is none."""
-    if not isinstance(text, str) or text == "off":
-        return None if text == "off" else text
-    found = re.fullmatch(r"([1-9]\d{0,5})([smhd])", text)
+    """A span of time such as 6h, in seconds; 0 and `off` are none."""
+    if not isinstance(text, str):
+        return text
+    if text in ("off", "0"):
+        return None
+    found = re.fullmatch(r"([1-9]\d{0,6})([smhd]?)", text)
     if found is None:
         raise ValueError("must be a time such as 90s, 30m, 6h or 1d, or off")
-    return int(found[1]) * {"s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
+    return int(found[1]) * {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}[found[2]]
 
 
 Port = Annotated[int, Field(ge=0, le=65535)]
