@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clerk_sync import progress
 from clerk_sync.answers import Verdict
 from clerk_sync.mending import Tally
-from clerk_sync.report import Report, count, listed
+from clerk_sync.report import Report, check_instance, count, listed
 from clerk_sync.walk import Page, parts_of, walk
 
 if TYPE_CHECKING:
@@ -35,14 +35,15 @@ async def backfill(
     """Write all that Clerk has and the tables have not, from where the last backfill was.
 
     `on_page` hears of each page: the kind, how many objects were taken by now, and how many
-    there are. Raises ClerkUnavailable, ClerkRefused, Unavailable, Lost.
+    there are. Raises Stopped, ClerkUnavailable, ClerkRefused, Unavailable, Lost.
     """
     report.tallies = mending.tallies
+    counted = await listed(clerk, mapping, report)
+    await check_instance(clerk, mending)
     if restart:
-        await progress.forget(engine)
+        await progress.forget(engine, lease)
     report.resumed = await progress.begun(engine)
     kept = await progress.parts(engine)
-    counted = await listed(clerk, mapping, report)
     mending.tallies |= {kind: Tally() for kind in counted}
     for kind, total in counted.items():
         if kind not in kept:
@@ -60,5 +61,5 @@ async def backfill(
         on_page(kind, seen[kind], counted[kind])
 
     await walk(clerk, [part for kind in counted for part in kept[kind]], take)
-    await progress.forget(engine)
+    await progress.forget(engine, lease)
     await count(clerk, mending, counted, report)

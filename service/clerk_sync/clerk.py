@@ -21,7 +21,7 @@ import yarl
 from pydantic_core import from_json
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from clerk_sync.metrics import Metrics
 
@@ -156,6 +156,10 @@ class Clerk:
         )
         return Read(_objects(read.json), read.began_ms)
 
+    async def known_users(self, ids: Sequence[str]) -> int:
+        """How many of these users there are; at most 100 may be asked for."""
+        return _whole((await self._get("users/count", user_id=[*ids])).json, "total_count")
+
     async def count_users(self, from_ms: int, to_ms: int) -> int:
         """How many users were created in [from_ms, to_ms)."""
         counted = await self._get("users/count", **_window(from_ms, to_ms))
@@ -172,6 +176,8 @@ class Clerk:
 
     async def one(self, kind: str, clerk_id: str) -> Read | None:
         """A user or an organization as it is now; None when Clerk answers that there is none."""
+        if clerk_id == "count":  # GET /users/count is another question
+            return None
         extra = {"include_members_count": "true"} if kind == "organization" else {}
         read = await self._found(f"{_PATHS[kind]}/{_segment(clerk_id)}", **extra)
         if read is None or (isinstance(read.json, dict) and read.json.get("id") == clerk_id):
@@ -201,7 +207,8 @@ class Clerk:
 
     async def _get(self, path: str, **query: object) -> Read:
         # yarl would leave a `+` as it is, which a server reads as a space.
-        text = urlencode({name: value for name, value in query.items() if value is not None})
+        given = {name: value for name, value in query.items() if value is not None}
+        text = urlencode(given, doseq=True)
         try:
             url = yarl.URL(f"{self._url}/{path}?{text}", encoded=True)
         except ValueError:

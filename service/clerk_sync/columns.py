@@ -138,7 +138,17 @@ def _same_text(fitted: Any, stored: Any) -> bool:
 
 
 def _same_json(fitted: Any, stored: Any) -> bool:
-    return bool(json.loads(fitted) == json.loads(stored))
+    return bool(_parsed(fitted) == _parsed(stored))
+
+
+def _parsed(text: Any) -> Any:
+    return json.loads(text, parse_int=_json_integer)
+
+
+def _json_integer(digits: str) -> int | float:
+    """MySQL's JSON keeps an integer of more than 64 bits as a double."""
+    number = int(digits)
+    return number if -(2**63) <= number < 2**64 else float(number)
 
 
 def _text(length: int | None, octets: int | None) -> Fit:

@@ -19,7 +19,7 @@ import structlog
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.database import Connection
 from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
-from clerk_sync.store import quarantined
+from clerk_sync.store import Fenced, quarantined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -101,6 +101,8 @@ class Committer:
         # Set when the schema or the database turns out not to be there, for who looks after them.
         self.trouble = asyncio.Event()
         self.doubtful = False
+        # Set when the store's lease turned out to be somebody else's: nothing is written any more.
+        self.fenced = False
         self._connect = connect
         self._metrics = metrics
         self._writers = writers
@@ -213,6 +215,8 @@ class Committer:
         try:
             session = await self._session(old)
             await self._commit(session.connection, batch)
+        except Fenced:
+            self.fenced = True
         except Unavailable as error:
             waiting = [entry for entry in batch if not entry.answer.done()]
             if session and session is old and waiting and not isinstance(error, Contention):

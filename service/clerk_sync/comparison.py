@@ -158,7 +158,9 @@ def _compared(
     if state.version_ms < change.version_ms:
         verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
         return Compared(clerk_id, verdict, change, differences)
-    if stored is not None and not differences:
+    # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
+    far = state.version_ms > change.version_ms + SETTLED_MS
+    if stored is not None and not differences and not far:
         return Compared(clerk_id, Verdict.SAME)
     verdict = Verdict.MISSING if stored is None else Verdict.DRIFTED
     if state.version_ms == change.version_ms and state.event_ms < change.event_ms:

@@ -14,10 +14,12 @@ import structlog
 
 from clerk_sync import events
 from clerk_sync.answers import DRIFTS, Outcome, Verdict
+from clerk_sync.columns import as_text
 from clerk_sync.comparison import Compared, compared
 from clerk_sync.database import COMMIT, NO_PARAMETERS
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.events import Unusable
+from clerk_sync.lease import Lost
 from clerk_sync.mapping import change_for
 
 if TYPE_CHECKING:
@@ -177,20 +179,20 @@ class Mending:
                     tally.found[Verdict.NEWER] += 1
 
     async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
-        """Commit the changes, again and again while the database is away."""
+        """Commit the changes, again and again while the database is away. Raises Lost."""
         assert self._committer is not None
         answers = dict(enumerate(await self._committer.commit_all(changes)))
         deadline = time.monotonic() + _PATIENCE_SECONDS
         wait = _FIRST_WAIT
         while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
-            if self._lost.is_set() or time.monotonic() > deadline:
-                break
+            if self._committer.fenced or self._lost.is_set():
+                raise Lost("another process has taken over the lease")
+            if time.monotonic() > deadline:
+                raise Unavailable("the database took no writes; the log says why")
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
             again = await self._committer.commit_all([changes[n] for n in away])
             answers.update(zip(away, again, strict=True))
-        if away:
-            raise Unavailable("the database took no writes; the log says why")
         return list(answers.values())
 
     async def rows(self, kind: str) -> int:
@@ -203,6 +205,19 @@ class Mending:
             return int(rows)
 
         return await self.reading(read)
+
+    async def ids(self, kind: str, *, after: str) -> list[str]:
+        """The ids in the table that follow one of them, in order: IDS_LIMIT of them, or the rest.
+
+        Without those of marked rows.
+        """
+        target = self.store.targets[kind]
+
+        async def read(connection: Connection) -> Sequence[Sequence[Any]]:
+            result, _ = await connection.run([(target.ids, ((after,),)), COMMIT])
+            return result.rows
+
+        return [as_text(clerk_id) for (clerk_id,) in await self.reading(read)]
 
     async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
         """Read by one of a few connections, again on a new one where that fails."""

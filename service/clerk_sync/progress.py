@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import sqlalchemy as sa
+import stamina
 
 from clerk_sync.answers import Ending
-from clerk_sync.database_errors import engine_errors_told
+from clerk_sync.database_errors import Unavailable, engine_errors_told
 from clerk_sync.tables import cursors, leases, runs
 from clerk_sync.walk import Part
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from clerk_sync.lease import Lease
 
 Name = Literal["backfill", "reconcile"]
+# A walk outlives a failover.
+_patient: Final = stamina.retry(on=Unavailable, attempts=20, timeout=60.0, wait_max=5.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +90,7 @@ async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
             await connection.execute(sa.insert(cursors), rows)
 
 
+@_patient
 async def moved(engine: AsyncEngine, part: Part, lease: Lease) -> None:
     """Keep how far a part has come, as long as the lease is ours: one that is not moves nothing."""
     move = (
@@ -105,11 +109,12 @@ async def moved(engine: AsyncEngine, part: Part, lease: Lease) -> None:
             await connection.execute(move)
 
 
-async def forget(engine: AsyncEngine) -> None:
-    """Forget all parts: the backfill is done, or starts anew."""
+@_patient
+async def forget(engine: AsyncEngine, lease: Lease) -> None:
+    """Forget all parts, as long as the lease is ours: the backfill is done, or starts anew."""
     with engine_errors_told():
         async with engine.begin() as connection:
-            await connection.execute(sa.delete(cursors))
+            await connection.execute(sa.delete(cursors).where(_ours(lease)))
 
 
 async def started(engine: AsyncEngine, name: Name) -> datetime:

@@ -19,7 +19,7 @@ from clerk_sync.database import COMMIT
 from clerk_sync.events import READ, Action
 from clerk_sync.mapping import Change
 from clerk_sync.mending import Tally
-from clerk_sync.report import Report, count, listed
+from clerk_sync.report import BREAKER_LEAST, Report, Stopped, check_instance, count, listed
 from clerk_sync.targets import IDS_LIMIT
 from clerk_sync.walk import Page, Part, parts_of, walk
 
@@ -38,16 +38,12 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# The breaker does not mind fewer than this, however small the table.
-BREAKER_LEAST: Final = 10
+# A walk that met so much less than Clerk counts, in percent, has missed something.
+_EARLY_PERCENT: Final = 5
 _CONFIRMED_AT_ONCE: Final = 8
 # A row that a webhook has just brought is asked for twice before it is deleted: the API may lag.
 _YOUNG_SECONDS: Final = 5.0
 _BUCKETS: Final = 4096
-
-
-class Stopped(Exception):  # noqa: N818
-    """The breaker: so much is gone from Clerk that it is more likely a mistake."""
 
 
 class _Unaskable(Exception):  # noqa: N818
@@ -125,6 +121,8 @@ class Reconcile:
         report = self._report
         report.tallies = self._mending.tallies
         counted = await listed(self._clerk, self._mapping, report)
+        if self._breaker_percent < 100:  # noqa: PLR2004 -- switched off
+            await check_instance(self._clerk, self._mending)
         report.tallies |= {kind: Tally() for kind in counted}
         seen = await self._walked(counted)
         absent = {}
@@ -206,7 +204,7 @@ class Reconcile:
     async def _check_end(self, kind: str, met: int) -> None:
         """A walk that met far fewer than Clerk counts ended early, whatever it looked like."""
         counted = await self._clerk.count(kind)
-        if counted - met >= self._threshold(counted):
+        if counted - met >= max(BREAKER_LEAST, counted * _EARLY_PERCENT / 100):
             raise ClerkUnavailable(
                 f"the walk ended early: Clerk counts {counted} {kind}s and listed {met}; "
                 "nothing was deleted"
@@ -223,21 +221,13 @@ class Reconcile:
 
     async def _absent(self, kind: str, seen: _Seen) -> _Absent:
         """Go over the table by its key, and note the ids that the walk did not meet."""
-        target = self._mending.store.targets[kind]
         absent = _Absent()
-        after = ""
-        while True:
-
-            async def page(connection: Connection, after: str = after) -> Sequence[Sequence[Any]]:
-                result, _ = await connection.run([(target.ids, ((after,),)), COMMIT])
-                return result.rows
-
-            ids = [as_text(clerk_id) for (clerk_id,) in await self._mending.reading(page)]
+        ids = await self._mending.ids(kind, after="")
+        while ids:
             absent.rows += len(ids)
             absent.ids += [clerk_id for clerk_id in ids if clerk_id not in seen]
-            if len(ids) < IDS_LIMIT:
-                return absent
-            after = ids[-1]
+            ids = await self._mending.ids(kind, after=ids[-1])
+        return absent
 
     async def _remove(self, kind: str, ids: Sequence[str]) -> None:
         """Delete these rows, each once Clerk has said that it has no such object."""

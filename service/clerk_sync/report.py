@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.answers import Ending
 from clerk_sync.clerk import ClerkRefused
@@ -16,6 +16,11 @@ if TYPE_CHECKING:
     from clerk_sync.clerk import Clerk
     from clerk_sync.mapping import Mapping
     from clerk_sync.mending import Mending, Tally
+
+# The breaker does not mind fewer than this, however small the table.
+BREAKER_LEAST: Final = 10
+# As many ids as Clerk takes in one question.
+SAMPLE: Final = 100
 
 
 @dataclass(slots=True)
@@ -69,6 +74,26 @@ class Report:
             "unconfirmed": self.unconfirmed,
             "purged": self.purged,
         }
+
+
+class Stopped(Exception):  # noqa: N818
+    """What Clerk says is more likely a mistake than true, and nothing was done about it."""
+
+
+async def check_instance(clerk: Clerk, mending: Mending) -> None:
+    """Ask Clerk for some of the users in the table. Raises Stopped when it knows none of them.
+
+    With the key of another instance, all of that instance's users would be written first.
+    """
+    if "user" not in mending.store.targets:
+        return
+    ids = await mending.ids("user", after="")
+    some = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
+    if len(some) >= BREAKER_LEAST and not await clerk.known_users(some):
+        raise Stopped(
+            f"Clerk knows none of {len(some)} users of this table: nothing was changed. Is "
+            "CLERK_SECRET_KEY the key of this database's instance?"
+        )
 
 
 async def listed(clerk: Clerk, mapping: Mapping, report: Report) -> dict[str, int]:

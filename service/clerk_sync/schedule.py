@@ -17,8 +17,7 @@ from clerk_sync.answers import Ending
 from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Held, Lost
-from clerk_sync.reconcile import Stopped
-from clerk_sync.report import Report
+from clerk_sync.report import Report, Stopped
 from clerk_sync.schema import SchemaFaults
 from clerk_sync.settings import InvalidSettings
 
@@ -35,7 +34,7 @@ log = structlog.get_logger()
 
 LOOK_SECONDS: Final = 60.0
 COUNT_SECONDS: Final = 300.0
-# A run that failed is tried again this soon, if the schedule would wait longer.
+# A run that failed or was interrupted is tried again this soon, if not sooner.
 RETRY_SECONDS: Final = 900.0
 
 
@@ -87,7 +86,7 @@ class Schedule:
             self._metrics.reconciled(
                 run.ending,
                 finished=run.finished_at.replace(tzinfo=UTC).timestamp(),
-                seconds=max(0.0, (run.finished_at - run.started_at).total_seconds()),
+                seconds=report.get("seconds", 0.0),
                 drift=report.get("drift", {}),
             )
         if self._interval is None:

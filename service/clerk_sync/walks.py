@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -21,8 +22,8 @@ from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Lease, held, holder_name
 from clerk_sync.mending import Mending
 from clerk_sync.metrics import Metrics
-from clerk_sync.reconcile import Reconcile, Stopped
-from clerk_sync.report import Report, count, listed
+from clerk_sync.reconcile import Reconcile
+from clerk_sync.report import Report, Stopped, count, listed
 from clerk_sync.settings import InvalidSettings, Settings
 
 if TYPE_CHECKING:
@@ -69,6 +70,8 @@ async def clerk_of(settings: Settings, metrics: Metrics) -> AsyncIterator[Clerk]
     # Twice over: parts that are walked at once, and what is asked for ahead.
     connector = aiohttp.TCPConnector(limit=32)
     async with aiohttp.ClientSession(connector=connector) as session:
+        # One request is one request: aiohttp would ask again by itself, past the rate limit.
+        session._retry_connection = False  # noqa: SLF001 -- there is no public way
         yield Clerk(
             session,
             settings.api_url,
@@ -193,7 +196,8 @@ class Walks:
         holder = f"{name} on {holder_name()}"
         async with held(self.engine, LEASE, holder, patience=patience) as lease:
             self.metrics.lease_held.set(1)
-            ending = Ending.FAILED
+            began = time.monotonic()
+            ending: Ending | None = Ending.FAILED
             await progress.started(self.engine, name)
             try:
                 async with self._committing(lease) as committer:
@@ -206,10 +210,15 @@ class Walks:
             except Stopped:
                 ending = Ending.STOPPED
                 raise
+            except asyncio.CancelledError:
+                ending = None  # told to stop, as by a rollout: nobody's failure
+                raise
             finally:
                 self.metrics.lease_held.set(0)
-                with contextlib.suppress(Unavailable):
-                    await progress.finished(self.engine, name, ending, report.summary(), lease)
+                if ending is not None:
+                    summary = {**report.summary(), "seconds": time.monotonic() - began}
+                    with contextlib.suppress(Unavailable):
+                        await progress.finished(self.engine, name, ending, summary, lease)
             return ending
 
     @contextlib.asynccontextmanager

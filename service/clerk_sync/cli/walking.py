@@ -43,7 +43,7 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
         from clerk_sync.clerk import ClerkRefused, ClerkUnavailable  # noqa: PLC0415 -- see `serve`
         from clerk_sync.lease import Held, Lost  # noqa: PLC0415
         from clerk_sync.metrics import Metrics  # noqa: PLC0415
-        from clerk_sync.reconcile import Stopped  # noqa: PLC0415
+        from clerk_sync.report import Stopped  # noqa: PLC0415
         from clerk_sync.schema import SchemaFaults  # noqa: PLC0415
         from clerk_sync.settings import InvalidSettings  # noqa: PLC0415
         from clerk_sync.walks import walks  # noqa: PLC0415
