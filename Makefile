@@ -31,7 +31,7 @@ fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-bench: install ## Measure throughput and latency beside the baselines (ARGS="--help")
+bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)
 
 LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal \

@@ -2,7 +2,7 @@
 
 Every contender is started, measured and stopped in every round, in an order that changes from
 round to round, each time on an empty database of its own; the figures are medians over the
-rounds.
+rounds. Then come the walks over all of Clerk's users, in `walking`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Final
 
-from tests.bench import load, tutorial
+from tests.bench import load, tutorial, walking
+from tests.bench.processes import Failed, memory
 from tests.servers import NAMES, UnavailableError, advice, available, free_port
 
 if TYPE_CHECKING:
@@ -33,14 +34,9 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 CONNECTIONS: Final = {64: 16_000, 8: 10_000}  # how many, and at most so many events
-MEBI: Final = 1024
 _START_SECONDS: Final = 20
 
 Process = subprocess.Popen[bytes]
-
-
-class Failed(Exception):  # noqa: N818 -- it is named for what happened to the contender
-    """A contender did not start or stop; the message says what it wrote."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,16 +217,6 @@ def _stop(process: Process) -> None:
         process.wait()
 
 
-def _memory(pid: int) -> tuple[float, float]:
-    """Resident memory in MiB: now, and the highest where the system tells."""
-    status = Path(f"/proc/{pid}/status")
-    if status.exists():
-        lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
-        return int(lines["VmRSS"].split()[0]) / MEBI, int(lines["VmHWM"].split()[0]) / MEBI
-    said = subprocess.run(["ps", "-o", "rss=", "-p", str(pid)], capture_output=True, check=True)
-    return int(said.stdout) / MEBI, int(said.stdout) / MEBI
-
-
 def _load(contender: Contender, place: Place, **options: float) -> list[str]:
     flags = [f"--{name}={value}" for name, value in options.items()]
     return [
@@ -255,7 +241,7 @@ def measure(contender: Contender, server: Server, seconds: float) -> Measured:
             if done.returncode:
                 raise Failed("the load generator failed")
             at[connections] = json.loads(done.stdout.splitlines()[-1])
-        rss, peak = _memory(process.pid)
+        rss, peak = memory(process.pid)
     return Measured(ready_seconds, rss, peak, at)
 
 
@@ -269,7 +255,7 @@ def soak(server: Server, events: int) -> None:
             assert loading.stdout
             for line in loading.stdout:
                 at = json.loads(line)
-                samples.append(_memory(process.pid)[0])
+                samples.append(memory(process.pid)[0])
                 print(
                     f"{at['good']:>10,}  {at['per_second']:>10,.0f}  {at['p50_ms']:>7}"
                     f"  {at['p99_ms']:>7}  {at['other']:>6}  {samples[-1]:>8.1f}",
@@ -380,6 +366,14 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=3, help="at most so long per figure")
     parser.add_argument("--quick", action="store_true", help="one round")
+    parser.add_argument(
+        "--walk",
+        type=int,
+        default=200_000,
+        metavar="USERS",
+        help="also backfill and reconcile so many users; 0: do not; default: %(default)s",
+    )
+    parser.add_argument("--only-walk", action="store_true", help="leave the contenders out")
     parser.add_argument("--soak", type=int, metavar="N", help="only send N events, print memory")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every figure there")
     args = parser.parse_args()
@@ -392,16 +386,26 @@ def main() -> None:
             if args.soak:
                 soak(server, args.soak)
                 return
-            measured = _rounds(args, server)
+            measured = {} if args.only_walk else _rounds(args, server)
+            walked = (
+                walking.measure(server, users=args.walk, rounds=args.rounds) if args.walk else None
+            )
     except (Failed, UnavailableError) as failed:
         sys.exit(str(failed))
     report = Report(measured)
-    print(*report.table(), "", *report.troubles(), sep="\n")
+    if measured:
+        print(*report.table(), "", *report.troubles(), sep="\n")
     for text, met in report.targets():
         print(f"{text:86}{'met' if met else 'MISSED'}")
+    if walked:
+        print(*walked.table(), *walked.written(), *walked.ratios(), sep="\n")
     if args.json:
-        figures = {c.name: [asdict(m) for m in rounds] for c, rounds in measured.items()}
-        args.json.write_text(json.dumps({"on": described, "rounds": figures}, indent=2))
+        figures: dict[str, Any] = {
+            "on": described,
+            "rounds": {c.name: [asdict(m) for m in rounds] for c, rounds in measured.items()},
+            "walk": walked.figures() if walked else None,
+        }
+        args.json.write_text(json.dumps(figures, indent=2))
 
 
 if __name__ == "__main__":
