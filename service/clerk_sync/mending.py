@@ -23,13 +23,12 @@ from clerk_sync.lease import Lost
 from clerk_sync.mapping import change_for
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+    from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from clerk_sync.answers import Answer
     from clerk_sync.committer import Committer, Connect
     from clerk_sync.database import Connection
-    from clerk_sync.mapping import Change
-    from clerk_sync.mapping import Mapping as Mapped
+    from clerk_sync.mapping import Change, Mapping
     from clerk_sync.store import Store
 
 log = structlog.get_logger()
@@ -75,7 +74,7 @@ class Mending:
 
     def __init__(
         self,
-        mapping: Mapped,
+        mapping: Mapping,
         store: Store,
         connect: Connect,
         *,
@@ -99,7 +98,7 @@ class Mending:
             self._idle.pop().close()
 
     async def take(
-        self, kind: str, objects: Sequence[Mapping[str, Any]], *, began_ms: int
+        self, kind: str, objects: Sequence[dict[str, Any]], *, began_ms: int
     ) -> list[Compared]:
         """Bring the rows of these objects into step; those that are `ahead` are left, and given.
 
@@ -121,12 +120,12 @@ class Mending:
         return [one for one in found if one.ahead is not None]
 
     def _changes(
-        self, kind: str, objects: Sequence[Mapping[str, Any]], began_ms: int, tally: Tally
+        self, kind: str, objects: Sequence[dict[str, Any]], began_ms: int, tally: Tally
     ) -> dict[str, Change]:
         changes = {}
         for data in objects:
             try:
-                change = change_for(events.read(kind, dict(data), at_ms=began_ms), self._mapping)
+                change = change_for(events.read(kind, data, at_ms=began_ms), self._mapping)
             except Unusable as error:
                 log.warning(
                     "unfit",
