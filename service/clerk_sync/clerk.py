@@ -39,7 +39,7 @@ DEVELOPMENT_RATE: Final = 100
 _RATE_MARGIN: Final = 0.25
 _ATTEMPTS: Final = 8
 _PATIENCE_429: Final = 30
-_LONGEST_PAUSE: Final = 120.0
+_LONGEST_PAUSE: Final = 3600.0
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60, sock_connect=10)
 # Organizations are a feature that an instance may not have switched on.
 _SWITCHED_OFF: Final = "organization_not_enabled_in_instance"
