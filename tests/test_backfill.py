@@ -55,6 +55,8 @@ def _main(
 ) -> None:  # in a process of its own
     os.environ.clear()
     os.environ.update(environment)
+    # A shell that runs the tests in the background has them ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     for number, path in ((1, out), (2, err)):
         opened = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOCTTY)
         os.dup2(opened, number)
