@@ -19,7 +19,7 @@ demo: install ## Show a user's whole story: created, updated, late, deleted
 
 test: check ## Check, get the test databases, run every test (ARGS="-k name" for some)
 	$(BIN)/python -m tests.provision
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: install ## Format, lint, types and layers, without changing anything
 	$(BIN)/ruff format --check .
