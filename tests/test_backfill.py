@@ -596,6 +596,17 @@ async def test_killed_at_every_step_it_goes_on_where_it_was(crash_url: str, tmp_
         }
 
 
+async def test_what_was_left_off_long_ago_begins_anew(embedded_url: str, tmp_path: Path) -> None:
+    async with site(people(3), embedded_url, tmp_path) as here:
+        await here.rows(
+            "INSERT INTO clerk_sync_cursors (kind, part, seen, finished, begun_at, moved_at) VALUES"
+            " ('user', 0, 3, 1, '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000')"
+        )
+        done = await here.run("backfill")
+        assert done.code == 0, done.err
+        assert "user: read 3, wrote 3" in done.out
+
+
 async def test_killed_in_windows_each_goes_on_where_it_was(
     embedded_url: str, tmp_path: Path
 ) -> None:
@@ -607,7 +618,7 @@ async def test_killed_in_windows_each_goes_on_where_it_was(
             await here.rows(
                 "INSERT INTO clerk_sync_cursors (kind, part, from_ms, to_ms, seen, finished,"
                 f" begun_at, moved_at) VALUES ('user', {number}, {from_ms}, {to_ms}, 0, 0,"
-                " '2026-01-01 00:00:00.000000', '2026-01-01 00:00:00.000000')"
+                " datetime('now') || '.000000', datetime('now') || '.000000')"
             )
         reaper = Reaper(here, every=6)
         done = await reaper.reap()

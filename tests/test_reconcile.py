@@ -752,3 +752,14 @@ async def reconciled(world: Walking, lease: Any) -> None:
     finally:
         mending.close()
         await committer.close()
+
+
+async def test_what_was_deleted_here_and_is_in_clerk_is_told(
+    world: Walking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    await users(world, 2)
+    await world.deliver(world.api.delete("user_0001"))
+    world.api.users["user_0001"] = world.api.users["user_0000"] | {"id": "user_0001"}
+    assert (await world.reconcile())[0] is Ending.IN_STEP
+    assert await world.ids("user") == ["user_0000"]
+    assert "deleted_here" in capsys.readouterr().out

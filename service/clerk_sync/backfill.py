@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from clerk_sync import progress
 from clerk_sync.answers import Verdict
 from clerk_sync.mending import Tally
 from clerk_sync.report import Report, check_instance, count, listed
 from clerk_sync.walk import Page, parts_of, walk
+
+# What was walked longer ago than this is walked again.
+OLD_SECONDS: Final = 86_400.0
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -40,7 +43,8 @@ async def backfill(
     report.tallies = mending.tallies
     counted = await listed(clerk, mapping, report)
     await check_instance(clerk, mending)
-    if restart:
+    begun = await progress.begun(engine)
+    if restart or (begun is not None and progress.age_of(begun) > OLD_SECONDS):
         await progress.forget(engine, lease)
     report.resumed = await progress.begun(engine)
     kept = await progress.parts(engine)

@@ -43,7 +43,7 @@ class Compared:
 
     `mend` is the Change that brings the row to what Clerk says, None where none is needed or
     possible. `ahead` is what our state says where its version is higher than Clerk's, and has
-    been for a while.
+    been for a while. `buried` says that Clerk still has what was deleted here a while ago.
     """
 
     clerk_id: str
@@ -51,6 +51,7 @@ class Compared:
     mend: Change | None = None
     differences: tuple[Difference, ...] = ()
     ahead: State | None = None
+    buried: bool = False
     reason: Reason | None = None
 
 
@@ -136,7 +137,8 @@ def _compared(
     target = store.targets[change.kind or ""]
     state = states.get((change.kind or "", clerk_id))
     if state is not None and state.deleted_ms is not None:
-        return lingering(change, target, stored, state.deleted_ms)
+        buried = change.event_ms - state.deleted_ms > SETTLED_MS
+        return replace(lingering(change, target, stored, state.deleted_ms), buried=buried)
     if isinstance(row, Unfit):
         return Compared(clerk_id, Verdict.UNFIT, None, reason=row.reason)
     for owner in target.owners_of(row):

@@ -114,6 +114,8 @@ class Mending:
             if one.verdict is Verdict.UNFIT:
                 reason = one.reason.value if one.reason else None
                 log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
+            if one.buried:
+                log.warning("deleted_here", kind=kind, clerk_id=one.clerk_id)
             if one.mend is None:
                 tally.found[one.verdict] += 1
         await self.mend(kind, [one for one in found if one.mend is not None and one.ahead is None])

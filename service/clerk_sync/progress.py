@@ -90,6 +90,11 @@ async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
             await connection.execute(sa.insert(cursors), rows)
 
 
+def age_of(at: datetime) -> float:
+    """How many seconds ago that was."""
+    return (_now() - at).total_seconds()
+
+
 @_patient
 async def moved(engine: AsyncEngine, part: Part, lease: Lease) -> None:
     """Keep how far a part has come, as long as the lease is ours: one that is not moves nothing."""

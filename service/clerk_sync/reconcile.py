@@ -21,7 +21,7 @@ from clerk_sync.mapping import Change
 from clerk_sync.mending import Tally
 from clerk_sync.report import BREAKER_LEAST, Report, Stopped, check_instance, count, listed
 from clerk_sync.targets import IDS_LIMIT
-from clerk_sync.walk import Page, Part, parts_of, walk
+from clerk_sync.walk import AT_ONCE, Page, Part, parts_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -101,6 +101,7 @@ class Reconcile:
         breaker_percent: float,
         report: Report,
         on_page: Callable[[str, int, int], None],
+        at_once: int = AT_ONCE,
     ) -> None:
         self._clerk = clerk
         self._mapping = mapping
@@ -110,6 +111,7 @@ class Reconcile:
         self._breaker_percent = breaker_percent
         self._report = report
         self._on_page = on_page
+        self._at_once = at_once
         self._asking = asyncio.Semaphore(_CONFIRMED_AT_ONCE)
 
     async def run(self) -> None:
@@ -128,7 +130,7 @@ class Reconcile:
         absent = {}
         for kind in counted:
             seen[kind].settle()
-            await self._check_end(kind, len(seen[kind]))
+            await self._check_end(kind, len(seen[kind]), counted[kind])
             absent[kind] = await self._absent(kind, seen[kind])
         for kind, missed in absent.items():
             self._check_breaker(kind, missed)
@@ -166,7 +168,7 @@ class Reconcile:
         parts: list[Part] = []
         for kind, total in counted.items():
             parts += await parts_of(self._clerk, kind, count=total)
-        await walk(self._clerk, parts, take)
+        await walk(self._clerk, parts, take, at_once=self._at_once)
         return seen
 
     async def _outdo(self, kind: str, one: Compared, data: Mapping[str, Any]) -> None:
@@ -201,9 +203,10 @@ class Reconcile:
             return math.inf
         return max(BREAKER_LEAST, rows * self._breaker_percent / 100)
 
-    async def _check_end(self, kind: str, met: int) -> None:
+    async def _check_end(self, kind: str, met: int, before: int) -> None:
         """A walk that met far fewer than Clerk counts ended early, whatever it looked like."""
-        counted = await self._clerk.count(kind)
+        # Who came or went meanwhile is in one of the two counts only.
+        counted = min(before, await self._clerk.count(kind))
         if counted - met >= max(BREAKER_LEAST, counted * _EARLY_PERCENT / 100):
             raise ClerkUnavailable(
                 f"the walk ended early: Clerk counts {counted} {kind}s and listed {met}; "
@@ -241,7 +244,14 @@ class Reconcile:
                 return [(row, states.get(as_text(row[0]))) for row in rows.rows]
 
             there = await self._mending.reading(read)
-            gone = await asyncio.gather(*(self._gone(target, row, state) for row, state in there))
+            try:
+                async with asyncio.TaskGroup() as group:
+                    asked = [
+                        group.create_task(self._gone(target, row, state)) for row, state in there
+                    ]
+            except ExceptionGroup as failed:
+                raise failed.exceptions[0] from None
+            gone = [one.result() for one in asked]
             await self._mending.mend(kind, [one for one in gone if one is not None])
 
     async def _gone(
@@ -260,7 +270,12 @@ class Reconcile:
             return None if found is None else as_text(found)
 
         organization, user = value("organization.id"), value("public_user_data.user_id")
-        young = state is not None and state.delivered and state.event_ms > now_ms - SETTLED_MS
+        # By two clocks, as one may be wrong: Clerk's, and that of whoever wrote the row.
+        young = (
+            state is not None
+            and state.delivered
+            and max(state.event_ms, state.synced_ms) > now_ms - SETTLED_MS
+        )
         async with self._asking:
             for pause in (0.0, _YOUNG_SECONDS) if young else (0.0,):
                 await asyncio.sleep(pause)

@@ -92,12 +92,11 @@ class Schedule:
         if self._interval is None:
             return False
         wait = self._interval
-        if run.ending is Ending.FAILED:
+        ended = run.finished_at is not None and run.finished_at >= run.started_at
+        if not ended or run.ending is Ending.FAILED:
             wait = min(wait, RETRY_SECONDS)
-        now = datetime.now(UTC).replace(tzinfo=None)
-        return (
-            max(run.started_at, run.finished_at or run.started_at) + timedelta(seconds=wait) <= now
-        )
+        last = max(run.started_at, run.finished_at or run.started_at)
+        return last + timedelta(seconds=wait) <= datetime.now(UTC).replace(tzinfo=None)
 
     async def _reconcile(self) -> None:
         report = Report()
@@ -108,6 +107,8 @@ class Schedule:
                     report=report,
                     on_page=walks.quiet,
                     patience=False,
+                    # Several pages in one turn of the loop would keep webhooks waiting.
+                    at_once=1,
                 )
         except Held as error:
             log.info("reconcile_elsewhere", holder=error.holder)

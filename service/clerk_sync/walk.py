@@ -99,13 +99,17 @@ async def _split(
 
 
 async def walk(
-    clerk: Clerk, parts: Sequence[Part], take: Callable[[Page], Awaitable[None]]
+    clerk: Clerk,
+    parts: Sequence[Part],
+    take: Callable[[Page], Awaitable[None]],
+    *,
+    at_once: int = AT_ONCE,
 ) -> None:
     """Take every page of these parts, each part's in order; the first failure ends it all.
 
     While a page is taken, the next ones are on their way.
     """
-    slots = asyncio.Semaphore(AT_ONCE)
+    slots = asyncio.Semaphore(at_once)
 
     async def one(part: Part) -> None:
         async with slots, aclosing(_pages(clerk, part)) as pages:

@@ -25,6 +25,7 @@ from clerk_sync.metrics import Metrics
 from clerk_sync.reconcile import Reconcile
 from clerk_sync.report import Report, Stopped, count, listed
 from clerk_sync.settings import InvalidSettings, Settings
+from clerk_sync.walk import AT_ONCE
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -122,15 +123,22 @@ class Walks:
         return await self._recorded("backfill", report, work)
 
     async def reconcile(
-        self, *, breaker_percent: float, report: Report, on_page: OnPage, patience: bool = True
+        self,
+        *,
+        breaker_percent: float,
+        report: Report,
+        on_page: OnPage,
+        patience: bool = True,
+        at_once: int = AT_ONCE,
     ) -> Ending:
         """Run a reconcile. Raises as `backfill` does, and Stopped.
 
         Without patience it does not wait to see whether the lease's holder is still alive.
+        `at_once` is how many parts are walked at the same time.
         """
 
         async def work(mending: Mending, lease: Lease) -> None:
-            await self._reconcile(mending, lease, breaker_percent, report, on_page)
+            await self._reconcile(mending, lease, breaker_percent, report, on_page, at_once=at_once)
 
         return await self._recorded("reconcile", report, work, patience=patience)
 
@@ -159,6 +167,8 @@ class Walks:
         breaker_percent: float,
         report: Report,
         on_page: OnPage,
+        *,
+        at_once: int = AT_ONCE,
     ) -> None:
         await Reconcile(
             self.clerk,
@@ -169,6 +179,7 @@ class Walks:
             breaker_percent=breaker_percent,
             report=report,
             on_page=on_page,
+            at_once=at_once,
         ).run()
 
     def _mending(
@@ -195,10 +206,10 @@ class Walks:
         """Do the work under the lease, alone; how it ends is kept for metrics."""
         holder = f"{name} on {holder_name()}"
         async with held(self.engine, LEASE, holder, patience=patience) as lease:
-            self.metrics.lease_held.set(1)
             began = time.monotonic()
             ending: Ending | None = Ending.FAILED
             await progress.started(self.engine, name)
+            self.metrics.lease_held.set(1)
             try:
                 async with self._committing(lease) as committer:
                     mending = self._mending(committer, lease.lost)
