@@ -114,6 +114,7 @@ class Committer:
         self._away_until = 0.0
         self._sessions = 0
         self._tasks: list[asyncio.Task[None]] = []
+        metrics.queue_limit.set(queue_limit)
         metrics.queue_depth.set_function(self._queue.qsize)
         metrics.writer_connections.set_function(lambda: self._sessions)
 
@@ -349,9 +350,12 @@ class Committer:
         now_ms = time.time_ns() // 1_000_000
         answers = await self.store.apply(connection, changes, now_ms=now_ms)
         self._metrics.applied(len(changes), time.perf_counter() - started)
-        for change in changes:
-            if change.event_ms and change.delivery_id is not None:
-                self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
+        committed_ms = time.time_ns() // 1_000_000
+        for change, answer in zip(changes, answers, strict=True):
+            # One that is sent again, by Svix or by hand, had its effect before.
+            known = answer.outcome is Outcome.DUPLICATE
+            if change.event_ms and change.delivery_id is not None and not known:
+                self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
         return answers
 
 

@@ -86,6 +86,8 @@ USER_PATHS: Final[dict[str, tuple[str, ...]]] = {
 LISTED: Final = ("user", "organization", "organizationMembership")
 # What stands for the type of an event where Clerk's API was asked instead.
 READ: Final = "api.read"
+# What `clerk-sync probe` sends. It is no type of Clerk's, so that no mapping can name it.
+PROBE: Final = "clerk-sync.probe"
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +15,7 @@ import structlog
 from aiohttp import web
 
 from clerk_sync import __version__, housekeeping, schema
-from clerk_sync.answers import Reason
+from clerk_sync.answers import UNREADINESSES, Reason
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
@@ -148,7 +149,6 @@ class Watch:
                 for line in readiness.detail.splitlines():
                     log.error("not_ready", reason=readiness.reason, detail=line)
         self.readiness = readiness
-        self._metrics.ready.set(readiness.ready)
 
     async def keep(self) -> None:
         """Expire what is old and count what is in quarantine, until cancelled."""
@@ -245,6 +245,13 @@ async def running(
             return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
         return watch.readiness
 
+    def unready(reason: Reason) -> float:
+        return readiness().reason is reason
+
+    # What a scrape says is what /readyz says at that moment.
+    metrics.ready.set_function(lambda: readiness().ready)
+    for reason in UNREADINESSES:
+        metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
     schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
     async with contextlib.AsyncExitStack() as stack:
         ensure = None
@@ -282,7 +289,6 @@ async def running(
             yield Running(url, internal_url)
         finally:
             webhook.draining = True
-            metrics.ready.set(0)
             log.info("draining")
 
 
