@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Iterator
 from itertools import groupby
 from pathlib import Path
@@ -12,22 +11,14 @@ import pytest
 import yaml
 
 from tests.monitoring import files
-from tests.monitoring.alerts import ALERTS
+from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.cases import CASES
-from tests.monitoring.promtool import program
+from tests.monitoring.promtool import promtool
 from tests.monitoring.recordings import RECORDINGS
 from tests.monitoring.rules import Clock, number, rules_file
 from tests.monitoring.series import Case
 
 BY_NAME = {alert.name: alert for alert in ALERTS}
-
-
-def promtool(*arguments: str | Path) -> str:
-    done = subprocess.run(
-        [program("promtool"), *arguments], capture_output=True, text=True, timeout=110, check=False
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return done.stdout
 
 
 def test_of(case: Case) -> dict[str, Any]:
@@ -37,7 +28,7 @@ def test_of(case: Case) -> dict[str, Any]:
     annotations = {
         "summary": alert.summary,
         "description": case.says,
-        "runbook_url": f"{files.RUNBOOKS}/{alert.name}.md",
+        "runbook_url": f"{RUNBOOKS}/{alert.name}.md",
     }
     labels = {"severity": alert.severity, **case.labels}
     at = f"{number(case.at)}s"

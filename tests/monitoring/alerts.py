@@ -15,6 +15,7 @@ from tests.monitoring.rules import INSTALLATION as BY
 from tests.monitoring.rules import Alert, number
 from tests.monitoring.thresholds import BURN_EVENTS, BURN_PAGE, BURN_TICKET
 
+RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
 WHERE: Final = "{{ $labels.job }}{{ with $labels.namespace }} in {{ . }}{{ end }}"
 _ACCEPTED: Final = (
     f'sum by ({BY}) (increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m]))'

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Final
 
-from tests.monitoring.alerts import ALERTS
+from tests.monitoring import dashboard
+from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.recordings import RECORDINGS
 from tests.monitoring.rules import Alert, Clock, alerting_rule, dumped, recording_rule, rules_file
 
 ROOT: Final = Path(__file__).parents[2]
 CHART_ALERTS: Final = ROOT / "charts/clerk-sync/files/alerts"
+DASHBOARD: Final = ROOT / "charts/clerk-sync/files/dashboards/clerk-sync.json"
 PLAIN: Final = ROOT / "docs/alerts.yaml"
-RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
 
 _MADE: Final = "# Made by `make docs` from tests/monitoring.\n"
 
@@ -29,6 +30,7 @@ def generated() -> dict[Path, str]:
         {"why": recording.why, **recording_rule(recording, Clock())} for recording in RECORDINGS
     ]
     return {
+        DASHBOARD: dashboard.dumped(),
         PLAIN: _MADE + dumped(rules_file(RECORDINGS, ALERTS, runbooks=RUNBOOKS)),
         CHART_ALERTS / "recordings.yaml": _MADE + dumped(recordings),
         **{

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 from typing import Final
 
@@ -20,3 +21,12 @@ def program(name: str) -> Path:
             " Ubuntu, run `make test`, which unpacks it for the tests alone."
         )
     return Path(found)
+
+
+def promtool(*arguments: str | Path) -> str:
+    """Run promtool; what it says, which is about a failure if it fails."""
+    done = subprocess.run(
+        [program("promtool"), *arguments], capture_output=True, text=True, timeout=110, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
