@@ -11,9 +11,9 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from clerk_sync import webhook
+from clerk_sync import probe, signature, webhook
 from tests import deliveries
-from tests.deliveries import rows, served, serving, settings_of
+from tests.deliveries import PATH, SECRET, rows, served, serving, settings_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +39,9 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
         try:
             reply = await at.post(deliveries.event("user.updated", "user_a"))
             assert reply.said == (503, "unavailable", "database")
+            signers = signature.signers(SECRET)
+            probed = await probe.probe(probe.address(at.url + PATH), signers, seconds=1)
+            assert "is away, or takes no writes" in probed.text
             unready = await at.until_ready(ready=False)
             assert "read-only" in unready.json["detail"] or "1290" in unready.json["detail"]
         finally:

@@ -88,6 +88,8 @@ LISTED: Final = ("user", "organization", "organizationMembership")
 READ: Final = "api.read"
 # What `clerk-sync probe` sends. It is no type of Clerk's, so that no mapping can name it.
 PROBE: Final = "clerk-sync.probe"
+# With what its svix-ids begin, so that its rows are found by the ledger's key. Svix's: `msg_`.
+PROBE_IDS: Final = "probe_"
 
 
 @dataclass(frozen=True, slots=True)

@@ -71,13 +71,16 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
         fail(str(error))
 
 
-def settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
+def settled(
+    *, signing: bool, mapped: bool, located: bool = True
+) -> tuple[Settings, Mapping | None]:
     """Settings and mapping, or the end: with every fault in them at once."""
     settings, faults = load_settings()
-    try:
-        settings.locate()
-    except InvalidSettings as error:
-        faults += error.faults
+    if located:
+        try:
+            settings.locate()
+        except InvalidSettings as error:
+            faults += error.faults
     if signing:
         faults += signing_faults(settings)
     mapping = None
