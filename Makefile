@@ -34,7 +34,7 @@ fmt: install ## Format, and fix what the linter can fix
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)
 
-LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal \
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra otel --quiet --upgrade --universal \
   --python-version 3.11 --generate-hashes --no-header
 
 lock: install ## Rewrite the lock files with the newest versions that pyproject.toml allows

@@ -285,14 +285,21 @@ class Metrics:
             for name in DRIFTS:
                 self.drift.labels(kind, name.value).set(drift.get(kind, {}).get(name.value, 0))
 
-    def applied(self, events: int, seconds: float) -> None:
-        """Count one committed transaction."""
+    def applied(self, events: int, seconds: float, exemplar: dict[str, str] | None = None) -> None:
+        """Count one committed transaction; the exemplar is of a trace with it, if one is kept."""
         self.batch_size.observe(events)
-        self.apply_seconds.observe(seconds)
+        self.apply_seconds.observe(seconds, exemplar)
 
-    def answered(self, answer: Answer, type_: str | None, seconds: float, now: float) -> None:
-        """Count one answered delivery."""
-        self.request_seconds.observe(seconds)
+    def answered(
+        self,
+        answer: Answer,
+        type_: str | None,
+        seconds: float,
+        now: float,
+        exemplar: dict[str, str] | None = None,
+    ) -> None:
+        """Count one answered delivery; the exemplar is of its trace, if that is kept."""
+        self.request_seconds.observe(seconds, exemplar)
         if answer.outcome in SETTLED:
             known = type_ if type_ in _KNOWN else OTHER
             self._outcomes[known or OTHER, answer.outcome].inc()

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from clerk_sync.mapping import Mapping
     from clerk_sync.targets import Target
+    from clerk_sync.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -216,11 +217,12 @@ async def running(
     mapping: Mapping,
     *,
     committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[Running]:
     """Run the service; leaving drains it: not ready, then what is in flight, then the database.
 
     Raises InvalidSettings and OSError before it listens. `committer_of` is for the bench,
-    which leaves the database out to see what the rest costs.
+    which leaves the database out to see what the rest costs. `tracing` is closed at the end.
     """
     if settings.signing_secret is None:
         raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
@@ -238,6 +240,7 @@ async def running(
         committer=committer,
         metrics=metrics,
         deadline_seconds=settings.deadline_seconds,
+        tracing=tracing,
     )
 
     def readiness() -> Readiness:
@@ -254,6 +257,8 @@ async def running(
         metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
     schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
     async with contextlib.AsyncExitStack() as stack:
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
         ensure = None
         if settings.clerk_key is not None:
             clerk = await stack.enter_async_context(clerk_of(settings, metrics))
@@ -297,13 +302,14 @@ async def serve(
     mapping: Mapping,
     *,
     committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+    tracing: Tracing | None = None,
 ) -> None:
     """Run until SIGTERM or SIGINT, then drain."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings, mapping, committer_of=committer_of):
+    async with running(settings, mapping, committer_of=committer_of, tracing=tracing):
         await stop.wait()
     log.info("stopped")
     # The loop's end would bring the signals' defaults back: an impatient second one would

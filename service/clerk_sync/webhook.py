@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from clerk_sync.mapping import Change, Mapping
     from clerk_sync.metrics import Metrics
     from clerk_sync.signature import Delivery
+    from clerk_sync.tracing import Trace, Tracing
 
 log = structlog.get_logger()
 
@@ -51,6 +52,7 @@ class _Seen:
 
     delivery: Delivery | None = None
     change: Change | None = None
+    trace: Trace | None = None
 
 
 class _BoundedServer(web.Server):
@@ -106,6 +108,7 @@ class WebhookListener:
         committer: Committer,
         metrics: Metrics,
         deadline_seconds: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self.draining = False
         self._path = path
@@ -115,6 +118,7 @@ class WebhookListener:
         self._committer = committer
         self._metrics = metrics
         self._deadline = deadline_seconds
+        self._tracing = tracing
         self._unverified = 0
         self._server: _BoundedServer
 
@@ -176,6 +180,9 @@ class WebhookListener:
             raise Rejected(Reason.PATH)
         if request.method != "POST":
             raise Rejected(Reason.METHOD)
+        trace = None
+        if self._tracing is not None:
+            trace = seen.trace = self._tracing.trace(self._path)
         if self.draining:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if (request.content_length or 0) > BODY_LIMIT:
@@ -186,12 +193,16 @@ class WebhookListener:
         body = await self._body(request)
         if body is None:
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        if trace is not None:
+            trace.verifying()
         headers = _signed_headers(request.headers)
         delivery = signature.verify(headers, body, signers=self._signers(), now=time.time())
         seen.delivery = delivery
+        if trace is not None:
+            trace.verified(request.headers)
         change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         seen.change = change
-        return await self._committer.commit(change)
+        return await self._committer.commit(change, trace)
 
     async def _body(self, request: web.BaseRequest) -> bytes | None:
         """The raw body; None while too many bytes of others are being read."""
@@ -213,8 +224,13 @@ class WebhookListener:
             self._unverified -= size
 
     def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
-        change = seen.change
-        self._metrics.answered(answer, change.type if change else None, seconds, time.time())
+        change, exemplar = seen.change, None
+        if seen.trace is not None:
+            seen.trace.answered(answer, seen.delivery, change)
+            exemplar = seen.trace.exemplar
+        self._metrics.answered(
+            answer, change.type if change else None, seconds, time.time(), exemplar
+        )
         # With nobody left to read the log, Clerk still gets its answer.
         with contextlib.suppress(OSError, ValueError):
             log.info(
@@ -226,6 +242,7 @@ class WebhookListener:
                 reason=answer.reason.value if answer.reason else None,
                 status=answer.status,
                 ms=round(seconds * 1000, 1),
+                **(exemplar or {}),
             )
 
 
