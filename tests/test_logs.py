@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
@@ -177,3 +178,28 @@ def test_it_can_be_set_up_again(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "json")
     logging.getLogger("some.library").warning("once")
     assert len(lines(capsys)) == 1
+
+
+async def test_a_ration_says_how_many_lines_it_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+    ration = logs.Ration(lines=2, seconds=0.2)
+
+    def allowed(number: int, reason: str) -> int:
+        return sum(ration.allows(outcome="rejected", reason=reason) for _ in range(number))
+
+    assert allowed(7, "wrong") == 2
+    assert allowed(2, "path") == 2
+    assert allowed(1, "wrong") == 0
+    await asyncio.sleep(0.3)
+    (line,) = lines(capsys)
+    assert (line["event"], line["level"], line["count"]) == ("unlogged", "warning", 6)
+    assert (line["outcome"], line["reason"], line["seconds"]) == ("rejected", "wrong", 0.2)
+    # And anew; at the end nobody waits for the time to be over.
+    assert allowed(5, "wrong") == 2
+    ration.end()
+    (line,) = lines(capsys)
+    assert line["count"] == 3
+    await asyncio.sleep(0.3)
+    assert lines(capsys) == []

@@ -257,6 +257,7 @@ async def running(
         metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
     schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(webhook.close)
         if tracing is not None:
             stack.push_async_callback(tracing.close)
         ensure = None

@@ -14,6 +14,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from clerk_sync import signature
 from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.logs import Ration
 from clerk_sync.mapping import change_of
 from clerk_sync.signature import Rejected
 
@@ -119,6 +120,7 @@ class WebhookListener:
         self._metrics = metrics
         self._deadline = deadline_seconds
         self._tracing = tracing
+        self._ration = Ration()
         self._unverified = 0
         self._server: _BoundedServer
 
@@ -156,9 +158,6 @@ class WebhookListener:
         except Rejected as error:
             seen.delivery = seen.delivery or error.delivery
             answer = Answer(Outcome.REJECTED, error.reason)
-            if error.delivery is not None:
-                age = round(time.time()) - error.delivery.sent_at
-                log.warning("clock_skew", svix_id=error.delivery.id, age_seconds=age)
         except (ConnectionError, web.RequestPayloadError):
             # The sender went away, or its chunks are none: nobody hears the answer.
             answer = Answer(Outcome.REJECTED, Reason.MALFORMED)
@@ -233,17 +232,33 @@ class WebhookListener:
         )
         # With nobody left to read the log, Clerk still gets its answer.
         with contextlib.suppress(OSError, ValueError):
-            log.info(
-                "delivery",
-                svix_id=seen.delivery.id if seen.delivery else None,
-                type=change.type if change else None,
-                clerk_id=change.clerk_id if change else None,
-                outcome=answer.outcome.value,
-                reason=answer.reason.value if answer.reason else None,
-                status=answer.status,
-                ms=round(seconds * 1000, 1),
-                **(exemplar or {}),
-            )
+            self._log(answer, seen, round(seconds * 1000, 1), exemplar)
+
+    def _log(self, answer: Answer, seen: _Seen, ms: float, exemplar: dict[str, str] | None) -> None:
+        delivery, change = seen.delivery, seen.change
+        outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
+        # Anybody can be refused as often as they like: the log is not theirs to fill.
+        strange = answer.outcome is Outcome.REJECTED or delivery is None
+        if strange and not self._ration.allows(outcome=outcome, reason=reason):
+            return
+        if answer.reason is Reason.EXPIRED and delivery is not None:
+            age = round(time.time()) - delivery.sent_at
+            log.warning("clock_skew", svix_id=delivery.id, age_seconds=age)
+        log.info(
+            "delivery",
+            svix_id=delivery.id if delivery else None,
+            type=change.type if change else None,
+            clerk_id=change.clerk_id if change else None,
+            outcome=outcome,
+            reason=reason,
+            status=answer.status,
+            ms=ms,
+            **(exemplar or {}),
+        )
+
+    def close(self) -> None:
+        """Say what the log left out."""
+        self._ration.end()
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
