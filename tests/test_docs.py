@@ -8,11 +8,9 @@ import sys
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from prometheus_client import Metric
 
 from clerk_sync import __version__, mapping_file, tables
 from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
@@ -21,6 +19,7 @@ from clerk_sync.events import ACTIONS, KINDS, Action
 from clerk_sync.expressions import COMPUTED
 from clerk_sync.metrics import SETTLED, Metrics
 from clerk_sync.settings import Secret, Settings
+from tests import reference
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
@@ -97,35 +96,13 @@ def test_answers_are_those_of_the_code() -> None:
     assert set(Outcome) == {answer.outcome for answer in answers}
 
 
-def labels_of(metric: Metric) -> set[str]:
-    names = {name for sample in metric.samples for name in sample.labels}
-    return names - {"le"}
-
-
-def exposed(metric: Metric) -> list[Any]:
-    """A metric as README has it: the series' name, the type, the labels."""
-    suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
-    type_ = "gauge" if metric.type == "info" else metric.type
-    return [f"{metric.name}{suffix}", type_, labels_of(metric)]
-
-
-def own_metrics() -> list[list[Any]]:
-    collected = Metrics().registry.collect()
-    return [exposed(metric) for metric in collected if metric.name.startswith("clerk_sync_")]
-
-
-def test_metrics_are_those_of_the_code() -> None:
-    said = [
-        [code(name), type_, set(map(code, labels.split(", "))) if labels else set()]
-        for name, type_, labels, _ in table("metrics")
-    ]
-    assert sorted(own_metrics()) == sorted(said)
-
-
 def test_every_metric_and_table_that_is_named_exists() -> None:
-    known = {name for name, _, _ in own_metrics()} | {"clerk_sync_version", *tables.metadata.tables}
+    metrics = {reference.name_of(metric) for metric in reference.own(Metrics())}
+    known = metrics | {"clerk_sync_version", *tables.metadata.tables}
     for name in DOCUMENTS:
         assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name
+    for _, named in table("metrics"):
+        assert set(map(code, named.split(", "))) <= metrics
 
 
 def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:

@@ -131,12 +131,12 @@ class Metrics:
             "pool_size", "Connections the read side's pool may hold.", "connections"
         )
         self.ready = self._gauge(
-            "ready", "1 while the service takes deliveries, as /readyz says.", "yes or no"
+            "ready", "1 while the service takes deliveries, as /readyz says.", "1 or 0"
         )
         self.unready = self._gauge(
             "unready",
             "1 for why the service takes no deliveries. All are 0 while it does.",
-            "yes or no",
+            "1 or 0",
             reason=UNREADINESSES,
         )
         self.last_success = self._gauge(
@@ -177,7 +177,7 @@ class Metrics:
         self.reconcile_result = self._gauge(
             "reconcile_result",
             "1 for how the last reconcile ended, wherever it ran.",
-            "yes or no",
+            "1 or 0",
             result=Ending,
         )
         self.reconcile_finished = self._gauge(
@@ -191,7 +191,7 @@ class Metrics:
         self.lease_held = self._gauge(
             "lease_held",
             "1 while this process backfills or reconciles, which one does at a time.",
-            "yes or no",
+            "1 or 0",
         )
         self.units["clerk_sync_build"] = "always 1"
         Info("clerk_sync_build", "The running version.", registry=self.registry).info(
