@@ -13,7 +13,7 @@ import yaml
 from tests.monitoring import files
 from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.cases import CASES
-from tests.monitoring.promtool import promtool
+from tests.monitoring.prometheus import promtool
 from tests.monitoring.recordings import RECORDINGS
 from tests.monitoring.rules import Clock, number, rules_file
 from tests.monitoring.series import Case

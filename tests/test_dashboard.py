@@ -15,7 +15,7 @@ from clerk_sync.metrics import Metrics
 from tests.monitoring import dashboard, files
 from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.panels import EVENTS, PANELS
-from tests.monitoring.promtool import promtool
+from tests.monitoring.prometheus import promtool
 from tests.monitoring.recordings import RECORDINGS
 
 MADE: dict[str, Any] = json.loads(files.DASHBOARD.read_text("utf-8"))

@@ -13,7 +13,7 @@ from tests.monitoring import recordings, thresholds
 from tests.monitoring.recordings import failures_ratio
 from tests.monitoring.rules import INSTALLATION as BY
 from tests.monitoring.rules import Alert, number
-from tests.monitoring.thresholds import BURN_EVENTS, BURN_PAGE, BURN_TICKET
+from tests.monitoring.thresholds import BURN_EVENTS, BURN_FAILURES, BURN_PAGE, BURN_TICKET
 
 RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
 WHERE: Final = "{{ $labels.job }}{{ with $labels.namespace }} in {{ . }}{{ end }}"
@@ -28,9 +28,20 @@ _UNVERIFIED: Final = (
     'clerk_sync_rejected_total{reason=~"missing|malformed|wrong|expired",$selector}'
 )
 
+_SECONDS: Final = {
+    "5m": 5 * thresholds.MINUTE,
+    "30m": 30 * thresholds.MINUTE,
+    "2h": 2 * thresholds.HOUR,
+    "6h": 6 * thresholds.HOUR,
+}
+
 
 def burning(windows: tuple[tuple[str, str, float], ...]) -> str:
-    """Both a short and a long window burn, and the long one has something to judge by."""
+    """Both a short and a long window burn, and both have something to judge by."""
+    failed = {"5m": f"{recordings.FAILURES_RATE}{{$selector}}"} | {
+        window: f"avg_over_time({recordings.FAILURES_RATE}{{$selector}}[{window}])"
+        for window in ("30m", "2h", "6h")
+    }
     counted = {"1h": f"{recordings.DELIVERIES}{{$selector}}"} | {
         window: f"sum_over_time({recordings.DELIVERIES}{{$selector}}[{window}:1h])"
         for window in ("6h", "1d", "3d")
@@ -41,6 +52,7 @@ def burning(windows: tuple[tuple[str, str, float], ...]) -> str:
   {failures_ratio(short)}{{$selector}} > {number(factor)} * $threshold
   and on ({BY}) {failures_ratio(long)}{{$selector}} > {number(factor)} * $threshold
   and on ({BY}) {counted[long]} >= {BURN_EVENTS}
+  and on ({BY}) {failed[short]} * seconds({number(_SECONDS[short])}) >= {BURN_FAILURES}
 )"""
         for short, long, factor in windows
     )

@@ -32,6 +32,7 @@ from tests.monitoring.series import (
     reconciled,
     rejected,
     steady,
+    unavailable,
     unready,
     until,
     within,
@@ -282,6 +283,17 @@ CASES: Final = (
         "everything failed, and it is over",
         failing(good=counting(10), bad=counting(10, start=20 * MINUTE, end=26 * MINUTE)),
         60 * MINUTE,
+    ),
+    Case(
+        "ClerkSyncErrorBudgetBurnFast",
+        "half an hour after an outage, one event fails on a quiet evening",
+        [
+            outcomes(counting(1)),
+            unavailable(counting(3, start=20 * MINUTE, end=30 * MINUTE)),
+            Series("clerk_sync_errors_total", steady(0)),
+            quarantined(until(60 * MINUTE, 0, 1)),
+        ],
+        64 * MINUTE,
     ),
     Case(
         "ClerkSyncErrorBudgetBurnSlow",

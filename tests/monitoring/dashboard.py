@@ -20,6 +20,7 @@ from grafana_foundation_sdk.models import prometheus as promql
 
 from tests.monitoring.alerts import RUNBOOKS
 from tests.monitoring.panels import EVENTS, ROWS, Event, Level, Panel, Query, Row
+from tests.monitoring.rules import Clock
 
 UID: Final = "clerk-sync"
 README: Final = RUNBOOKS.removesuffix("docs/runbooks") + "README.md"
@@ -41,6 +42,7 @@ AnyPanel = stat.Panel | lines.Panel | statetimeline.Panel | table.Panel
 
 def filled(expr: str) -> str:
     """A query with the variables' matchers in it."""
+    expr = Clock().expr(expr)
     return expr.replace("$selector", SELECTOR).replace("$installation", INSTALLATION)
 
 

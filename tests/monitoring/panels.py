@@ -98,7 +98,7 @@ _LAST_EVENT: Final = (
 _UNUSUAL: Final = (
     f"clamp_min({thresholds.SILENCE_FACTOR} * (max by ({BY}) ("
     f"{recordings.USUAL_SILENCE}{{$installation}}) or {_LAST_EVENT} * 0),"
-    f" {number(thresholds.SILENCE_FLOOR_SECONDS)})"
+    f" seconds({number(thresholds.SILENCE_FLOOR_SECONDS)}))"
 )
 _ACCEPTED: Final = f'type!="{PROBE}"'
 _REFUSED: Final = 'reason=~"wrong|expired|instance"'

@@ -22,6 +22,8 @@ LATE_EVENTS: Final = 5
 ERROR_BUDGET: Final = 0.005
 # Fewer deliveries than this in a window say nothing about a rate.
 BURN_EVENTS: Final = 20
+# Nor is one failed event, with its repetitions, a trouble that goes on.
+BURN_FAILURES: Final = 3
 # https://sre.google/workbook/alerting-on-slos/: 2 % of a month's budget in 1 h, 5 % in 6 h,
 # 10 % in a day, and what would use it up exactly.
 BURN_PAGE: Final = (("5m", "1h", 14.4), ("30m", "6h", 6.0))
