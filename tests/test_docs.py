@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
@@ -18,12 +19,15 @@ from clerk_sync.cli import cli
 from clerk_sync.events import ACTIONS, KINDS, Action
 from clerk_sync.expressions import COMPUTED
 from clerk_sync.metrics import SETTLED, Metrics
+from clerk_sync.report import Report
 from clerk_sync.settings import Secret, Settings
 from tests import reference
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
 SOURCE = ROOT / "service" / "clerk_sync"
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Defaults that the fields cannot tell: they stand where the value is used.
 USED_DEFAULTS = {
@@ -186,22 +190,71 @@ def test_mapping_examples_can_be_read() -> None:
         assert mapping_file.read(example, source="README.md").warnings == ()
 
 
-def test_log_events_are_those_of_the_code() -> None:
-    source = "".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
-    written = re.findall(
-        r"""(?:\blog|get_logger\(\))\.(info|warning|error|exception)\(\s*"([a-z_]+)\"""", source
-    )
-    wanted = {(name, "error" if level == "exception" else level) for level, name in written}
-    wanted |= {("library", "warning"), ("stamina.retry_scheduled", "warning")}
-    said = {(code(row[0]), row[1]) for row in table("log events")}
-    assert wanted - {("delivery", "info")} == said
+# What is spread into a line, where the call itself does not tell.
+SPREAD = {
+    "dict(key)": ["outcome", "reason"],
+    "report.summary()": [*Report().summary()],
+    "exemplar or {}": ["trace_id", "span_id"],
+}
+# What libraries say, at their own levels.
+LIBRARIES = {("library", "warning"): ["logger", "message"]}
+
+
+def spread(value: ast.expr, function: ast.AST) -> list[str]:
+    """The fields of `**value` in a call: those of a dictionary of this function, or known ones."""
+    if isinstance(value, ast.Name):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id:
+                assert isinstance(node.value, ast.Dict)
+                return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    return SPREAD[ast.unparse(value)]
+
+
+def log_lines() -> dict[tuple[str, str], list[str]]:
+    """Each event and level that the code logs, with its fields in their order."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        functions = [one for one in ast.walk(tree) if isinstance(one, FUNCTIONS)]
+        calls = [
+            (function, call)
+            for function in functions
+            for call in ast.walk(function)
+            if isinstance(call, ast.Call)
+            and re.fullmatch(
+                r"(log|structlog\.get_logger\(\))\.(info|warning|error|exception)",
+                ast.unparse(call.func),
+            )
+        ]
+        for function, call in calls:
+            level = ast.unparse(call.func).rpartition(".")[2]
+            fields = found.setdefault(
+                (ast.literal_eval(call.args[0]), "error" if level == "exception" else level), []
+            )
+            for keyword in call.keywords:
+                names = [keyword.arg] if keyword.arg else spread(keyword.value, function)
+                fields += [name for name in names if name not in (*fields, "exc_info")]
+            if level == "exception" or any(one.arg == "exc_info" for one in call.keywords):
+                fields += [name for name in ("error_type", "traceback") if name not in fields]
+    return found
+
+
+def test_log_lines_are_those_of_the_code() -> None:
+    wanted = log_lines() | LIBRARIES
+    del wanted["delivery", "info"]
+    said = {
+        (code(event), level): [code(field) for field in fields.split(", ") if field]
+        for event, level, fields, _ in table("log events")
+    }
+    assert {one: sorted(fields) for one, fields in wanted.items()} == {
+        one: sorted(fields) for one, fields in said.items()
+    }
 
 
 def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
-    call = re.search(r'"delivery",\n(.*?)\n +\)\n', (SOURCE / "webhook.py").read_text(), re.DOTALL)
-    assert call
-    wanted = re.findall(r"^ +(\w+)=", call[1], re.MULTILINE)
-    assert wanted == [code(row[0]) for row in table("fields")]
+    *fields, trace_id, span_id = log_lines()["delivery", "info"]
+    assert fields == [code(row[0]) for row in table("fields")]
+    assert (trace_id, span_id) == ("trace_id", "span_id")  # see "Tracing"
 
 
 def test_spans_are_those_of_the_code() -> None:

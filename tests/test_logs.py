@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import stamina
 import structlog
 
 from clerk_sync import logs
@@ -28,6 +29,7 @@ def restored() -> Iterator[None]:
     quiet = ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy")
     levels = {name: logging.getLogger(name).level for name in quiet}
     yield
+    stamina.instrumentation.set_on_retry_hooks(None)
     structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -203,3 +205,21 @@ async def test_a_ration_says_how_many_lines_it_left_out(
     assert line["count"] == 3
     await asyncio.sleep(0.3)
     assert lines(capsys) == []
+
+
+async def test_another_attempt_is_told_without_what_it_was_about(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+
+    @stamina.retry(on=Refusal, attempts=2, wait_initial=0.01)
+    async def work(about: str) -> None:
+        assert about
+        raise Refusal("1213")
+
+    with pytest.raises(Refusal):
+        await work(PRIVATE)
+    (line,) = lines(capsys)
+    del line["timestamp"]
+    assert line.pop("wait_seconds") >= 0.01
+    assert line == {"event": "retry", "level": "warning", "error": "1213", "attempt": 1}

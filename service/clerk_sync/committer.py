@@ -231,7 +231,7 @@ class Committer:
                 # It may have been cut while it lay idle: once more, on a new one.
                 self._drop(session)
                 return await self._settle(None, waiting)
-            log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
+            log.error("database_unavailable", error=str(error), queue_depth=self._queue.qsize())
             self.trouble.set()
             if session is None and not self._sessions:
                 self._away_until = time.monotonic() + AWAY_SECONDS
@@ -325,7 +325,7 @@ class Committer:
         if error.reason is None:
             log.error("refused", **about)
             return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
-        log.warning("refused", **about)
+        log.warning("refused", reason=error.reason.value, **about)
         kept = quarantined(change, error.reason, str(error))
         try:
             (answer,) = await self._applied(connection, [kept])

@@ -10,6 +10,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+import stamina
 import structlog
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ def configure(level: str, format_: str | None, *, file: TextIO | None = None) ->
     )
     handler = _Forward(logging.WARNING)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    stamina.instrumentation.set_on_retry_hooks([_retried])
     hush()
 
 
@@ -63,6 +65,16 @@ def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapp
     event["level"] = "error" if level == "exception" else level
     event["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
     return event
+
+
+def _retried(details: stamina.instrumentation.RetryDetails) -> None:
+    """In words of our own: the library's line quotes what a call was given."""
+    structlog.get_logger().warning(
+        "retry",
+        error=str(details.caused_by),
+        attempt=details.retry_num,
+        wait_seconds=round(details.wait_for, 2),
+    )
 
 
 class Ration:
