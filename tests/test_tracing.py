@@ -415,7 +415,7 @@ def test_traces_nobody_asks_for_cost_not_even_an_import(environment: dict[str, s
     [
         ENDPOINT,
         {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://127.0.0.1:1/v1/traces"},
-        {"OTEL_TRACES_EXPORTER": "otlp"},
+        {"OTEL_TRACES_EXPORTER": "console, otlp"},
         ENDPOINT | {"OTEL_SDK_DISABLED": "false", "OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
         ENDPOINT
         | {"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL": "http/protobuf"}
@@ -452,6 +452,28 @@ async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]
 )
 def test_what_cannot_be_done_is_a_doubt(environment: dict[str, str], doubt: str) -> None:
     assert serving.tracing_of(environment) == (None, [doubt])
+
+
+async def test_faulty_variables_are_told_without_a_token_and_stop_nothing(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    faulty = ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": "Bearer hunter2"}
+    for more, last in (
+        ({}, []),
+        (
+            {"OTEL_BSP_MAX_QUEUE_SIZE": "0"},
+            ["no traces: max_queue_size must be a positive integer."],
+        ),
+    ):
+        async with deliveries.process(tmp_path, url, **faulty, **more) as (process, at):
+            await at.until_ready()
+            assert (await at.post(event("user.updated", "user_a"))).status == 200
+            process.signal(signal.SIGTERM)
+            assert await process.ended(seconds=8) == 0
+        told = [line["detail"] for line in process.lines() if line["event"] == "doubt"]
+        headers = "OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"
+        assert told == [headers, *last]
+        assert "hunter2" not in process.log
 
 
 def test_without_the_extra_it_serves_all_the_same() -> None:

@@ -18,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def hush() -> None:
-    """Silence the libraries that quote data, or let strangers fill the log."""
-    for name in ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy"):
+    """Silence the libraries that quote data or secrets, or let strangers fill the log."""
+    # The last one quotes headers that it cannot read, and they hold a collector's token.
+    quoting = ("asyncmy", "sqlalchemy", "opentelemetry.util.re")
+    for name in (*quoting, "aiohttp.server", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 

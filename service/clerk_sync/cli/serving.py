@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from typing import TYPE_CHECKING
 
 import click
@@ -59,7 +60,7 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
     exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
     if exporter == "none" or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None, []
-    if exporter != "otlp":
+    if "otlp" not in re.split(r"[\s,]+", exporter):
         return None, [f"OTEL_TRACES_EXPORTER is {exporter}: no traces, as there is only otlp"]
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         protocol = environ.get(name, "").strip()
@@ -72,7 +73,15 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
         from clerk_sync.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
     except ImportError:
         return None, ["OTEL_… asks for traces, but clerk-sync[otel] is not installed: no traces"]
-    return Tracing.by_environment(), []
+    doubts = [
+        f"{name} is no list of name=value, separated by commas"
+        for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
+        if any("=" not in part for part in environ.get(name, "").split(",") if part.strip())
+    ]
+    try:
+        return Tracing.by_environment(), doubts
+    except ValueError as error:
+        return None, [*doubts, f"no traces: {error}"]
 
 
 @command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
