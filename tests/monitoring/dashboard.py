@@ -33,7 +33,7 @@ INSTALLATION: Final = ",".join(f'{name}=~"${name}"' for name in VARIABLES if nam
 
 _SOURCE: Final = kinds.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _WIDTH: Final = 24
-_HEIGHTS: Final = {"stat": 4, "table": 5, "lines": 8, "stacked": 8, "states": 8}
+HEIGHTS: Final = {"stat": 4, "table": 5, "lines": 8, "stacked": 8, "states": 8}
 # How many stand beside each other, by how many there are in a row.
 _BESIDE: Final = {2: (2,), 3: (3,), 4: (4,), 5: (3, 2), 7: (6, 1)}
 
@@ -89,7 +89,7 @@ def _add(made: build.Dashboard, row: Row, ids: count[int], top: int) -> int:
     panels = iter(row.panels)
     for beside in _BESIDE[len(row.panels)]:
         line = [next(panels) for _ in range(beside)]
-        height = _HEIGHTS[line[0].kind]
+        height = HEIGHTS[line[0].kind]
         for index, panel in enumerate(line):
             width = _WIDTH // beside
             place = _place(index * width, top, width, height)

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import signal
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -28,20 +29,23 @@ from tests.monitoring.panels import PANELS, Panel, Query
 from tests.monitoring.prometheus import Labels, Watching
 from tests.monitoring.recordings import RECORDINGS
 from tests.monitoring.rules import Clock, rules_file
-from tests.monitoring.thresholds import DAY, HOUR
+from tests.monitoring.thresholds import DAY, HOUR, MINUTE
 from tests.servers import LOOPBACK
 
 KEY: Final = "sk_live_c3RhbmQtaW4gb2YgdGhlIHRlc3Rz"
-CLOCK: Final = Clock(1 / 120)
+# Seconds of ours for a minute of theirs. A busy machine needs more: the service has to be scraped,
+# and started, within theirs.
+MINUTE_SECONDS: Final = float(os.environ.get("EVENING_MINUTE_SECONDS", "0.5"))
+CLOCK: Final = Clock(MINUTE_SECONDS / MINUTE)
 # For rules that look back over days.
-DAYS_CLOCK: Final = Clock(1 / 4800)
+DAYS_CLOCK: Final = Clock(CLOCK.scale / 60)
 OF_DAYS: Final = ("ClerkSyncReconcileOld", "ClerkSyncDriftRecurring")
-SCRAPE_SECONDS: Final = 0.5
+SCRAPE_SECONDS: Final = MINUTE_SECONDS
 # 5 minutes, as Prometheus has it.
-LOOKBACK_SECONDS: Final = 300 * CLOCK.scale
+LOOKBACK_SECONDS: Final = 5 * MINUTE_SECONDS
 EVENTS_A_SECOND: Final = 3.0
 RECONCILE_SECONDS: Final = 5
-PROBE_SECONDS: Final = 2.0
+PROBE_SECONDS: Final = 4 * MINUTE_SECONDS
 USUAL_SILENCE: Final = 1 * HOUR
 USERS: Final = 60
 
@@ -191,7 +195,7 @@ class Deployment:
 
     @contextlib.asynccontextmanager
     async def pod(
-        self, slot: Slot, *, crashes: bool = False, **environment: str
+        self, slot: Slot, environment: Mapping[str, str] | None = None, *, crashes: bool = False
     ) -> AsyncIterator[At]:
         """Run one process in this slot, until it is told to stop or `crashes`."""
         settings = {
@@ -200,7 +204,7 @@ class Deployment:
             "CLERK_SYNC_CLERK_SHARE": "1",
             "CLERK_SYNC_PORT": str(slot.port),
             "CLERK_SYNC_INTERNAL_PORT": str(slot.internal_port),
-            **environment,
+            **(environment or {}),
         }
         running = deliveries.process(self._folder, self._database_url, **settings)
         async with running as (process, at):
@@ -216,7 +220,7 @@ class Deployment:
             environment["CLERK_SYNC_RECONCILE_INTERVAL"] = f"{RECONCILE_SECONDS}s"
         self._turn = 1 - self._turn
         new = contextlib.AsyncExitStack()
-        at = await new.enter_async_context(self.pod(self.slots[self._turn], **environment))
+        at = await new.enter_async_context(self.pod(self.slots[self._turn], environment))
         old, self._pod = self._pod, new
         self._clerk.at = self._probes.at = at
         await old.aclose()
@@ -257,8 +261,3 @@ async def seen(prometheus: Watching, title: str) -> dict[str, float]:
         for query in panel_of(title).queries
         for labels, value in (await prometheus.query(query_of(query.expr))).items()
     }
-
-
-async def firing(prometheus: Watching) -> set[str]:
-    found = await prometheus.query('ALERTS{alertstate="firing"}')
-    return {dict(labels)["alertname"] for labels in found}

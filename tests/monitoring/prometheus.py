@@ -66,6 +66,13 @@ class Watching:
             for one in found
         }
 
+    async def firing(self) -> set[str]:
+        """The names of the alerts that fire: as of their last evaluation, however late it is."""
+        async with self.http.get(f"{self.url}/api/v1/alerts") as response:
+            answer = await response.json()
+        alerts = answer["data"]["alerts"]
+        return {one["labels"]["alertname"] for one in alerts if one["state"] == "firing"}
+
     async def _ask(self, path: str, **data: Any) -> Any:
         data = {name: str(value) for name, value in data.items()}
         async with self.http.post(f"{self.url}/api/v1/{path}", data=data) as response:
