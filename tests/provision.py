@@ -41,6 +41,7 @@ def main() -> int:
         found = {source.flavour: source for source in servers.available()}
         provide_tools()
         programs = {name: tools.need(name) for name in tools.TOOLS}
+        programs["modules"] = tools.modules()
     except UnavailableError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1

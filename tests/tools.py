@@ -123,6 +123,16 @@ def need(name: str) -> Path:
     )
 
 
+def modules() -> Path:
+    """Return the folder with npm's modules; where there is none, say how to get it."""
+    if MODULES.is_dir():
+        return MODULES
+    raise UnavailableError(
+        f"What {NPM} locks is not installed. With Node's npm on the PATH, `make test` or\n"
+        f"`.venv/bin/python -m tests.provision` installs it in {MODULES}"
+    )
+
+
 def _answers(tool: Tool, path: Path) -> bool:
     try:
         said = subprocess.run(
