@@ -1,0 +1,43 @@
+{{/* A Secret with the entries that are written down in the values. Takes a dict: root, name, entries, annotations. */}}
+{{- define "clerk-sync.madeSecret" -}}
+{{- $data := dict -}}
+{{- range .entries -}}
+  {{- if .value }}{{ $_ := set $data .key (b64enc .value) }}{{ end -}}
+{{- end -}}
+{{- if $data }}
+---
+apiVersion: v1
+kind: Secret
+metadata:
+  {{- include "clerk-sync.metadata" . | nindent 2 }}
+type: Opaque
+data:
+  {{- toYaml $data | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* An ExternalSecret for the entries that the operator fetches. Takes the same. */}}
+{{- define "clerk-sync.externalSecret" -}}
+{{- $data := list -}}
+{{- range .entries -}}
+  {{- if .remote }}{{ $data = append $data (dict "secretKey" .key "remoteRef" .remote) }}{{ end -}}
+{{- end -}}
+{{- if $data }}
+{{- $values := .root.Values.externalSecrets }}
+---
+apiVersion: external-secrets.io/v1
+kind: ExternalSecret
+metadata:
+  {{- include "clerk-sync.metadata" . | nindent 2 }}
+spec:
+  refreshInterval: {{ $values.refreshInterval }}
+  secretStoreRef:
+    kind: {{ $values.store.kind }}
+    name: {{ $values.store.name }}
+  target:
+    name: {{ include "clerk-sync.fullname" .root }}-{{ .name }}
+    creationPolicy: Owner
+  data:
+    {{- toYaml $data | nindent 4 }}
+{{- end }}
+{{- end -}}
