@@ -8,6 +8,7 @@ metadata:
   labels:
     {{- $labels := include "clerk-sync.selectorLabels" .root | fromYaml }}
     {{- $_ := set $labels "app.kubernetes.io/component" .component }}
+    {{- $_ := set $labels "app.kubernetes.io/part-of" "clerk-sync" }}
     {{- merge $labels (.labels | default dict) $values.podLabels $values.commonLabels | toYaml | nindent 4 }}
   {{- with merge (dict) (.annotations | default dict) $values.podAnnotations }}
   annotations:

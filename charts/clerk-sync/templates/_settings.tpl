@@ -211,17 +211,23 @@ volumes; but only clerk-sync's container mounts them.
     {{- if .secret }}{{ $mounted = append $mounted . }}{{ end -}}
   {{- end -}}
 {{- end -}}
-{{- if $mounted }}
+{{- $names := list }}
+{{- range $mounted }}{{ $names = append $names .secret | uniq }}{{ end }}
+{{- with $names }}
 - name: clerk-sync-secrets
   projected:
     defaultMode: 292
     sources:
-      {{- range $mounted }}
+      {{- range $secret := . }}
       - secret:
-          name: {{ .secret }}
+          name: {{ $secret }}
           items:
+            {{- range $mounted }}
+            {{- if eq .secret $secret }}
             - key: {{ .key }}
               path: {{ .file }}
+            {{- end }}
+            {{- end }}
       {{- end }}
 {{- end }}
 {{- if has "database" .needs }}
