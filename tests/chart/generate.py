@@ -66,7 +66,7 @@ def manifests() -> dict[Path, str]:
     """Return what the frozen values files render to."""
     return {
         scenario.path.with_name("manifest.yaml"): unversioned(
-            template(scenario.path, *scenario.options())
+            template(scenario.values, *scenario.options())
         )
         for scenario in frozen()
     }

@@ -7,26 +7,39 @@ import os
 import re
 import subprocess
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
 from tests import tools
+from tests.servers import CACHE
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
 
 ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "clerk-sync"
+PARENT: Final = Path(__file__).parent / "parent"
+"""An app's chart that depends on this one, and includes the sidecar."""
+
 HELMS: Final = ("helm4", "helm3")
+RELEASE: Final = "events"
+NAMESPACE: Final = "shop"
+FULLNAME: Final = f"{RELEASE}-clerk-sync"
 
 VERSIONS: Final = ("1.29", "1.33", "1.37")
 """Of Kubernetes: the oldest that the chart supports, the newest there is, and one between."""
 
-RELEASE: Final = "events"
-NAMESPACE: Final = "shop"
-
 Object = dict[str, Any]
 """A Kubernetes object, as YAML has it."""
+
+LEAST: Final[dict[str, Any]] = {
+    "database": {"existingSecret": "database"},
+    "clerk": {"signingSecret": {"existingSecret": "clerk"}},
+}
+"""The values that an installation needs."""
 
 _NOTHING: Final = "/dev/null"  # in place of the kubeconfig: no test may find somebody's cluster
 
@@ -58,9 +71,13 @@ class Scenario:
         knows = re.findall(r"[^\s,]+", said.get("api-versions", ""))
         return Scenario(path, said.get("kube-version"), tuple(knows))
 
-    @property
+    @cached_property
     def values(self) -> dict[str, Any]:
         return yaml.safe_load(self.path.read_text("utf-8")) or {}
+
+    @property
+    def is_sidecar(self) -> bool:
+        return bool(self.values.get("mode") == "sidecar")
 
     def options(self, version: str | None = None) -> list[str]:
         version = version or self.oldest
@@ -69,25 +86,25 @@ class Scenario:
 
     def versions(self) -> list[str]:
         """Return the versions of Kubernetes that the scenario is for."""
-        oldest = self.oldest or "0.0"
-        return [one for one in VERSIONS if _numbers(one) >= _numbers(oldest)[:2]]
+        oldest = _numbers(self.oldest or "0.0")[:2]
+        return [one for one in VERSIONS if _numbers(one) >= oldest]
 
 
 def _numbers(version: str) -> tuple[int, ...]:
     return tuple(map(int, version.split(".")))
 
 
+@cache
 def scenarios() -> tuple[Scenario, ...]:
     """Return those that the chart ships, for its users to read and for the tests to render."""
     found = tuple(Scenario.read(path) for path in sorted(CHART.glob("ci/*-values.yaml")))
-    if not found:
-        raise HelmError(f"{CHART}/ci has no *-values.yaml")
+    assert found, f"{CHART}/ci has no *-values.yaml"
     return found
 
 
-def helm(name: str, *arguments: str | Path) -> str:
-    """Run Helm 4 or 3 with a home of its own, and return what it printed."""
-    home = tools.MODULES.parent / "helm-home"
+def helm(name: str, *arguments: str | Path, text: str = "") -> str:
+    """Run Helm 4 or 3, with a home of its own and this input, and return what it printed."""
+    home = CACHE / "helm"
     done = subprocess.run(
         [tools.need(name), *arguments],
         env={
@@ -98,7 +115,7 @@ def helm(name: str, *arguments: str | Path) -> str:
             "HELM_CONFIG_HOME": str(home / "config"),
             "HELM_DATA_HOME": str(home / "data"),
         },
-        stdin=subprocess.DEVNULL,
+        input=text,
         capture_output=True,
         text=True,
         check=False,
@@ -109,37 +126,37 @@ def helm(name: str, *arguments: str | Path) -> str:
     return done.stdout
 
 
-@cache
 def template(
-    values: Path | None = None, *options: str, by: str = "helm4", chart: Path = CHART
+    values: Mapping[str, Any], *options: str, by: str = "helm4", chart: Path = CHART
 ) -> str:
-    """Return the manifest of a release, hooks and all."""
-    files = [f"--values={values}"] if values else []
-    return helm(by, "template", RELEASE, chart, f"--namespace={NAMESPACE}", *files, *options)
+    """Return the manifest of a release with these values, hooks and all."""
+    return _template(json.dumps(values), *options, by=by, chart=chart)
 
 
-def render(values: Path | None = None, *options: str, by: str = "helm4") -> list[Object]:
-    """Return the objects of a release."""
-    return objects(template(values, *options, by=by))
+@cache
+def _template(values: str, *options: str, by: str, chart: Path) -> str:
+    to = f"--namespace={NAMESPACE}"
+    return helm(by, "template", RELEASE, chart, to, "--values=-", *options, text=values)
+
+
+def render(
+    values: Mapping[str, Any], *options: str, by: str = "helm4", chart: Path = CHART
+) -> tuple[Object, ...]:
+    """Return the objects of a release with these values. They are shared: do not change them."""
+    return _objects(template(values, *options, by=by, chart=chart))
 
 
 def render_scenario(
-    scenario: Scenario, version: str | None = None, *, by: str = "helm4"
-) -> list[Object]:
-    return render(scenario.path, *scenario.options(version), by=by)
+    scenario: Scenario, version: str | None = None, *, by: str = "helm4", chart: Path = CHART
+) -> tuple[Object, ...]:
+    """Return the objects of a scenario; with `PARENT`, those of an app's chart that has them."""
+    values = {"clerk-sync": scenario.values} if chart == PARENT else scenario.values
+    return render(values, *scenario.options(version), by=by, chart=chart)
 
 
-def render_with(values: dict[str, Any], *options: str, by: str = "helm4") -> list[Object]:
-    """Return the objects of a release with these values: each is set as JSON."""
-    return render(None, *settings(values), *options, by=by)
-
-
-def settings(values: dict[str, Any]) -> list[str]:
-    return [f"--set-json={name}={json.dumps(value)}" for name, value in values.items()]
-
-
-def objects(manifest: str) -> list[Object]:
-    return [one for one in yaml.load_all(manifest, Loader=StrictLoader) if one]
+@cache
+def _objects(manifest: str) -> tuple[Object, ...]:
+    return tuple(one for one in yaml.load_all(manifest, Loader=StrictLoader) if one)
 
 
 class StrictLoader(yaml.CSafeLoader):
@@ -152,3 +169,14 @@ class StrictLoader(yaml.CSafeLoader):
                 None, None, f"{', '.join(sorted(twice))} twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
+
+
+def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """Return values as Helm merges two files of them: maps by key, all else by the later."""
+    both = dict(one)
+    for key, value in other.items():
+        old = both.get(key)
+        both[key] = (
+            merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        )
+    return both

@@ -158,7 +158,7 @@ def _keywords(block: list[str], name: str, line: int) -> dict[str, Any]:
     for text in block:
         if not text.startswith("@schema "):
             continue
-        for part in re.split(r";\s+(?=\w+:)", text.removeprefix("@schema ").strip().rstrip(";")):
+        for part in re.split(r";\s+(?=\w+:\S)", text.removeprefix("@schema ").strip().rstrip(";")):
             keyword, _, value = part.partition(":")
             if keyword not in DRAFT.META_SCHEMA["properties"]:
                 raise UnreadableError(f"values.yaml:{line}: {name}: no keyword begins `{part}`")
