@@ -54,22 +54,28 @@ env:
 envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
+{{- with $probes.startup }}
 startupProbe:
   httpGet:
     path: /livez
     port: {{ $internal }}
-  {{- toYaml $probes.startup | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $probes.liveness }}
 livenessProbe:
   httpGet:
     path: /livez
     port: {{ $internal }}
-  {{- toYaml $probes.liveness | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- if not $sidecar }}
+{{- with $probes.readiness }}
 readinessProbe:
   httpGet:
     path: /readyz
     port: {{ $internal }}
-  {{- toYaml $probes.readiness | nindent 2 }}
+  {{- toYaml . | nindent 2 }}
+{{- end }}
 {{- with int .Values.preStopSleepSeconds }}
 lifecycle:
   preStop:

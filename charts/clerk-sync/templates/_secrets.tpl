@@ -23,17 +23,16 @@ data:
   {{- if .remote }}{{ $data = append $data (dict "secretKey" .key "remoteRef" .remote) }}{{ end -}}
 {{- end -}}
 {{- if $data }}
-{{- $values := .root.Values.externalSecrets }}
 ---
 apiVersion: external-secrets.io/v1
 kind: ExternalSecret
 metadata:
   {{- include "clerk-sync.metadata" . | nindent 2 }}
 spec:
-  refreshInterval: {{ $values.refreshInterval }}
+  refreshInterval: {{ .root.Values.externalSecrets.refreshInterval }}
   secretStoreRef:
-    kind: {{ $values.store.kind }}
-    name: {{ $values.store.name }}
+    kind: {{ .root.Values.externalSecrets.store.kind }}
+    name: {{ .root.Values.externalSecrets.store.name }}
   target:
     name: {{ include "clerk-sync.fullname" .root }}-{{ .name }}
     creationPolicy: Owner
