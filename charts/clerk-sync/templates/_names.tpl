@@ -106,7 +106,10 @@ https://{{ first .Values.httpRoute.hostnames }}{{ .Values.listen.path }}
 
 {{/* What is done about reconcile: cronJob, inProcess or off. */}}
 {{- define "clerk-sync.reconcile" -}}
-{{- if .Values.reconcile.mode -}}
+{{- /* YAML reads a bare `off` as false. */ -}}
+{{- if kindIs "bool" .Values.reconcile.mode -}}
+off
+{{- else if .Values.reconcile.mode -}}
 {{- .Values.reconcile.mode -}}
 {{- else if not (include "clerk-sync.given" (dict "root" . "secret" "key")) -}}
 off
