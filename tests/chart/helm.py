@@ -20,7 +20,7 @@ from tests import tools
 from tests.servers import CACHE
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
 ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "clerk-sync"
@@ -202,3 +202,9 @@ def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
             merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
         )
     return both
+
+
+def nested(path: Iterable[str], value: object) -> dict[str, Any]:
+    """Return values with this one at its path."""
+    first, *rest = path
+    return {first: nested(rest, value) if rest else value}

@@ -25,6 +25,8 @@ from tests.chart.helm import (
     ROOT,
     VERSIONS,
     Scenario,
+    merged,
+    nested,
     render,
     render_scenario,
     scenarios,
@@ -197,6 +199,26 @@ def test_bounds_and_defaults_are_those_of_the_service(name: str) -> None:
     assert {key: value.schema[key] for key in keywords & value.schema.keys()} == wanted
     shown = (value.shown or str(value.default)).strip("`")
     assert re.match(rf"`?{re.escape(str(field.default))}\b|{re.escape(str(field.default))}$", shown)
+
+
+@pytest.mark.parametrize("name", STANDS_FOR)
+def test_a_value_gets_to_the_setting(name: str) -> None:
+    read = values.read((CHART / "values.yaml").read_text("utf-8"))
+    value = next(one for one in values.everything(read) if one.name == name)
+    given: Any = next(
+        (one for one in value.schema.get("enum", ()) if one and one != value.default),
+        {
+            "listen.host": "::",
+            "listen.path": "/in",
+            "clerk.apiUrl": "https://clerk.example.com",
+        }.get(name, value.schema.get("maximum", 7)),
+    )
+    key = {"clerk": {"secretKey": {"existingSecret": "clerk"}}}
+    objects = render(merged(merged(LEAST, key), nested(value.path, given)))
+    deployment = rules.the(objects, "Deployment")
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    env = {one["name"]: one.get("value") for one in container["env"]}
+    assert env[STANDS_FOR[name]] == str(given)
 
 
 def test_no_variable_can_be_set_behind_the_charts_back() -> None:

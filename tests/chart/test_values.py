@@ -10,7 +10,17 @@ import pytest
 import yaml
 
 from tests.chart import generate, values
-from tests.chart.helm import CHART, HELMS, LEAST, HelmError, merged, render, scenarios, template
+from tests.chart.helm import (
+    CHART,
+    HELMS,
+    LEAST,
+    HelmError,
+    merged,
+    nested,
+    render,
+    scenarios,
+    template,
+)
 from tests.chart.values import Value
 
 
@@ -28,13 +38,6 @@ def validator() -> Any:
 
 def refusals(given: dict[str, Any]) -> list[str]:
     return [f"{error.json_path}: {error.message}" for error in validator().iter_errors(given)]
-
-
-def nested(path: tuple[str, ...], value: object) -> dict[str, Any]:
-    for key in reversed(path):
-        value = {key: value}
-    assert isinstance(value, dict)
-    return value
 
 
 def leaves() -> list[Value]:
