@@ -116,8 +116,9 @@ def need(name: str) -> Path:
     tool = TOOLS[name]
     raise UnavailableError(
         f"There is no {name} to test with. One of these helps:\n"
-        f"  - `make test`, or `.venv/bin/python -m tests.provision`: on Linux it installs what is\n"
-        f"    missing, in {CACHE}\n"
+        f"  - `make test`, or `.venv/bin/python -m tests.provision`: it gets Helm and kubectl by\n"
+        f"    Node's npm (on Linux, x86-64), and Prometheus on Debian and Ubuntu, and puts them into\n"
+        f"    {CACHE}\n"
         f"  - {tool.advice}\n"
         f"  - {tool.variable}=/path/to/{name}"
     )
