@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from clerk_sync.metrics import Metrics
 from tests import deliveries, reference
 from tests.deliveries import OTHER_SECRET, event
-from tests.monitoring.prometheus import program
+from tests.tools import need
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -64,7 +64,7 @@ def scraped(text: str) -> set[Series]:
 def lint(text: str) -> str:
     """Return what promtool has against an exposition."""
     checked = subprocess.run(
-        [program("promtool"), "check", "metrics"],
+        [need("promtool"), "check", "metrics"],
         input=text,
         capture_output=True,
         text=True,

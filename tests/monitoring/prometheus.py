@@ -5,40 +5,31 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-import shutil
 import signal
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
 import aiohttp
 import yaml
 
-from tests.servers import CACHE, LOOPBACK, free_port
-
-PROVISIONED: Final = CACHE / "tools" / "prometheus" / "usr" / "bin"
+from tests import tools
+from tests.servers import LOOPBACK, free_port
 
 Labels = frozenset[tuple[str, str]]
-
-
-def program(name: str) -> Path:
-    """Find `prometheus` or `promtool`; say how to get it where it is missing."""
-    found = shutil.which(name) or shutil.which(name, path=str(PROVISIONED))
-    if found is None:
-        raise AssertionError(
-            f"There is no {name}: install Prometheus so that it is on the PATH, or, on Debian or"
-            " Ubuntu, run `make test`, which unpacks it for the tests alone."
-        )
-    return Path(found)
 
 
 def promtool(*arguments: str | Path) -> str:
     """Run promtool; what it says, which is about a failure if it fails."""
     done = subprocess.run(
-        [program("promtool"), *arguments], capture_output=True, text=True, timeout=110, check=False
+        [tools.need("promtool"), *arguments],
+        capture_output=True,
+        text=True,
+        timeout=110,
+        check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -154,7 +145,7 @@ def _started(log: Path, *options: str) -> subprocess.Popen[bytes]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(log.parent)}
     with log.open("wb") as out:
         return subprocess.Popen(
-            [program("prometheus"), *options],
+            [tools.need("prometheus"), *options],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,
