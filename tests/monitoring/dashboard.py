@@ -19,7 +19,8 @@ from grafana_foundation_sdk.models import dashboard as models
 from grafana_foundation_sdk.models import prometheus as promql
 
 from tests.monitoring.alerts import RUNBOOKS
-from tests.monitoring.panels import EVENTS, ROWS, Event, Level, Panel, Query, Row
+from tests.monitoring.panel import Event, Level, Panel, Query, Row
+from tests.monitoring.panels import EVENTS, ROWS
 from tests.monitoring.rules import Clock
 
 UID: Final = "clerk-sync"

@@ -25,7 +25,8 @@ from tests.clerk_api import ClerkApi, Event
 from tests.deliveries import At, now_ms
 from tests.monitoring import recordings
 from tests.monitoring.alerts import ALERTS, RUNBOOKS
-from tests.monitoring.panels import PANELS, Panel, Query
+from tests.monitoring.panel import Panel, Query
+from tests.monitoring.panels import PANELS
 from tests.monitoring.prometheus import Labels, Watching
 from tests.monitoring.recordings import RECORDINGS
 from tests.monitoring.rules import Clock, rules_file

@@ -15,7 +15,8 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tests.monitoring import dashboard
 from tests.monitoring.installation import CLOCK, DAYS_CLOCK, SCRAPE_SECONDS, legend_of, query_of
-from tests.monitoring.panels import PANELS, Panel
+from tests.monitoring.panel import Panel
+from tests.monitoring.panels import PANELS
 from tests.monitoring.prometheus import Watching
 from tests.monitoring.rules import Clock
 from tests.monitoring.thresholds import HOUR, MINUTE
