@@ -369,7 +369,7 @@ async def test_the_command_ends_in_its_time() -> None:
         late = await command("--url", url, "--seconds", "1", CLERK_WEBHOOK_SIGNING_SECRET=SECRET)
     assert late.returncode == 1
     assert "cannot connect to port" in late.stderr
-    assert time.monotonic() - began < 8
+    assert time.monotonic() - began < 20  # not the 30 of the default; a start takes a while
 
 
 @pytest.mark.parametrize(
