@@ -83,6 +83,12 @@ def test_the_page_is_made_of_the_code() -> None:
     assert reference.text() == reference.PAGE.read_text("utf-8"), "run `make docs`"
 
 
+def test_its_links_lead_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#\s]+)", reference.PAGE.read_text("utf-8"))
+    assert links
+    assert [link for link in links if not (reference.PAGE.parent / link).exists()] == []
+
+
 @pytest.mark.parametrize("name", [reference.name_of(one) for one in reference.own(Metrics())])
 def test_every_metric_answers_a_question_of_somebody(name: str) -> None:
     panels, alerts = reference.using(name)
