@@ -392,9 +392,9 @@ async def the_database_stays_away(evening: Evening) -> None:
         await asyncio.to_thread(evening.database.start)
         assert evening.clerk.at is not None
         await evening.clerk.at.until_ready()
-        await evening.clerk.recover()
         # The budget is a share: what is well dilutes what was not.
         await evening.clerk.burst(15_000, posters=64)
+        await evening.clerk.recover()
 
 
 SCENES: Final[tuple[Callable[[Evening], Awaitable[None]], ...]] = (
