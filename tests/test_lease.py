@@ -19,8 +19,12 @@ from clerk_sync.answers import Ending
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Held, Lease, held, holder_name
+from clerk_sync.mending import Mending
+from clerk_sync.statements import Compiler
+from clerk_sync.store import Store
 from clerk_sync.walk import Part
 from tests.histories import Database, until
+from tests.walking import REMOVING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -386,8 +390,11 @@ async def test_where_a_run_stands_is_kept_by_its_own_lease_only(database: Databa
     await progress.planned(database.engine, [begun])
     await progress.started(database.engine, "backfill")
     further = replace(begun, after="user_b", reached_ms=7, seen=2)
+    store = Store({}, Compiler(database.engine.dialect))
     for lease_, part, kept in ((ours, further, [further]), (late, begun, [further])):
-        await progress.moved(database.engine, part, lease_)
+        fenced = store.fenced(lease_.name, lease_.token)
+        mending = Mending(REMOVING, fenced, database.connect, committer=None, lost=asyncio.Event())
+        await progress.moved(mending, part)
         assert await progress.parts(database.engine) == {"user": kept}
     for lease_, ending in ((late, None), (ours, Ending.MENDED), (late, Ending.MENDED)):
         mine = Ending.FAILED if lease_ is late else Ending.MENDED

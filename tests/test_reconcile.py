@@ -646,6 +646,60 @@ async def test_a_delete_during_the_walk_stays(world: Walking, *, known: bool) ->
     assert (ending, await world.ids("user")) == (Ending.IN_STEP, [])
 
 
+@pytest.mark.parametrize("meanwhile", ["updated", "deleted", "by hand", "unfit"])
+async def test_one_that_is_not_new_among_many_that_are(
+    shared_url: str, stores: Mapping[bool, Store], meanwhile: str
+) -> None:
+    """In the second of three pages: by then, whole pages are taken for new."""
+    async with walking(shared_url, store=stores[False], most=10) as world:
+        api, one = world.api, "user_0015"
+        for number in range(30):
+            api.put_user(f"user_{number:04}", username="ada")
+
+        async def happen() -> None:
+            if meanwhile == "updated":
+                await world.deliver_now(api.update(one, username="newest"))
+            elif meanwhile == "deleted":
+                await world.deliver_now(api.delete(one))
+            else:
+                await world.database.execute(f"INSERT INTO people VALUES ('{one}', 'hand', NULL)")
+
+        if meanwhile == "unfit":
+            api.update(one, username="longer than eight")
+        else:
+            api.before_send(2, happen)
+        ending, report = await world.reconcile()
+        expected = {f"user_{number:04}": "ada" for number in range(30)}
+        if meanwhile == "updated":
+            expected[one] = "newest"
+        elif meanwhile != "by hand":
+            del expected[one]
+        assert await names(world) == expected
+        assert ending is (Ending.UNMENDED if meanwhile == "unfit" else Ending.MENDED)
+        assert report.tallies["user"].written == (30 if meanwhile == "by hand" else 29)
+        state = "SELECT COUNT(*) FROM clerk_sync_entities"
+        assert await world.database.value(state) == (29 if meanwhile == "unfit" else 30)
+
+
+async def test_a_new_membership_of_who_is_deleted_meanwhile_is_not_written(
+    shared_url: str, stores: Mapping[bool, Store]
+) -> None:
+    async with walking(shared_url, store=stores[False], most=30) as world:
+        api = world.api
+        api.put_organization("org_1", name="one")
+        for number in range(60):
+            api.put_user(f"user_{number:04}", username="ada")
+            api.put_membership(f"m_{number:04}", f"user_{number:04}", "org_1", role="admin")
+
+        async def delete() -> None:
+            await world.deliver_now(api.delete("user_0035"))
+
+        api.before_send(3, delete, path="/v1/organization_memberships")  # the first one counts
+        await world.reconcile()
+        expected = [f"m_{number:04}" for number in range(60) if number != 35]
+        assert await world.ids("organizationMembership") == expected
+
+
 @pytest.mark.parametrize("name", ["by hand", "ada"], ids=["altered", "equal"])
 async def test_an_update_after_a_forged_version_was_found_is_taken(
     world: Walking, name: str
@@ -788,6 +842,26 @@ async def test_nothing_is_written_once_the_lease_is_stolen(
     assert await world.written() == before
     holder = await world.database.value("SELECT holder FROM clerk_sync_leases")
     assert holder == "the second"
+
+
+async def test_nothing_new_is_written_once_the_lease_is_stolen(
+    shared_url: str, stores: Mapping[bool, Store]
+) -> None:
+    async with walking(shared_url, store=stores[False], most=10) as world:
+        for number in range(40):
+            world.api.put_user(f"user_{number:04}", username="ada")
+        before: dict[str, list[str]] = {}
+
+        async def steal() -> None:
+            await world.database.execute("UPDATE clerk_sync_leases SET token = token + 1")
+            before.update(await world.written())
+
+        world.api.before_send(4, steal)
+        async with held(world.database.engine, LEASE, "the first", seconds=60) as lease:
+            with pytest.raises((Lost, Unavailable)):
+                await reconciled(world, lease)
+        assert await world.written() == before
+        assert 20 <= len(await world.ids("user")) < 40
 
 
 async def reconciled(world: Walking, lease: Any) -> None:
