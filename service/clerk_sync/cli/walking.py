@@ -57,7 +57,7 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
                 # Pages make hundreds of thousands of objects and no cycles: looking for some
                 # among them took a third of the time.
                 gc.freeze()
-                gc.set_threshold(100_000, 50, 100)
+                gc.set_threshold(1_000_000, 50, 100)
                 return await work(open_)
         except (InvalidSettings, SchemaFaults) as error:
             fail(*error.faults)
