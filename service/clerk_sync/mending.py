@@ -35,7 +35,6 @@ if TYPE_CHECKING:
 log = structlog.get_logger()
 
 _READERS: Final = 2
-_READ_ATTEMPTS: Final = 8
 # How long a database may be away before a walk gives up.
 _PATIENCE_SECONDS: Final = 60.0
 _FIRST_WAIT: Final = 0.1
@@ -268,7 +267,7 @@ class Mending:
     async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
         """Read by one of a few connections, again on a new one where that fails."""
         async for attempt in stamina.retry_context(
-            on=Unavailable, attempts=_READ_ATTEMPTS, timeout=_PATIENCE_SECONDS, wait_max=10
+            on=Unavailable, attempts=None, timeout=_PATIENCE_SECONDS, wait_max=_LONGEST_WAIT
         ):
             with attempt:
                 async with self._connection() as connection:
