@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt bench lock clean
+.PHONY: help install run demo test check fmt chart bench lock clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
@@ -21,15 +21,21 @@ test: check ## Check, get the test databases, run every test (ARGS="-k name" for
 	$(BIN)/python -m tests.provision
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
-check: install ## Format, lint, types and layers, without changing anything
+check: install ## Format, lint, types, layers and YAML, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/yamllint --strict .
+	$(if $(wildcard Dockerfile),$(BIN)/hadolint Dockerfile)
+	$(if $(wildcard .github/workflows),$(BIN)/actionlint)
 
 fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
+	$(BIN)/python -m tests.chart.generate
 
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)

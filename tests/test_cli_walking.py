@@ -134,6 +134,19 @@ async def test_show_values_is_for_looking_only(embedded_url: str, tmp_path: Path
         assert here.api.asked == []
 
 
+async def test_a_cron_job_is_told_only_of_what_stays(embedded_url: str, tmp_path: Path) -> None:
+    async with filled(people(3), embedded_url, tmp_path) as here:
+        await drift(here)
+        mended = await here.run("reconcile", "--mended-ok")
+        assert (mended.code, mended.err) == (0, "")
+        await here.in_step()
+        here.api.put_user("user_long", first_name="x" * 300)
+        assert (await here.run("reconcile", "--mended-ok")).code == 2
+        refused = await here.run("reconcile", "--mended-ok", "--dry-run")
+        assert (refused.code, refused.out) == (1, "")
+        assert "--dry-run, which mends nothing" in refused.err
+
+
 async def test_the_breaker_keeps_what_is_too_much(embedded_url: str, tmp_path: Path) -> None:
     async with filled(people(100), embedded_url, tmp_path) as here:
         for number in range(12):

@@ -111,7 +111,8 @@ def backfill(*, restart: bool) -> None:
     metavar="PERCENT",
     help="How much of a table may be gone from Clerk. Default: CLERK_SYNC_BREAKER_PERCENT.",
 )
-def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> None:
+@click.option("--mended-ok", is_flag=True, help="Exit code 0, too, when all was mended: for cron.")
+def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended_ok: bool) -> None:
     """Find what is missing, outdated, drifted or deleted, and mend it.
 
     One at a time, over all replicas. Exit code 0: in step, 2: something was not, 1: it failed,
@@ -119,6 +120,8 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> Non
     """
     if show_values and not dry_run:
         fail("--show-values needs --dry-run")
+    if mended_ok and dry_run:
+        fail("--mended-ok makes no sense with --dry-run, which mends nothing")
 
     def told(kind: str, one: Compared) -> None:
         columns = ", ".join(difference.column for difference in one.differences)
@@ -152,7 +155,8 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> Non
         if report.purged:
             click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
         _say_absent(report)
-        return IN_STEP if ending is Ending.IN_STEP else DRIFT
+        fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
+        return IN_STEP if ending in fine else DRIFT
 
     _walked(work)
 
