@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import re
+import shutil
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
 
 ROOT: Final = Path(__file__).parents[2]
 CHART: Final = ROOT / "charts" / "clerk-sync"
-PARENT: Final = Path(__file__).parent / "parent"
+EXAMPLE: Final = CHART / "examples" / "shop"
 """An app's chart that depends on this one, and includes the sidecar."""
 
 HELMS: Final = ("helm4", "helm3")
@@ -42,6 +45,24 @@ LEAST: Final[dict[str, Any]] = {
 """The values that an installation needs."""
 
 _NOTHING: Final = "/dev/null"  # in place of the kubeconfig: no test may find somebody's cluster
+
+
+def _parent() -> Path:
+    """Set the example up with this chart in it, and without values for it: those are the tests'."""
+    folder = Path(tempfile.mkdtemp(prefix="clerk-sync-parent-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    parent = folder / EXAMPLE.name
+    shutil.copytree(EXAMPLE, parent, ignore=shutil.ignore_patterns("charts"))
+    values = yaml.safe_load((parent / "values.yaml").read_text("utf-8"))
+    del values["clerk-sync"]
+    (parent / "values.yaml").write_text(yaml.safe_dump(values), "utf-8")
+    (parent / "charts").mkdir()
+    (parent / "charts" / "clerk-sync").symlink_to(CHART)
+    return parent
+
+
+PARENT: Final = _parent()
+"""The example, for values of one's own."""
 
 
 class HelmError(Exception):

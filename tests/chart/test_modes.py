@@ -55,7 +55,7 @@ def standalone(values: dict[str, Any]) -> dict[str, Any]:
 def included(values: dict[str, Any]) -> Object:
     """The pod that an app's chart makes."""
     objects = render({"clerk-sync": values}, ON, chart=PARENT)
-    template = rules.the(objects, "Deployment", "app")["spec"]["template"]
+    template = rules.the(objects, "Deployment")["spec"]["template"]
     return as_pod(template)
 
 
@@ -178,7 +178,7 @@ def test_the_dependency_brings_all_but_the_pods() -> None:
     made = sorted((one["kind"], rules.name_of(one)) for one in objects)
     assert made == [
         ("CronJob", f"{FULLNAME}-reconcile"),
-        ("Deployment", "app"),
+        ("Deployment", "events"),
         ("Job", f"{FULLNAME}-migrate"),
         ("Pod", f"{FULLNAME}-test"),
         ("PodMonitor", FULLNAME),

@@ -22,7 +22,8 @@ clerk-sync's container, the only one there is: the Deployment has it, a parent c
   "CLERK_SYNC_LEDGER_DAYS" $limits.ledgerDays
   "CLERK_SYNC_QUARANTINE_DAYS" $limits.quarantineDays -}}
 {{- range $name, $value := $own -}}
-  {{- with $value }}{{ $_ := set $settings $name (toString .) }}{{ end -}}
+  {{- /* A whole number from YAML is a float here, and a million would be 1e+06. */ -}}
+  {{- with $value }}{{ $_ := set $settings $name (eq (floor .) (float64 .) | ternary (int64 .) . | toString) }}{{ end -}}
 {{- end -}}
 {{- if eq (include "clerk-sync.reconcile" .) "inProcess" -}}
   {{- $_ := set $settings "CLERK_SYNC_RECONCILE_INTERVAL" .Values.reconcile.interval -}}

@@ -22,8 +22,8 @@
 
 {{/* What selects the chart's own pods, and so never changes in a release's life. */}}
 {{- define "clerk-sync.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "clerk-sync.name" . }}
-app.kubernetes.io/instance: {{ .Release.Name }}
+app.kubernetes.io/name: {{ include "clerk-sync.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
 {{- end -}}
 
 {{/*
@@ -32,8 +32,8 @@ component, labels, annotations, namespace.
 */}}
 {{- define "clerk-sync.metadata" -}}
 {{- $root := .root -}}
-name: {{ include "clerk-sync.fullname" $root }}{{ with .name }}-{{ . }}{{ end }}
-namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) }}
+name: {{ list (include "clerk-sync.fullname" $root) .name | compact | join "-" | quote }}
+namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) | quote }}
 {{ include "clerk-sync.metadata.labels" . }}
 {{- end -}}
 
@@ -59,7 +59,7 @@ annotations:
 {{- with .Values.sidecar.podLabels -}}
 {{ toYaml . }}
 {{- else -}}
-clerk-sync.dev/sidecar: {{ include "clerk-sync.fullname" . }}
+clerk-sync.dev/sidecar: {{ include "clerk-sync.fullname" . | quote }}
 {{- end -}}
 {{- end -}}
 
@@ -106,7 +106,10 @@ https://{{ first .Values.httpRoute.hostnames }}{{ .Values.listen.path }}
 
 {{/* What is done about reconcile: cronJob, inProcess or off. */}}
 {{- define "clerk-sync.reconcile" -}}
-{{- if .Values.reconcile.mode -}}
+{{- /* YAML reads a bare `off` as false. */ -}}
+{{- if kindIs "bool" .Values.reconcile.mode -}}
+off
+{{- else if .Values.reconcile.mode -}}
 {{- .Values.reconcile.mode -}}
 {{- else if not (include "clerk-sync.given" (dict "root" . "secret" "key")) -}}
 off

@@ -18,8 +18,8 @@ metadata:
 
 {{- define "clerk-sync.pod.spec" -}}
 {{- $values := .root.Values -}}
-serviceAccountName: {{ .serviceAccountName }}
-automountServiceAccountToken: false
+serviceAccountName: {{ .serviceAccountName | quote }}
+automountServiceAccountToken: {{ $values.serviceAccount.automount }}
 enableServiceLinks: false
 {{- with $values.imagePullSecrets }}
 imagePullSecrets:
@@ -35,7 +35,7 @@ securityContext:
 hostUsers: {{ $values.hostUsers }}
 {{- end }}
 {{- with $values.priorityClassName }}
-priorityClassName: {{ . }}
+priorityClassName: {{ . | quote }}
 {{- end }}
 {{- with $values.nodeSelector }}
 nodeSelector:

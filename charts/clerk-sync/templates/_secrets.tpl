@@ -32,7 +32,7 @@ spec:
   refreshInterval: {{ .root.Values.externalSecrets.refreshInterval }}
   secretStoreRef:
     kind: {{ .root.Values.externalSecrets.store.kind }}
-    name: {{ .root.Values.externalSecrets.store.name }}
+    name: {{ .root.Values.externalSecrets.store.name | quote }}
   target:
     name: {{ include "clerk-sync.fullname" .root }}-{{ .name }}
     creationPolicy: Owner

@@ -162,8 +162,8 @@ needs, before, and perhaps settings (a dict of more).
 - name: {{ .env }}
   valueFrom:
     secretKeyRef:
-      name: {{ .secret }}
-      key: {{ .key }}
+      name: {{ .secret | quote }}
+      key: {{ .key | quote }}
 {{- end }}
 {{- end }}
 {{- range $name, $value := $values.extraEnv }}
@@ -220,11 +220,11 @@ volumes; but only clerk-sync's container mounts them.
     sources:
       {{- range $secret := . }}
       - secret:
-          name: {{ $secret }}
+          name: {{ $secret | quote }}
           items:
             {{- range $mounted }}
             {{- if eq .secret $secret }}
-            - key: {{ .key }}
+            - key: {{ .key | quote }}
               path: {{ .file }}
             {{- end }}
             {{- end }}
@@ -238,9 +238,9 @@ volumes; but only clerk-sync's container mounts them.
     defaultMode: 292
     sources:
       - {{ empty $ca.existingSecret | ternary "configMap" "secret" }}:
-          name: {{ $ca.existingSecret | default $ca.existingConfigMap }}
+          name: {{ $ca.existingSecret | default $ca.existingConfigMap | quote }}
           items:
-            - key: {{ $ca.key }}
+            - key: {{ $ca.key | quote }}
               path: ca.crt
 {{- end }}
 {{- end }}
@@ -250,9 +250,9 @@ volumes; but only clerk-sync's container mounts them.
 - name: clerk-sync-mapping
   configMap:
     defaultMode: 292
-    name: {{ $existing.name | default (printf "%s-%s" (include "clerk-sync.fullname" .root) (.before | default false | ternary "migrate" "mapping")) }}
+    name: {{ $existing.name | default (printf "%s-%s" (include "clerk-sync.fullname" .root) (.before | default false | ternary "migrate" "mapping")) | quote }}
     items:
-      - key: {{ empty $existing.name | ternary "mapping.yaml" $existing.key }}
+      - key: {{ empty $existing.name | ternary "mapping.yaml" $existing.key | quote }}
         path: mapping.yaml
 {{- end }}
 {{- end }}
