@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -93,12 +94,12 @@ def generated() -> dict[Path, str]:
 
 def standalone(*names: str) -> list[Object]:
     """Return what the chart makes with the values of these names."""
-    return [_plain(one) for one in _render(_values(*names), CHART)]
+    return [_plain(one) for one in _render(json.dumps(_values(*names)), CHART)]
 
 
 def sidecar(*names: str) -> list[Object]:
     """Return the same in sidecar mode; and, as a Deployment, what it adds to an app's."""
-    objects = _render({"clerk-sync": _values("sidecar", *names)}, PARENT)
+    objects = _render(json.dumps({"clerk-sync": _values("sidecar", *names)}), PARENT)
     app = rules.the(objects, "Deployment")
     template = app["spec"]["template"]
     own = app["spec"]["selector"]["matchLabels"].keys()
@@ -163,10 +164,11 @@ def _values(*names: str) -> Object:
     return values
 
 
-def _render(values: Object, chart: Path) -> list[Object]:
+@cache
+def _render(values: str, chart: Path) -> tuple[Object, ...]:
     options = f"--kube-version={OLDEST}", "--values=-"
-    manifest = helm("helm4", "template", RELEASE, chart, *options, text=json.dumps(values))
-    return [one for one in yaml.load_all(manifest, Loader=StrictLoader) if one]
+    manifest = helm("helm4", "template", RELEASE, chart, *options, text=values)
+    return tuple(one for one in yaml.load_all(manifest, Loader=StrictLoader) if one)
 
 
 def _plain(one: Object) -> Object:
