@@ -1,6 +1,7 @@
 """What an API server does with the policy that injects the sidecar, with CEL in Python.
 
-It evaluates, but does not check types as a server does. `make test-cluster` has a server do that.
+A server also checks what a literal is called: its type has to be the path at which it stands, and
+what is not of such a type has to be a list, or a map, of scalars of one type. Here it is the same.
 """
 
 from __future__ import annotations
@@ -15,17 +16,27 @@ from celpy import celtypes
 from celpy.adapter import json_to_cel
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from tests.chart.helm import Object
 
 # Typed literals, as `Object.spec.initContainers{…}`: in a server, the types come from the schema.
 _TYPE: Final = re.compile(r"\b(?:Object|JSONPatch)(?:\.\w+)*(?=\s*\{)")
+
+_SCALARS: Final[dict[type, Callable[[Any], Any]]] = {
+    celtypes.BoolType: bool,
+    celtypes.IntType: int,
+    celtypes.UintType: int,
+    celtypes.DoubleType: float,
+    celtypes.StringType: str,
+}
 
 
 class Literal(celtypes.MapType):
     """A typed literal: its fields, by name."""
 
     def __init__(self, *positional: Any, **fields: Any) -> None:
-        given = dict(positional[0]) if positional else {}
+        given = dict(positional[0] or {}) if positional else {}
         super().__init__({celtypes.StringType(k): v for k, v in (given | fields).items()})
 
 
@@ -54,17 +65,38 @@ def admit(policy: Object, pod: Object) -> Object:
     return admitted
 
 
-def _plain(value: Any) -> Any:
+def _plain(value: Any, path: str = "") -> Any:
+    """Return plain Python of a value that stands at a path, such as `Object.spec.volumes`."""
     if isinstance(value, Exception):
         raise value
-    if isinstance(value, dict):
-        return {str(key): _plain(one) for key, one in value.items()}
+    if isinstance(value, Literal):
+        return _typed(value, path)
+    if isinstance(value, (dict, list)):
+        return _untyped(value, path)
+    for kind, plain in _SCALARS.items():
+        if isinstance(value, kind):
+            return plain(value)
+    raise TypeError(f"{value!r} at {path}")  # as null, which compiles, and fails when it is used
+
+
+def _typed(value: Literal, path: str) -> dict[str, Any]:
+    name = type(value).__name__
+    fields = {str(key): one for key, one in value.items()}
+    if name == "JSONPatch":
+        steps = str(_plain(fields["path"])).split("/")
+        place = ".".join(["Object", *(one for one in steps[1:] if one.isalpha())])
+        return {key: _plain(one, place) for key, one in fields.items()}
+    if name != path.replace(".", "_"):
+        raise TypeError(f"{name} stands at {path}")
+    return {key: _plain(one, f"{path}.{key}") for key, one in fields.items()}
+
+
+def _untyped(value: dict[Any, Any] | list[Any], path: str) -> Any:
+    parts = list(value.values()) if isinstance(value, dict) else value
+    if len({type(one) for one in parts}) > 1:
+        raise TypeError(f"values of different types at {path}")
     if isinstance(value, list):
-        return [_plain(one) for one in value]
-    if isinstance(value, celtypes.BoolType):
-        return bool(value)
-    if isinstance(value, (celtypes.IntType, celtypes.UintType)):
-        return int(value)
-    if isinstance(value, celtypes.DoubleType):
-        return float(value)
-    return None if value is None else str(value)
+        return [_plain(one, path) for one in value]
+    if any(isinstance(one, (dict, list)) for one in parts):
+        raise TypeError(f"a map of more than scalars at {path}")
+    return {str(key): _plain(one) for key, one in value.items()}

@@ -72,6 +72,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`database.keys` names a URL and pieces of one (`url`, `password`)",
         {"database": {"keys": {"url": "url", "password": "password"}}},
     ),
+    (
+        "`database.host` is no host",
+        {
+            "database": {
+                **PIECES,
+                "host": "mysql://u:p@db/app",
+                "keys": {"password": "password"},
+            }
+        },
+    ),
     ("`database.host` is set, but the URL holds it already", {"database": {"host": "db"}}),
     ("`database.tls` is for the pieces", {"database": {"tls": {"mode": "verify"}}}),
     (
@@ -127,6 +137,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     (
         "`clerk.secretKey.existingSecret` is not the name of a Secret",
         {"clerk": {"secretKey": {"existingSecret": "sk_test_secret"}}},
+    ),
+    (
+        "`clerk.signingSecret.key` has to be the name of a key",
+        {"clerk": {"signingSecret": {"key": "whsec_c2VjcmV0/+="}}},
+    ),
+    (
+        "`clerk.secretKey.file` has to be the path of a file",
+        {"clerk": {"secretKey": {"file": "sk_test_secret"}}},
     ),
     (
         "`clerk.secretKey.externalSecret` has to say what to fetch",
@@ -297,7 +315,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
 
 def sentences() -> list[str]:
     """The sentences of the templates, as they are written there."""
-    source = "".join(path.read_text("utf-8") for path in CHART.rglob("templates/**/*.*"))
+    source = "".join(path.read_text("utf-8") for path in CHART.glob("templates/**/*.*"))
     return [
         text.replace('\\"', '"')
         for text in re.findall(

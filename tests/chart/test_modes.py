@@ -125,6 +125,28 @@ def test_an_injected_container_is_the_included_one(scenario: Scenario) -> None:
         assert policy.admit(admission, after) == after, "it is there already"
 
 
+@pytest.mark.parametrize(
+    ("value", "refusal"),
+    [
+        ("Object.spec.volumes{emptyDir: Object.spec.volumes.emptyDir{}}", None),
+        ("Object.spec.volumes{emptyDir: Object.spec.emptyDir{}}", "stands at Object.spec.volumes"),
+        ("Object.spec.containers{}", "stands at Object.spec.volumes"),
+        ("Object.spec.volumes{name: null}", "None at Object.spec.volumes.name"),
+        ('Object.spec.volumes{csi: {"a": {"b": "c"}}}', "a map of more than scalars"),
+        ('Object.spec.volumes{csi: {"a": 1, "b": "c"}}', "values of different types"),
+    ],
+)
+def test_the_emulation_refuses_what_servers_refuse(value: str, refusal: str | None) -> None:
+    """As tried on a server: some of it only when a pod comes, and then the pod is refused."""
+    expression = f'[JSONPatch{{op: "add", path: "/spec/volumes/-", value: {value}}}]'
+    if refusal is None:
+        (operation,) = policy.evaluate(expression, {})
+        assert operation["value"] == {"emptyDir": {}}
+    else:
+        with pytest.raises(TypeError, match=refusal):
+            policy.evaluate(expression, {})
+
+
 def test_pods_without_the_label_are_left_alone() -> None:
     values = merged(LEAST, {"mode": "sidecar"})
     pod = bare(included(values))

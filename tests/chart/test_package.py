@@ -47,8 +47,8 @@ def test_the_package_holds_the_chart_and_no_more(by: str, tmp_path: Path) -> Non
     with tarfile.open(package) as archive:
         names = [name.removeprefix("clerk-sync/") for name in archive.getnames()]
     assert [name for name in names if not re.fullmatch(PACKED, name)] == []
-    read = {path.relative_to(CHART).as_posix() for path in CHART.rglob("templates/**/*.*")}
-    read |= {path.relative_to(CHART).as_posix() for path in CHART.glob("files/**/*.*")}
+    sources = *CHART.glob("templates/**/*.*"), *CHART.glob("files/**/*.*")
+    read = {path.relative_to(CHART).as_posix() for path in sources}
     assert read | {"Chart.yaml", "values.yaml", "values.schema.json", "README.md"} <= {*names}
     assert render(LEAST, by=by, chart=package) == render(LEAST, by=by)
 

@@ -99,7 +99,9 @@ def test_pods_are_restricted(case: Case) -> None:
         for container in pod.containers:
             if container["image"].startswith("ghcr.io/clerk-sync/"):
                 assert container["securityContext"]["readOnlyRootFilesystem"] is True
-    assert [pod.name for pod in own_pods(case) if pod.spec["automountServiceAccountToken"]] == []
+    automount = bool((case.scenario.values.get("serviceAccount") or {}).get("automount"))
+    for pod in own_pods(case):
+        assert pod.spec["automountServiceAccountToken"] is automount
 
 
 @each_case

@@ -148,7 +148,7 @@ RARELY: list[dict[str, Any]] = [
         "revisionHistoryLimit": 1,
         "securityContext": {"runAsUser": 1000},
         "service": {"labels": {"a": "b"}},
-        "serviceAccount": {"annotations": {"a": "b"}, "labels": {"a": "b"}},
+        "serviceAccount": {"annotations": {"a": "b"}, "automount": True, "labels": {"a": "b"}},
         "strategy": {"type": "Recreate", "rollingUpdate": None},
         "terminationGracePeriodSeconds": 60,
         "tests": {"enabled": False},
@@ -303,7 +303,7 @@ def without(given: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
 def used_paths() -> set[tuple[str, ...]]:
     """What templates read below `.Values`, by that name or by the variable `$values`."""
     found: set[tuple[str, ...]] = set()
-    for path in CHART.rglob("templates/**/*.*"):
+    for path in CHART.glob("templates/**/*.*"):
         prefix: tuple[str, ...] = ()
         for alias, below, read in re.findall(
             r"(\$values := [\w.$]*)Values((?:\.\w+)*)|(?:\.Values|\$values)\.([a-zA-Z][\w.]*)",

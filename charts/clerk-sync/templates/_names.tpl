@@ -138,5 +138,9 @@ off
 {{/* Svix's addresses and one's own, as a YAML list. */}}
 {{- define "clerk-sync.allowedRanges" -}}
 {{- $svix := .Files.Get "files/svix-source-ranges.yaml" | fromYaml -}}
-{{ concat $svix.ranges .Values.allowList.extraRanges | toYaml }}
+{{- $ranges := list -}}
+{{- range $svix.ranges -}}
+  {{- if or $.Values.allowList.ipv6 (not (contains ":" .)) }}{{ $ranges = append $ranges . }}{{ end -}}
+{{- end -}}
+{{ concat $ranges .Values.allowList.extraRanges | toYaml }}
 {{- end -}}
