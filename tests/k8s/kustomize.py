@@ -1,4 +1,4 @@
-"""Real Kustomize, as it is in kubectl, over `k8s/` and over what its README tells users to write."""
+"""Real Kustomize, as kubectl has it, over `k8s/` and what its README tells users to write."""
 
 from __future__ import annotations
 
@@ -77,5 +77,6 @@ def example(name: str) -> Object:
 
 def commands() -> list[str]:
     """Return the commands of the README, in its order: each is one line."""
-    blocks = re.findall(r"^( *)```sh\n(.*?)^\1```$", README.read_text("utf-8"), re.DOTALL | re.M)
+    text = README.read_text("utf-8")
+    blocks = re.findall(r"^( *)```sh\n(.*?)^\1```$", text, re.DOTALL | re.MULTILINE)
     return [line.strip() for _, block in blocks for line in block.splitlines()]

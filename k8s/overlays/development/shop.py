@@ -6,10 +6,12 @@ A real app reads them from its own database. This one would need a driver for it
 from __future__ import annotations
 
 import json
+import os
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.request import urlopen
 
-CLERK_SYNC = "http://localhost:18081"
+CLERK_SYNC = os.environ.get("CLERK_SYNC_URL", "http://localhost:18081")
+PORT = int(os.environ.get("PORT", "8080"))
 
 
 class Shop(BaseHTTPRequestHandler):
@@ -39,4 +41,4 @@ def line_of(user: dict[str, object]) -> str:
 
 
 if __name__ == "__main__":
-    ThreadingHTTPServer(("", 8080), Shop).serve_forever()
+    ThreadingHTTPServer(("", PORT), Shop).serve_forever()
