@@ -125,6 +125,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"database": FILES, "migrations": {"existingSecret": "ddl"}},
     ),
     (
+        "`database.url` has to begin with mysql://",
+        {"database": {"existingSecret": "", "url": "sqlite:///app.db"}},
+    ),
+    (
+        "`migrations.serviceAccountName` is the account that this release makes",
+        {"migrations": {"serviceAccountName": "events-clerk-sync"}},
+    ),
+    (
         "`migrations.existingSecret` is not the name of a Secret",
         {"migrations": {"existingSecret": "mysql://u:p@db/app"}},
     ),
