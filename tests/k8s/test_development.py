@@ -6,6 +6,7 @@ import asyncio
 import base64
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -32,14 +33,9 @@ DEVELOPMENT: Final = K8S / "overlays" / "development"
 
 
 def secret(name: str) -> dict[str, str]:
-    """Return what is in the Secret whose name begins so."""
-    found = [
-        one
-        for one in rules.of_kind(build(DEVELOPMENT), "Secret")
-        if rules.name_of(one).startswith(f"{name}-")
-    ]
-    (only,) = found
-    return {key: base64.b64decode(value).decode() for key, value in only["data"].items()}
+    """Return what is in the Secret of this name."""
+    found = rules.the(build(DEVELOPMENT), "Secret", name)
+    return {key: base64.b64decode(value).decode() for key, value in found["data"].items()}
 
 
 def container(pod: str, name: str) -> Object:
@@ -73,6 +69,17 @@ def test_the_secrets_say_that_they_are_no_secrets() -> None:
     hidden = [base64.b64decode(one[6:]).decode() for one in told if one.startswith("whsec_")]
     passwords = [one for key, one in secret("mysql").items() if key.endswith("PASSWORD")]
     assert all("development-only" in one for one in [*hidden, *passwords])
+
+
+def test_another_secret_changes_no_job(tmp_path: Path) -> None:
+    """A Job cannot be changed: applying the overlay again, with Clerk's own secret, would fail."""
+    shutil.copytree(K8S, tmp_path, dirs_exist_ok=True)
+    copied = tmp_path / DEVELOPMENT.relative_to(K8S)
+    settings = copied / "clerk-sync-development.env"
+    settings.write_text(settings.read_text("utf-8").replace("whsec_Z", "whsec_Y"), "utf-8")
+    before, after = build(DEVELOPMENT), build(copied)
+    assert rules.the(before, "Secret", "clerk-sync") != rules.the(after, "Secret", "clerk-sync")
+    assert rules.the(before, "Job") == rules.the(after, "Job")
 
 
 def test_the_image_of_mysql_is_the_same_everywhere() -> None:
