@@ -28,6 +28,7 @@ check: install ## Format, lint, types and layers, without changing anything
 	$(BIN)/lint-imports
 	$(if $(wildcard Dockerfile),$(BIN)/hadolint Dockerfile)
 	$(if $(wildcard .github/workflows),$(BIN)/actionlint)
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
 fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .

@@ -40,7 +40,7 @@ def inspected(engine: Engine, image: str) -> dict[str, Any]:
 def python(engine: Engine, image: str) -> Callable[..., Any]:
     """Run a script in the image, without rights, and return what it printed, as JSON."""
 
-    def run(script: str, **how: Any) -> Any:
+    def run(script: str, *, image: str = image, **how: Any) -> Any:
         done = engine.run(image, "-c", textwrap.dedent(script), entrypoint="python3", **how)
         assert done.returncode == 0, done.stderr
         return json.loads(done.stdout)
@@ -385,9 +385,28 @@ async def test_the_embedded_database_is_in_data(
         engine("volume", "rm", "--force", volume)
 
 
-def test_a_second_build_is_the_same(engine: Engine, image: str, built: Callable[..., str]) -> None:
-    """Layer by layer, from the same commit: nothing in it tells when or where it was built."""
+def test_a_second_build_is_the_same(
+    engine: Engine, image: str, python: Callable[..., Any], built: Callable[..., str]
+) -> None:
+    """Nothing in it tells when or where it was built; files' times are the engine's business."""
+    contents = """
+        import hashlib, json, os, sysconfig
+        found = {}
+        for root in ("/app", "/data", "/usr/local", sysconfig.get_path("stdlib")):
+            for folder, folders, files in os.walk(root):
+                for name in folders + files:
+                    path = os.path.join(folder, name)
+                    status = os.lstat(path)
+                    said = [status.st_mode, status.st_uid, status.st_gid]
+                    if os.path.islink(path):
+                        said.append(os.readlink(path))
+                    elif os.path.isfile(path):
+                        said.append(hashlib.sha256(open(path, "rb").read()).hexdigest())
+                    found[path] = said
+        print(json.dumps(found))
+    """
     again = built("clerk-sync:again", "--no-cache")
-    first, second = (inspected(engine, one)["RootFS"]["Layers"] for one in (image, again))
+    first, second = python(contents), python(contents, image=again)
     engine("rmi", again)
-    assert first == second
+    assert len(first) > 5000
+    assert {path for path in first | second if first.get(path) != second.get(path)} == set()
