@@ -133,6 +133,23 @@ def test_a_mapping_is_added_as_the_readme_says(tmp_path: Path) -> None:
         assert rules.name_of(mapping) in set(rules.strings(pod.spec)), pod.name
 
 
+def test_parts_can_be_taken_from_a_repository(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(K8S, repository / "k8s")
+    who = ("-c", "user.name=nobody", "-c", "user.email=nobody@example.com")
+    for command in (["init"], ["add", "."], [*who, "commit", "-m", "all"], ["tag", f"v{VERSION}"]):
+        subprocess.run(["git", "-C", repository, *command], check=True, capture_output=True)
+    (tmp_path / "deployment.yaml").write_text(yaml.safe_dump(app(**MARK)), "utf-8")
+    published = yaml.safe_dump(example("kustomization.yaml"))
+    fetched = published.replace("https://github.com/clerk-sync/clerk-sync", f"file://{repository}")
+    (tmp_path / "kustomization.yaml").write_text(fetched, "utf-8")
+    objects = build(tmp_path)
+    assert len(objects) == 4
+    (tmp_path / "here").mkdir()
+    shutil.copy(tmp_path / "deployment.yaml", tmp_path / "here")
+    assert objects == build(write(tmp_path / "here", example("kustomization.yaml")))
+
+
 def test_the_secrets_keys_are_those_that_pods_mount() -> None:
     told = re.findall(r"^ *([a-z-]+)=", _section("Beside your app"), re.MULTILINE)
     mounted = [
