@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt image test-image bench lock clean
+.PHONY: help install run demo test check fmt chart k8s image test-image bench lock clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: $(READY) ## Set up .venv with everything, from the lock files
 
@@ -21,18 +21,25 @@ test: check ## Check, get the test databases, run every test (ARGS="-k name" for
 	$(BIN)/python -m tests.provision
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
-check: install ## Format, lint, types and layers, without changing anything
+check: install ## Format, lint, types, layers and YAML, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
-	$(if $(wildcard Dockerfile),$(BIN)/hadolint Dockerfile)
-	$(if $(wildcard .github/workflows),$(BIN)/actionlint)
+	$(BIN)/yamllint --strict .
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/actionlint
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
 fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
+
+chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
+	$(BIN)/python -m tests.chart.generate
+
+k8s: install ## Rewrite what k8s/, for Kustomize, has of the chart
+	$(BIN)/python -m tests.k8s.generate
 
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/clerk_sync/__init__.py)
 IMAGE = clerk-sync:$(VERSION)

@@ -1,22 +1,26 @@
-"""Make sure that there are databases to test on: `python -m tests.provision`, before pytest.
+"""Make sure that there is all that tests run on: `python -m tests.provision`, before pytest.
 
-What is found is used. What is missing comes from Docker, or, for root on Debian or Ubuntu, from
-Debian's own packages: in a tree of its own for each flavour, because MySQL and MariaDB cannot
-be installed side by side, and because tests have no business starting services on a machine.
+What is found is used. A database that is missing comes from Docker, or, for root on Debian or
+Ubuntu, from Debian's own packages: in a tree of its own for each flavour, because MySQL and MariaDB
+cannot be installed side by side, and because tests have no business starting services on a machine.
+Helm and the schemas of custom resources come from npm, by a lock file; Prometheus from Debian.
 """
 
 from __future__ import annotations
 
 import fcntl
 import os
+import platform
 import shutil
 import subprocess
 import sys
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests import servers
+from tests import servers, tools
 from tests.servers import CACHE, NAMES, UnavailableError, docker
 
 if TYPE_CHECKING:
@@ -25,18 +29,27 @@ if TYPE_CHECKING:
 # The releases of Debian that have MySQL 9 and MariaDB 10.11.
 _SUITES: Final = {"mysql": "sid", "mariadb": "bookworm"}
 
+# Which layer brings which program. A layer is an archive of Linux programs for x86-64.
+_LAYERS: Final = {"helm4": ("v35", "helm"), "helm3": ("v32", "helm"), "kubectl": ("v35", "kubectl")}
+_LAYERS_RUN_HERE: Final = (platform.system(), platform.machine()) == ("Linux", "x86_64")
+
 
 def main() -> int:
     try:
         if not os.environ.get("TEST_DATABASE_URL"):
             provide(servers.wanted())
         found = {source.flavour: source for source in servers.available()}
+        provide_tools()
+        programs = {name: tools.need(name) for name in tools.TOOLS}
+        programs["modules"] = tools.modules()
     except UnavailableError as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1
     for flavour, name in NAMES.items():
         used = f"tests run on {found[flavour]}" if flavour in found else "NOT COVERED by this run"
         print(f"{name + ':':9}{used}")
+    for name, path in programs.items():
+        print(f"{name + ':':12}{path}")
     return 0
 
 
@@ -58,6 +71,60 @@ def provide(flavours: tuple[str, ...]) -> None:
                 list(threads.map(_install, missing))
         except RuntimeError as error:
             print(error, file=sys.stderr)
+
+
+def provide_tools() -> None:
+    """Get the programs and modules that are missing, as far as they can be had."""
+    with _alone():
+        try:
+            if not tools.MODULES.is_dir() and shutil.which("npm"):
+                print(f"Installing Helm and schemas of custom resources into {CACHE}.", flush=True)
+                _install_modules()
+            if not (tools.find("prometheus") and tools.find("promtool")) and shutil.which(
+                "apt-get"
+            ):
+                print(f"Installing Prometheus into {CACHE}.", flush=True)
+                _install_prometheus()
+        except RuntimeError as error:
+            print(error, file=sys.stderr)
+    tools.find.cache_clear()
+
+
+def _install_modules() -> None:
+    """Install what the lock file names, and take the programs out of their layers."""
+    partial = CACHE / f"{tools.MODULES.name}.partial"
+    _remove(partial)
+    try:
+        shutil.copytree(tools.NPM, partial)
+        _run("npm", "ci", "--silent", "--prefix", str(partial))
+        layers = partial / "node_modules/@aws-cdk"
+        for name, (layer, program) in _LAYERS.items() if _LAYERS_RUN_HERE else ():
+            with zipfile.ZipFile(layers / f"lambda-layer-kubectl-{layer}/lib/layer.zip") as archive:
+                partial.joinpath(name).write_bytes(archive.read(f"{program}/{program}"))
+            partial.joinpath(name).chmod(0o755)
+        _remove(layers)
+        partial.rename(tools.MODULES)
+    finally:
+        _remove(partial)
+
+
+def _install_prometheus() -> None:
+    """Unpack Debian's package: installed as usual, it would start a service."""
+    partial = CACHE / "prometheus.partial"
+    _remove(partial)
+    partial.mkdir()
+    try:
+        try:
+            _run("apt-get", "download", "-qq", "prometheus", folder=partial)
+        except RuntimeError:
+            _run("apt-get", "update", "-qq")
+            _run("apt-get", "download", "-qq", "prometheus", folder=partial)
+        (package,) = partial.glob("*.deb")
+        _run("dpkg", "-x", str(package), str(partial))
+        package.unlink()
+        partial.rename(tools.PROMETHEUS)
+    finally:
+        _remove(partial)
 
 
 def _have(flavour: str) -> bool:
@@ -91,10 +158,11 @@ def _remove(tree: os.PathLike[str]) -> None:
     _run("rm", "-rf", "--one-file-system", os.fspath(tree))
 
 
-def _run(*command: str) -> None:
+def _run(*command: str, folder: Path | None = None) -> None:
     quiet = {**os.environ, "DEBIAN_FRONTEND": "noninteractive", "PATH": servers.SEARCH_PATH}
     done = subprocess.run(
         command,
+        cwd=folder,
         env=quiet,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.PIPE,

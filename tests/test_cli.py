@@ -428,6 +428,14 @@ def test_trigger_posts_to_the_service_on_this_machine(receiver: Receiver) -> Non
     assert receiver.requests[0][1] == "/hooks/clerk"
 
 
+def test_trigger_is_of_the_instance_that_is_accepted(receiver: Receiver) -> None:
+    run("trigger", "user.created", "--url", receiver.url, CLERK_INSTANCE_ID="ins_mine")
+    run("trigger", "user.created", "--url", receiver.url)
+    mine, other = (json.loads(body)["instance_id"] for _, _, _, body in receiver.requests)
+    assert mine == "ins_mine"
+    assert other.startswith("ins_")
+
+
 def test_trigger_signs_with_the_first_of_several_secrets(receiver: Receiver) -> None:
     secrets = f"{OTHER_SECRET},{SECRET}"
     run("trigger", "user.deleted", "--url", receiver.url, CLERK_WEBHOOK_SIGNING_SECRET=secrets)

@@ -56,12 +56,14 @@ def _signers(settings: Settings) -> tuple[Webhook, ...]:
 def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None) -> None:
     """Post a signed, realistic event of this TYPE, such as user.created.
 
-    Exit code 0 if it was answered 2xx, and not put into quarantine.
+    It is of the instance that CLERK_INSTANCE_ID names. Exit code 0 if it was answered 2xx, and not
+    put into quarantine.
     """
     settings, _ = settled(signing=True, mapped=False)
     now_ms = time.time_ns() // 1_000_000
+    instance = {"instance_id": settings.instance_id} if settings.instance_id else {}
     try:
-        event = samples.event(type_, clerk_id=clerk_id, now_ms=now_ms)
+        event = samples.event(type_, clerk_id=clerk_id, now_ms=now_ms, **instance)
         if file is not None:
             event = _event_from(file, event, clerk_id)
     except ValueError as error:

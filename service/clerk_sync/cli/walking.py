@@ -15,7 +15,7 @@ import structlog
 
 from clerk_sync import logs, profiles
 from clerk_sync.answers import Ending
-from clerk_sync.cli.frame import command, fail, run, settled
+from clerk_sync.cli.frame import command, fail, run, settled, unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -57,10 +57,12 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
                 # Pages make hundreds of thousands of objects and no cycles: looking for some
                 # among them took a third of the time.
                 gc.freeze()
-                gc.set_threshold(100_000, 50, 100)
+                gc.set_threshold(1_000_000, 50, 100)
                 return await work(open_)
-        except (InvalidSettings, SchemaFaults) as error:
+        except InvalidSettings as error:
             fail(*error.faults)
+        except SchemaFaults as error:
+            fail(*error.faults, *unnamed(settings))
         except (ClerkUnavailable, ClerkRefused, Held, Lost, Stopped) as error:
             fail(str(error))
 
@@ -109,7 +111,8 @@ def backfill(*, restart: bool) -> None:
     metavar="PERCENT",
     help="How much of a table may be gone from Clerk. Default: CLERK_SYNC_BREAKER_PERCENT.",
 )
-def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> None:
+@click.option("--mended-ok", is_flag=True, help="Exit code 0, too, when all was mended: for cron.")
+def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended_ok: bool) -> None:
     """Find what is missing, outdated, drifted or deleted, and mend it.
 
     One at a time, over all replicas. Exit code 0: in step, 2: something was not, 1: it failed,
@@ -117,6 +120,8 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> Non
     """
     if show_values and not dry_run:
         fail("--show-values needs --dry-run")
+    if mended_ok and dry_run:
+        fail("--mended-ok makes no sense with --dry-run, which mends nothing")
 
     def told(kind: str, one: Compared) -> None:
         columns = ", ".join(difference.column for difference in one.differences)
@@ -150,7 +155,8 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None) -> Non
         if report.purged:
             click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
         _say_absent(report)
-        return IN_STEP if ending is Ending.IN_STEP else DRIFT
+        fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
+        return IN_STEP if ending in fine else DRIFT
 
     _walked(work)
 
@@ -211,7 +217,7 @@ def erase(user_id: str) -> None:
             now_ms = time.time_ns() // 1_000_000
             removed = await erasure.erase(engine, store, user_id, now_ms=now_ms)
         except schema.SchemaFaults as error:
-            fail(*error.faults)
+            fail(*error.faults, *unnamed(settings))
         except ValueError as error:
             fail(f"{user_id}: {error}")
         finally:

@@ -1,0 +1,146 @@
+{{/* Names and labels. Every template takes the chart's root scope, unless it says otherwise. */}}
+
+{{- define "clerk-sync.name" -}}
+{{- .Values.nameOverride | default "clerk-sync" -}}
+{{- end -}}
+
+{{/* At most 42 characters: a CronJob may have 52, and `-reconcile` comes behind it. */}}
+{{- define "clerk-sync.fullname" -}}
+{{- $name := include "clerk-sync.name" . -}}
+{{- if .Values.fullnameOverride -}}
+{{- .Values.fullnameOverride -}}
+{{- else if contains $name .Release.Name -}}
+{{- .Release.Name | trunc 42 | trimSuffix "-" -}}
+{{- else -}}
+{{- printf "%s-%s" .Release.Name $name | trunc 42 | trimSuffix "-" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "clerk-sync.namespace" -}}
+{{- .Values.namespaceOverride | default .Release.Namespace -}}
+{{- end -}}
+
+{{/* What selects the chart's own pods, and so never changes in a release's life. */}}
+{{- define "clerk-sync.selectorLabels" -}}
+app.kubernetes.io/name: {{ include "clerk-sync.name" . | quote }}
+app.kubernetes.io/instance: {{ .Release.Name | quote }}
+{{- end -}}
+
+{{/*
+`metadata` of an object, but for its braces. Takes a dict: root, and perhaps name (the suffix),
+component, labels, annotations, namespace.
+*/}}
+{{- define "clerk-sync.metadata" -}}
+{{- $root := .root -}}
+name: {{ list (include "clerk-sync.fullname" $root) .name | compact | join "-" | quote }}
+namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) | quote }}
+{{ include "clerk-sync.metadata.labels" . }}
+{{- end -}}
+
+{{/* The same without name and namespace. */}}
+{{- define "clerk-sync.metadata.labels" -}}
+{{- $root := .root -}}
+{{- $labels := include "clerk-sync.selectorLabels" $root | fromYaml -}}
+{{- $_ := set $labels "app.kubernetes.io/version" $root.Chart.AppVersion -}}
+{{- $_ := set $labels "app.kubernetes.io/managed-by" $root.Release.Service -}}
+{{- $_ := set $labels "app.kubernetes.io/part-of" "clerk-sync" -}}
+{{- $_ := set $labels "helm.sh/chart" (printf "clerk-sync-%s" ($root.Chart.Version | replace "+" "_")) -}}
+{{- with .component }}{{ $_ := set $labels "app.kubernetes.io/component" . }}{{ end -}}
+labels:
+  {{- merge $labels (.labels | default dict) $root.Values.commonLabels | toYaml | nindent 2 }}
+{{- with merge (dict) (.annotations | default dict) $root.Values.commonAnnotations }}
+annotations:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* What sets the app's pods apart in sidecar mode. */}}
+{{- define "clerk-sync.sidecar.podLabels" -}}
+{{- with .Values.sidecar.podLabels -}}
+{{ toYaml . }}
+{{- else -}}
+clerk-sync.dev/sidecar: {{ include "clerk-sync.fullname" . | quote }}
+{{- end -}}
+{{- end -}}
+
+{{/* The labels of the pods that answer webhooks, whosever they are. */}}
+{{- define "clerk-sync.webhookPods" -}}
+{{- if eq .Values.mode "sidecar" -}}
+{{ include "clerk-sync.sidecar.podLabels" . }}
+{{- else -}}
+{{ include "clerk-sync.selectorLabels" . }}
+app.kubernetes.io/component: webhook
+{{- end -}}
+{{- end -}}
+
+{{- define "clerk-sync.serviceAccountName" -}}
+{{- if .Values.serviceAccount.create -}}
+{{- .Values.serviceAccount.name | default (include "clerk-sync.fullname" .) -}}
+{{- else -}}
+{{- .Values.serviceAccount.name | default "default" -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "clerk-sync.image" -}}
+{{- $image := .Values.image -}}
+{{- printf "%s:%s" $image.repository ($image.tag | default .Chart.AppVersion) -}}
+{{- with $image.digest }}@{{ . }}{{ end -}}
+{{- end -}}
+
+{{- define "clerk-sync.webhookPort" -}}
+{{- .Values.listen.webhookPort | default (eq .Values.mode "sidecar" | ternary 18080 8080) | int -}}
+{{- end -}}
+
+{{- define "clerk-sync.internalPort" -}}
+{{- .Values.listen.internalPort | default (eq .Values.mode "sidecar" | ternary 18081 8081) | int -}}
+{{- end -}}
+
+{{/* Where Clerk sends to: the first host, or nothing if the chart publishes none. */}}
+{{- define "clerk-sync.publicUrl" -}}
+{{- if .Values.ingress.enabled -}}
+https://{{ first .Values.ingress.hosts }}{{ .Values.listen.path }}
+{{- else if .Values.httpRoute.enabled -}}
+https://{{ first .Values.httpRoute.hostnames }}{{ .Values.listen.path }}
+{{- end -}}
+{{- end -}}
+
+{{/* What is done about reconcile: cronJob, inProcess or off. */}}
+{{- define "clerk-sync.reconcile" -}}
+{{- /* YAML reads a bare `off` as false. */ -}}
+{{- if kindIs "bool" .Values.reconcile.mode -}}
+off
+{{- else if .Values.reconcile.mode -}}
+{{- .Values.reconcile.mode -}}
+{{- else if not (include "clerk-sync.given" (dict "root" . "secret" "key")) -}}
+off
+{{- else -}}
+{{- eq .Values.mode "sidecar" | ternary "cronJob" "inProcess" -}}
+{{- end -}}
+{{- end -}}
+
+{{/* ServiceMonitor, PodMonitor or nothing. */}}
+{{- define "clerk-sync.monitor" -}}
+{{- $kind := .Values.monitor.kind | default (eq .Values.mode "sidecar" | ternary "PodMonitor" "ServiceMonitor") -}}
+{{- $known := .Capabilities.APIVersions.Has (printf "monitoring.coreos.com/v1/%s" $kind) -}}
+{{- if and .Values.monitor.enabled (or $known (ne .Values.monitor.renderMode "skipIfMissing")) -}}
+{{- $kind -}}
+{{- end -}}
+{{- end -}}
+
+{{- define "clerk-sync.atLeastTwoPods" -}}
+{{- $scaling := .Values.autoscaling -}}
+{{- if eq $scaling.type "external" -}}true
+{{- else if ne $scaling.type "none" -}}{{ if gt (int $scaling.maxReplicas) 1 }}true{{ end }}
+{{- else -}}{{ if gt (int .Values.replicas) 1 }}true{{ end }}
+{{- end -}}
+{{- end -}}
+
+{{/* Svix's addresses and one's own, as a YAML list. */}}
+{{- define "clerk-sync.allowedRanges" -}}
+{{- $svix := .Files.Get "files/svix-source-ranges.yaml" | fromYaml -}}
+{{- $ranges := list -}}
+{{- range $svix.ranges -}}
+  {{- if or $.Values.allowList.ipv6 (not (contains ":" .)) }}{{ $ranges = append $ranges . }}{{ end -}}
+{{- end -}}
+{{ concat $ranges .Values.allowList.extraRanges | toYaml }}
+{{- end -}}

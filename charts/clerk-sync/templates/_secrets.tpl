@@ -1,0 +1,42 @@
+{{/* A Secret with the entries that are written down in the values. Takes a dict: root, name, entries, annotations. */}}
+{{- define "clerk-sync.madeSecret" -}}
+{{- $data := dict -}}
+{{- range .entries -}}
+  {{- if .value }}{{ $_ := set $data .key (b64enc .value) }}{{ end -}}
+{{- end -}}
+{{- if $data }}
+---
+apiVersion: v1
+kind: Secret
+metadata:
+  {{- include "clerk-sync.metadata" . | nindent 2 }}
+type: Opaque
+data:
+  {{- toYaml $data | nindent 2 }}
+{{- end }}
+{{- end -}}
+
+{{/* An ExternalSecret for the entries that the operator fetches. Takes the same. */}}
+{{- define "clerk-sync.externalSecret" -}}
+{{- $data := list -}}
+{{- range .entries -}}
+  {{- if .remote }}{{ $data = append $data (dict "secretKey" .key "remoteRef" .remote) }}{{ end -}}
+{{- end -}}
+{{- if $data }}
+---
+apiVersion: external-secrets.io/v1
+kind: ExternalSecret
+metadata:
+  {{- include "clerk-sync.metadata" . | nindent 2 }}
+spec:
+  refreshInterval: {{ .root.Values.externalSecrets.refreshInterval }}
+  secretStoreRef:
+    kind: {{ .root.Values.externalSecrets.store.kind }}
+    name: {{ .root.Values.externalSecrets.store.name | quote }}
+  target:
+    name: {{ include "clerk-sync.fullname" .root }}-{{ .name }}
+    creationPolicy: Owner
+  data:
+    {{- toYaml $data | nindent 4 }}
+{{- end }}
+{{- end -}}

@@ -1,0 +1,265 @@
+{{/*
+Settings: variables, secrets and their files. A container gets those that it needs and no more:
+`needs` is a list of `database`, `signing`, `key`, `mapping`.
+
+A secret is an entry of this list:
+
+  of: database | signing | key
+  env: DATABASE_PASSWORD        its variable; with _FILE behind it, that of its file
+  file: database-password       its name in the mounted directory
+  and one of
+    secret: NAME, key: KEY      in a Secret
+    path: /vault/secrets/…      in a file that something else mounts
+
+`before` is true for what runs before the release's objects exist, that is for the migration. It uses
+copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
+*/}}
+
+{{- define "clerk-sync.directory" -}}/etc/clerk-sync{{- end -}}
+
+{{/* Where a secret comes from: existingSecret, externalSecret, file or value, by name: a YAML list. */}}
+{{- define "clerk-sync.sources" -}}
+{{- $found := list -}}
+{{- if eq .secret "database" -}}
+  {{- $database := .root.Values.database -}}
+  {{- if $database.existingSecret }}{{ $found = append $found "existingSecret" }}{{ end -}}
+  {{- if $database.externalSecret }}{{ $found = append $found "externalSecret" }}{{ end -}}
+  {{- if $database.files }}{{ $found = append $found "files" }}{{ end -}}
+  {{- if $database.url }}{{ $found = append $found "url" }}{{ end -}}
+  {{- if $database.password }}{{ $found = append $found "password" }}{{ end -}}
+{{- else -}}
+  {{- $source := index .root.Values.clerk (eq .secret "signing" | ternary "signingSecret" "secretKey") -}}
+  {{- range list "existingSecret" "externalSecret" "file" "value" -}}
+    {{- if index $source . }}{{ $found = append $found . }}{{ end -}}
+  {{- end -}}
+{{- end -}}
+{{ toYaml $found }}
+{{- end -}}
+
+{{/* Not empty if the secret is given at all. */}}
+{{- define "clerk-sync.given" -}}
+{{- if include "clerk-sync.sources" . | fromYamlArray }}true{{ end -}}
+{{- end -}}
+
+{{- define "clerk-sync.pieces" -}}["host", "port", "name", "username", "password"]{{- end -}}
+
+{{/* Which pieces of the database's address are secrets: `url`, or some of the pieces. */}}
+{{- define "clerk-sync.databasePieces" -}}
+{{- $database := .Values.database -}}
+{{- $pieces := list -}}
+{{- if $database.existingSecret -}}
+  {{- range include "clerk-sync.pieces" . | fromJsonArray -}}
+    {{- if index $database.keys . }}{{ $pieces = append $pieces . }}{{ end -}}
+  {{- end -}}
+  {{- if or $database.keys.url (not $pieces) }}{{ $pieces = prepend $pieces "url" }}{{ end -}}
+{{- else if $database.externalSecret -}}
+  {{- $pieces = keys $database.externalSecret | sortAlpha -}}
+{{- else if $database.files -}}
+  {{- $pieces = keys $database.files | sortAlpha -}}
+{{- else if $database.url -}}
+  {{- $pieces = list "url" -}}
+{{- else if $database.password -}}
+  {{- $pieces = list "password" -}}
+{{- end -}}
+{{ toYaml $pieces }}
+{{- end -}}
+
+{{- define "clerk-sync.secrets" -}}
+{{- $root := .root -}}
+{{- $values := $root.Values -}}
+{{- $full := include "clerk-sync.fullname" $root -}}
+{{- $before := .before | default false -}}
+{{- $made := $before | ternary (printf "%s-migrate" $full) (printf "%s-inline" $full) -}}
+{{- $fetched := $before | ternary (printf "%s-migrate" $full) (printf "%s-external" $full) -}}
+{{- $entries := list -}}
+{{- if has "database" .needs -}}
+  {{- $database := $values.database -}}
+  {{- $existing := $database.existingSecret -}}
+  {{- if .before }}{{ $existing = $values.migrations.existingSecret | default $existing }}{{ end -}}
+  {{- range $piece := include "clerk-sync.databasePieces" $root | fromYamlArray -}}
+    {{- $entry := dict "of" "database" "env" (printf "DATABASE_%s" (upper $piece)) "file" (printf "database-%s" $piece) -}}
+    {{- if $existing -}}
+      {{- $key := index $database.keys $piece | default "url" -}}
+      {{- $entries = append $entries (merge $entry (dict "secret" $existing "key" $key)) -}}
+    {{- else if $database.externalSecret -}}
+      {{- $entries = append $entries (merge $entry (dict "secret" $fetched "key" $entry.file "remote" (index $database.externalSecret $piece))) -}}
+    {{- else if $database.files -}}
+      {{- $entries = append $entries (merge $entry (dict "path" (index $database.files $piece))) -}}
+    {{- else -}}
+      {{- $entries = append $entries (merge $entry (dict "secret" $made "key" $entry.file "value" (index $database $piece))) -}}
+    {{- end -}}
+  {{- end -}}
+{{- end -}}
+{{- $clerk := list
+  (dict "of" "signing" "env" "CLERK_WEBHOOK_SIGNING_SECRET" "file" "signing-secret" "source" $values.clerk.signingSecret)
+  (dict "of" "key" "env" "CLERK_SECRET_KEY" "file" "secret-key" "source" $values.clerk.secretKey) -}}
+{{- $needs := .needs -}}
+{{- range $clerk -}}
+  {{- $entry := pick . "of" "env" "file" -}}
+  {{- if not (has .of $needs) -}}
+  {{- else if .source.existingSecret -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" .source.existingSecret "key" .source.key)) -}}
+  {{- else if .source.externalSecret -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" $fetched "key" .file "remote" .source.externalSecret)) -}}
+  {{- else if .source.file -}}
+    {{- $entries = append $entries (merge $entry (dict "path" .source.file)) -}}
+  {{- else if .source.value -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" $made "key" .file "value" .source.value)) -}}
+  {{- end -}}
+{{- end -}}
+{{ toYaml $entries }}
+{{- end -}}
+
+{{/*
+Variables of a container, as a YAML list in the order of their names: each once. Takes a dict: root,
+needs, before, and perhaps settings (a dict of more).
+*/}}
+{{- define "clerk-sync.env" -}}
+{{- $root := .root -}}
+{{- $values := $root.Values -}}
+{{- $directory := include "clerk-sync.directory" $root -}}
+{{- $env := dict "LOG_LEVEL" $values.log.level "LOG_FORMAT" $values.log.format -}}
+{{- if has "database" .needs -}}
+  {{- with $values.database.host }}{{ $_ := set $env "DATABASE_HOST" . }}{{ end -}}
+  {{- with $values.database.port }}{{ $_ := set $env "DATABASE_PORT" (toString (int .)) }}{{ end -}}
+  {{- with $values.database.name }}{{ $_ := set $env "DATABASE_NAME" . }}{{ end -}}
+  {{- with $values.database.username }}{{ $_ := set $env "DATABASE_USERNAME" . }}{{ end -}}
+  {{- with $values.database.tls.mode }}{{ $_ := set $env "DATABASE_TLS" . }}{{ end -}}
+  {{- if or $values.database.tls.ca.existingSecret $values.database.tls.ca.existingConfigMap -}}
+    {{- $_ := set $env "DATABASE_TLS_CA" (printf "%s/database-ca/ca.crt" $directory) -}}
+  {{- end -}}
+{{- end -}}
+{{- if has "mapping" .needs -}}
+  {{- if or $values.config.mapping $values.config.existingConfigMap.name -}}
+    {{- $_ := set $env "CLERK_SYNC_CONFIG" (printf "%s/mapping/mapping.yaml" $directory) -}}
+  {{- else -}}
+    {{- $_ := set $env "CLERK_SYNC_CONFIG" ($values.config.preset | default "mirror") -}}
+  {{- end -}}
+{{- end -}}
+{{- if has "key" .needs -}}
+  {{- with $values.clerk.apiUrl }}{{ $_ := set $env "CLERK_API_URL" . }}{{ end -}}
+  {{- with $values.reconcile.clerkShare }}{{ $_ := set $env "CLERK_SYNC_CLERK_SHARE" (toString .) }}{{ end -}}
+  {{- if not (kindIs "invalid" $values.reconcile.breakerPercent) -}}
+    {{- $_ := set $env "CLERK_SYNC_BREAKER_PERCENT" (toString $values.reconcile.breakerPercent) -}}
+  {{- end -}}
+{{- end -}}
+{{- if has "signing" .needs -}}
+  {{- with $values.clerk.instanceId }}{{ $_ := set $env "CLERK_INSTANCE_ID" . }}{{ end -}}
+{{- end -}}
+{{- $env = merge $env (.settings | default dict) -}}
+{{- range $name, $value := $env }}
+- name: {{ $name }}
+  value: {{ $value | quote }}
+{{- end }}
+{{- range include "clerk-sync.secrets" . | fromYamlArray }}
+{{- if .path }}
+- name: {{ .env }}_FILE
+  value: {{ .path | quote }}
+{{- else if eq $values.secretsAs "file" }}
+- name: {{ .env }}_FILE
+  value: {{ $directory }}/secrets/{{ .file }}
+{{- else }}
+- name: {{ .env }}
+  valueFrom:
+    secretKeyRef:
+      name: {{ .secret | quote }}
+      key: {{ .key | quote }}
+{{- end }}
+{{- end }}
+{{- range $name, $value := $values.extraEnv }}
+- name: {{ $name }}
+  {{- if kindIs "map" $value }}
+  valueFrom:
+    {{- toYaml $value | nindent 4 }}
+  {{- else }}
+  value: {{ $value | quote }}
+  {{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The mounts of a container, as a YAML list; takes what clerk-sync.env takes. */}}
+{{- define "clerk-sync.volumeMounts" -}}
+{{- $directory := include "clerk-sync.directory" .root -}}
+{{- range include "clerk-sync.ownVolumes" . | fromYamlArray }}
+- name: {{ .name }}
+  mountPath: {{ $directory }}/{{ trimPrefix "clerk-sync-" .name }}
+  readOnly: true
+{{- end }}
+{{- with .root.Values.extraVolumeMounts }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/* The volumes of a pod, as a YAML list; takes what clerk-sync.env takes. */}}
+{{- define "clerk-sync.volumes" -}}
+{{ include "clerk-sync.ownVolumes" . }}
+{{- with .root.Values.extraVolumes }}
+{{ toYaml . }}
+{{- end }}
+{{- end -}}
+
+{{/*
+Files are projected without subPath: only so does the kubelet bring a rotated one into a running
+container. They are readable by everybody (292 is 0444), as a sidecar cannot set the group of its pod's
+volumes; but only clerk-sync's container mounts them.
+*/}}
+{{- define "clerk-sync.ownVolumes" -}}
+{{- $values := .root.Values -}}
+{{- $mounted := list -}}
+{{- if eq $values.secretsAs "file" -}}
+  {{- range include "clerk-sync.secrets" . | fromYamlArray -}}
+    {{- if .secret }}{{ $mounted = append $mounted . }}{{ end -}}
+  {{- end -}}
+{{- end -}}
+{{- $names := list }}
+{{- range $mounted }}{{ $names = append $names .secret | uniq }}{{ end }}
+{{- with $names }}
+- name: clerk-sync-secrets
+  projected:
+    defaultMode: 292
+    sources:
+      {{- range $secret := . }}
+      - secret:
+          name: {{ $secret | quote }}
+          items:
+            {{- range $mounted }}
+            {{- if eq .secret $secret }}
+            - key: {{ .key | quote }}
+              path: {{ .file }}
+            {{- end }}
+            {{- end }}
+      {{- end }}
+{{- end }}
+{{- if has "database" .needs }}
+{{- $ca := $values.database.tls.ca }}
+{{- if or $ca.existingSecret $ca.existingConfigMap }}
+- name: clerk-sync-database-ca
+  projected:
+    defaultMode: 292
+    sources:
+      - {{ empty $ca.existingSecret | ternary "configMap" "secret" }}:
+          name: {{ $ca.existingSecret | default $ca.existingConfigMap | quote }}
+          items:
+            - key: {{ $ca.key | quote }}
+              path: ca.crt
+{{- end }}
+{{- end }}
+{{- if has "mapping" .needs }}
+{{- $existing := $values.config.existingConfigMap }}
+{{- if or $values.config.mapping $existing.name }}
+- name: clerk-sync-mapping
+  configMap:
+    defaultMode: 292
+    name: {{ $existing.name | default (printf "%s-%s" (include "clerk-sync.fullname" .root) (.before | default false | ternary "migrate" "mapping")) | quote }}
+    items:
+      - key: {{ empty $existing.name | ternary "mapping.yaml" $existing.key | quote }}
+        path: mapping.yaml
+{{- end }}
+{{- end }}
+{{- end -}}
+
+{{/* The text of the mapping that the chart holds. */}}
+{{- define "clerk-sync.mapping" -}}
+{{- $mapping := .Values.config.mapping -}}
+{{- kindIs "string" $mapping | ternary $mapping (toYaml $mapping) -}}
+{{- end -}}

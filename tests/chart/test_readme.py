@@ -1,0 +1,311 @@
+"""The chart's README, tried as its reader would: every command, every values file, every name."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from functools import cache
+from typing import TYPE_CHECKING, Any, Final
+
+import click
+import pytest
+import yaml
+
+from clerk_sync.cli import cli
+from tests import tools
+from tests.chart import rules, values
+from tests.chart.helm import (
+    CHART,
+    EXAMPLE,
+    HELMS,
+    LEAST,
+    ROOT,
+    Object,
+    helm,
+    merged,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
+    from pathlib import Path
+
+README: Final = (CHART / "README.md").read_text("utf-8")
+WRITTEN: Final = re.sub(r"<!-- values -->.*<!-- /values -->", "", README, flags=re.DOTALL)
+ABOUT: Final = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
+REGISTRY: Final = "oci://ghcr.io/clerk-sync/charts"
+
+
+def blocks(language: str) -> list[str]:
+    """The fenced blocks of a language, unindented."""
+    found = re.findall(rf"^( *)```{language}\n(.*?)^ *```$", WRITTEN, re.DOTALL | re.MULTILINE)
+    return [re.sub(rf"^{indent}", "", text, flags=re.MULTILINE) for indent, text in found]
+
+
+def files() -> list[str]:
+    """The blocks that are values files of this chart."""
+    return [
+        text
+        for text in blocks("yaml")
+        if not text.startswith(("dependencies:", "clerk-sync:", "{{"))
+    ]
+
+
+def commands() -> list[list[str]]:
+    """Every command of the blocks and of the texts, in words."""
+    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    flowing = re.sub(r"^ *```.*?^ *```$", "", WRITTEN, flags=re.DOTALL | re.MULTILINE)
+    lines += [
+        " ".join(text.split())
+        for text in re.findall(r"`((?:kubectl|helm) [^`]+)`", flowing)
+        if not text.startswith("helm-")
+    ]
+    return [shlex.split(line) for line in lines if line]
+
+
+def of(program: str, *verbs: str) -> list[list[str]]:
+    found = [words for words in commands() if words[0] == program and verb_of(words) in verbs]
+    assert found, f"README has no `{program} {verbs[0]}`"
+    return found
+
+
+def verb_of(words: list[str]) -> str:
+    """The first word that is neither the program nor an option with its value."""
+    rest = iter(words[1:])
+    return next(word for word in rest if word not in {"-n", "-c"} or not next(rest))
+
+
+@cache
+def all_kinds() -> dict[str, set[str]]:
+    """Names of what there is after an install by the README, by kind."""
+    found: dict[str, set[str]] = {"deployment": {"YOUR-APP", "shop"}, "secret": {"clerk-sync"}}
+    for text in files():
+        for one in installed(text):
+            found.setdefault(one["kind"].lower(), set()).add(rules.name_of(one))
+    return found
+
+
+def installed(text: str) -> tuple[Object, ...]:
+    """What the README's release makes of a values file, or of a part of one."""
+    given = yaml.safe_load(text)
+    options = ("--kube-version=1.37", "--name-template=clerk-sync")
+    return _render(merged(LEAST, given), options)
+
+
+def _render(given: dict[str, Any], options: tuple[str, ...]) -> tuple[Object, ...]:
+    printed = helm("helm4", "template", CHART, "--values=-", *options, text=yaml.safe_dump(given))
+    return tuple(one for one in yaml.safe_load_all(printed) if one)
+
+
+def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
+    tried = {
+        "helm": {"install", "upgrade", "rollback", "uninstall", "test", "dependency"},
+        "kubectl": {
+            *("create", "patch", "exec", "logs", "get", "describe"),
+            *("rollout", "scale", "delete"),
+        },
+        "rm": {"clerk-sync.env"},
+    }
+    strange = [words for words in commands() if verb_of(words) not in tried.get(words[0], ())]
+    assert strange == []
+
+
+@pytest.mark.parametrize("text", files(), ids=lambda text: text.split("\n")[0])
+def test_values_files_work(text: str) -> None:
+    assert installed(text)
+
+
+@pytest.mark.parametrize("by", HELMS)
+def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
+    whole = [text for text in files() if "signingSecret" in text and "database:" in text]
+    (tmp_path / "clerk-sync.yaml").write_text("tables: {user: {table: users, key: clerk_id}}\n")
+    tried = 0
+    for words in of("helm", "install", "upgrade"):
+        if f"{REGISTRY}/clerk-sync" not in words:
+            continue
+        assert words[words.index("--version") + 1] == ABOUT["version"]
+        for text in whole:
+            given = merged({}, yaml.safe_load(text))
+            (tmp_path / "values.yaml").write_text(yaml.safe_dump(given))
+            rest = [
+                str(tmp_path / word) if word == "values.yaml" else word
+                for word in words[2:]
+                if word not in {"--version", ABOUT["version"], "--wait"}
+            ]
+            rest = [
+                word.replace("=clerk-sync.yaml", f"={tmp_path}/clerk-sync.yaml") for word in rest
+            ]
+            rest[rest.index(f"{REGISTRY}/clerk-sync")] = str(CHART)
+            assert "kind: Service" in helm(by, "template", *rest, "--kube-version=1.37")
+            tried += 1
+    assert tried > 4
+
+
+def test_the_secret_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
+    (env,) = [text for text in blocks("") if text.startswith("url=")]
+    (tmp_path / "clerk-sync.env").write_text(env)
+    made: list[Object] = []
+    for words in of("kubectl", "create"):
+        done = subprocess.run(
+            [tools.need("kubectl"), *words[1:], "--dry-run=client", "--output=yaml"],
+            cwd=tmp_path,
+            env={"KUBECONFIG": "/dev/null", "HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        made.append(yaml.safe_load(done.stdout))
+    namespace, secret = made
+    assert rules.name_of(namespace) == secret["metadata"]["namespace"]
+    first = files()[0]
+    asked = [
+        (source["secret"]["name"], item["key"])
+        for pod in rules.pods(installed(first))
+        for volume in pod.spec["volumes"]
+        for source in volume["projected"]["sources"]
+        for item in source["secret"]["items"]
+    ]
+    assert {name for name, _ in asked} == {rules.name_of(secret)}
+    assert {key for _, key in asked} == secret["data"].keys()
+
+
+def test_the_patch_gives_pods_the_label_that_is_asked_for(tmp_path: Path) -> None:
+    (injection,) = [text for text in files() if "injection:" in text]
+    policy = rules.the(installed(injection), "MutatingAdmissionPolicy")
+    wanted = policy["spec"]["matchConstraints"]["objectSelector"]["matchLabels"]
+    (words,) = of("kubectl", "patch")
+    template = {"metadata": {"labels": {"app": "shop"}}, "spec": {"containers": []}}
+    app = {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": "shop", "namespace": "shop"},
+        "spec": {"selector": {"matchLabels": {"app": "shop"}}, "template": template},
+    }
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump(app))
+    patch = words[words.index("--patch") + 1]
+    done = subprocess.run(
+        [
+            *(tools.need("kubectl"), "patch", "--local", "--dry-run=client", "--output=yaml"),
+            *(f"--filename={tmp_path}/app.yaml", f"--patch={patch}"),
+        ],
+        env={"KUBECONFIG": "/dev/null", "HOME": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    labels = yaml.safe_load(done.stdout)["spec"]["template"]["metadata"]["labels"]
+    assert labels == {"app": "shop", **wanted}
+
+
+def test_commands_name_what_is_there() -> None:
+    there = all_kinds()
+    for words in commands():
+        if words[0] != "kubectl" or verb_of(words) == "create":
+            continue
+        for word in words:
+            kind, slash, name = word.partition("/")
+            if slash and kind in {"deployment", "job", "service"}:
+                assert name in there[kind], words
+        if verb_of(words) == "delete":
+            assert words[-2:] == ["secret", "clerk-sync"]
+    for words in of("helm", "test", "uninstall"):
+        assert words[-1] == "clerk-sync" or words[-2:] == ["clerk-sync", "--logs"]
+
+
+def test_commands_inside_of_pods_are_those_of_the_service() -> None:
+    inside = [words[words.index("--") + 1 :] for words in of("kubectl", "exec") if "--" in words]
+    assert len(inside) > 3
+    for program, *words in inside:
+        assert program == "clerk-sync"
+        command: click.Command = cli
+        while words and isinstance(command, click.Group) and words[0] in command.commands:
+            command = command.commands[words.pop(0)]
+        options = {option for one in command.params for option in one.opts} | {"--help"}
+        assert set(words) <= options, words
+
+
+@pytest.mark.parametrize("by", HELMS)
+def test_the_example_installs_with_its_dependency(by: str, tmp_path: Path) -> None:
+    chart = tmp_path / "clerk-sync"
+    shutil.copytree(CHART, chart)
+    shop = chart / EXAMPLE.relative_to(CHART)
+    shutil.rmtree(shop / "charts", ignore_errors=True)
+    (words,) = of("helm", "dependency")
+    assert words == ["helm", "dependency", "update", "."]
+    helm(by, "dependency", "update", shop)
+    printed = helm(by, "template", "shop", shop)
+    objects = [one for one in yaml.safe_load_all(printed) if one]
+    (app,) = rules.of_kind(objects, "Deployment")
+    assert app["spec"]["template"]["spec"]["initContainers"][0]["name"] == "clerk-sync"
+    without = helm(by, "template", "shop", shop, "--set=clerk-sync.enabled=false")
+    assert [one["kind"] for one in yaml.safe_load_all(without) if one] == ["Deployment"]
+    assert "clerk-sync" not in without
+
+
+def test_the_example_is_the_one_that_is_shown() -> None:
+    (dependency,) = [text for text in blocks("yaml") if text.startswith("dependencies:")]
+    (shown,) = yaml.safe_load(dependency)["dependencies"]
+    about = yaml.safe_load((EXAMPLE / "Chart.yaml").read_text("utf-8"))
+    (real,) = about["dependencies"]
+    assert shown["version"] == real["version"] == ABOUT["version"]
+    assert shown == real | {"repository": REGISTRY}
+    (given,) = [text for text in blocks("yaml") if text.startswith("clerk-sync:")]
+    real_values = yaml.safe_load((EXAMPLE / "values.yaml").read_text("utf-8"))
+    assert yaml.safe_load(given)["clerk-sync"] == real_values["clerk-sync"]
+    (snippet,) = [text for text in blocks("yaml") if text.startswith("{{")]
+    lines = {
+        line.strip() for line in snippet.splitlines() if "{{" in line and "$sync :=" not in line
+    }
+    deployment = next(EXAMPLE.glob("templates/deployment.yaml")).read_text("utf-8")
+    assert lines <= {line.strip() for line in deployment.splitlines()}
+
+
+def test_values_that_are_named_exist() -> None:
+    read = values.read((CHART / "values.yaml").read_text("utf-8"))
+    known = {value.name: value for value in values.everything(read)}
+    roots = {value.name for value in read}
+    documents = [WRITTEN, (CHART / "templates" / "NOTES.txt").read_text("utf-8")]
+    documents += [value.text for value in values.everything(read)]
+    documents += [(CHART / "templates" / "guards.yaml").read_text("utf-8")]
+    for name in names_in(documents, roots):
+        whole = name.removesuffix(".*")
+        above = [whole.rsplit(".", cut)[0] for cut in range(whole.count(".") + 1)]
+        found = next((known[one] for one in above if one in known), None)
+        assert found, name
+        assert found.name == whole or not found.children, name
+
+
+def names_in(texts: Iterable[str], roots: set[str]) -> Iterator[str]:
+    for text in texts:
+        for name in re.findall(r"`([a-z]\w+(?:\.[\w*]+)+)(?:: [^`]*)?`", text):
+            if name.split(".")[0] in roots and "*" not in name and "%" not in name:
+                yield name
+
+
+def anchors(text: str) -> set[str]:
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text, flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_somewhere() -> None:
+    home = ABOUT["home"]
+    for link in re.findall(r"\]\(([^)\s]+)\)", README):
+        target, _, anchor = link.partition("#")
+        if target == home:
+            text = (ROOT / "README.md").read_text("utf-8")
+        elif found := re.fullmatch(rf"{re.escape(home)}/(?:blob|tree)/main/(.+)", target):
+            assert (ROOT / found[1]).exists(), link
+            text = (ROOT / found[1]).read_text("utf-8") if anchor else ""
+        else:
+            assert not target or target.startswith("https://"), (
+                f"{link} is broken where charts are shown"
+            )
+            text = README
+        assert anchor in anchors(text) | {"", "readme"}, link

@@ -1,0 +1,378 @@
+"""values.yaml, its schema and the README's tables say the same, and say all of it."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.chart import generate, values
+from tests.chart.helm import (
+    CHART,
+    HELMS,
+    LEAST,
+    HelmError,
+    merged,
+    nested,
+    render,
+    scenarios,
+    template,
+)
+from tests.chart.values import Value
+
+
+@cache
+def documented() -> tuple[Value, ...]:
+    return values.read((CHART / "values.yaml").read_text("utf-8"))
+
+
+@cache
+def validator() -> Any:
+    schema = values.schema(documented())
+    values.DRAFT.check_schema(schema)
+    return values.DRAFT(schema)
+
+
+def refusals(given: dict[str, Any]) -> list[str]:
+    return [f"{error.json_path}: {error.message}" for error in validator().iter_errors(given)]
+
+
+def leaves() -> list[Value]:
+    return [value for value in values.everything(documented()) if not value.children]
+
+
+def test_what_follows_from_values_is_up_to_date() -> None:
+    stale = [
+        path.name for path, text in generate.documents().items() if path.read_text("utf-8") != text
+    ]
+    assert stale == [], "run `make chart`"
+
+
+def test_every_value_is_documented() -> None:
+    silent = [value.name for value in leaves() if len(value.text) < 4]
+    assert silent == []
+
+
+def test_texts_do_not_end_in_the_middle() -> None:
+    """A line below a text that has lost its `#`, or its place, is found by what it leaves."""
+    for value in values.everything(documented()):
+        assert value.text.count("`") % 2 == 0, value.name
+        assert value.text.count("(") == value.text.count(")"), value.name
+        assert not re.search(r"[,(:]$|@\w+ ", value.text), value.name
+
+
+def test_defaults_and_scenarios_are_allowed() -> None:
+    assert refusals(yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))) == []
+    for scenario in scenarios():
+        assert refusals(scenario.values) == [], scenario
+
+
+def test_a_misspelt_key_is_refused_wherever_it_stands() -> None:
+    passed = [
+        value.name
+        for value in values.everything(documented())
+        if not refusals(nested((*value.path[:-1], value.path[-1] + "s_"), value.default))
+    ]
+    assert passed == []
+
+
+def test_a_value_of_another_type_is_refused() -> None:
+    wrong = [["x"], [["x"]], "a b", 3.5, {"x": [[]]}, True]
+    passed = [
+        value.name
+        for value in leaves()
+        if all(not refusals(nested(value.path, one)) for one in wrong)
+    ]
+    assert passed == []
+    strings = [value for value in leaves() if value.default == "" or isinstance(value.default, int)]
+    assert [value.name for value in strings if not refusals(nested(value.path, ["x"]))] == []
+
+
+@pytest.mark.parametrize("by", HELMS)
+@pytest.mark.parametrize(
+    ("given", "named"),
+    [
+        ({"replica": 3}, "replica"),
+        ({"database": {"existingSecrets": "x"}}, "database"),
+        ({"clerk": {"signingSecret": {"secret": "x"}}}, "signingSecret"),
+        ({"replicas": "two"}, "replicas"),
+        ({"mode": "sidekick"}, "mode"),
+        ({"image": {"digest": "sha256:123"}}, "digest"),
+        ({"service": {"port": 70000}}, "port"),
+        ({"extraEnv": [{"name": "A", "value": "b"}]}, "extraEnv"),
+    ],
+    ids=str,
+)
+def test_helm_itself_refuses_them(by: str, given: dict[str, Any], named: str) -> None:
+    with pytest.raises(HelmError, match=rf"(?s)don't meet the specifications.*{named}"):
+        template(merged(LEAST, given), by=by)
+
+
+@pytest.mark.parametrize("by", HELMS)
+def test_null_takes_a_default_away(by: str) -> None:
+    """Helm's way to do it: the schema has to let it through."""
+    objects = render(merged(LEAST, {"resources": {"limits": None}}), by=by)
+    (deployment,) = [one for one in objects if one["kind"] == "Deployment"]
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    assert container["resources"].keys() == {"requests"}
+
+
+# What no scenario sets, as nobody needs it often.
+RARELY: list[dict[str, Any]] = [
+    {
+        "affinity": {"podAffinity": {}},
+        "clerk": {"apiUrl": "https://clerk.example.com", "secretKey": {"existingSecret": "clerk"}},
+        "fullnameOverride": "hooks",
+        "image": {"pullPolicy": "Always", "tag": "1.2.3"},
+        "internalService": {"annotations": {"a": "b"}, "labels": {"a": "b"}, "port": 81},
+        "limits": {"batch": 10, "ledgerDays": 20, "quarantineDays": 7, "queue": 50},
+        "listen": {"host": "::", "internalPort": 9001, "webhookPort": 9000},
+        "log": {"format": "console", "level": "debug"},
+        "migrations": {
+            "activeDeadlineSeconds": 60,
+            "backoffLimit": 0,
+            "podAnnotations": {"a": "b"},
+            "podLabels": {"a": "b"},
+            "resources": {"limits": {"memory": "64Mi"}},
+            "serviceAccountName": "migrator",
+        },
+        "podSecurityContext": {"fsGroup": 1},
+        "preStopSleepSeconds": 0,
+        "probes": {
+            "liveness": {"failureThreshold": 2, "periodSeconds": 3, "timeoutSeconds": 4},
+            "readiness": {"failureThreshold": 3, "periodSeconds": 4, "timeoutSeconds": 5},
+            "startup": {"failureThreshold": 4, "periodSeconds": 5, "timeoutSeconds": 6},
+        },
+        "reconcile": {"interval": "1d"},
+        "resources": {"requests": {"cpu": "1"}},
+        "revisionHistoryLimit": 1,
+        "securityContext": {"runAsUser": 1000},
+        "service": {"labels": {"a": "b"}},
+        "serviceAccount": {"annotations": {"a": "b"}, "automount": True, "labels": {"a": "b"}},
+        "strategy": {"type": "Recreate", "rollingUpdate": None},
+        "terminationGracePeriodSeconds": 60,
+        "tests": {"enabled": False},
+    },
+    {"nameOverride": "hooks"},
+    {"enabled": False},
+    {"openshift": {"adaptSecurityContext": "force"}, "podSecurityContext": {"runAsUser": 1}},
+    {
+        "podDisruptionBudget": {
+            "maxUnavailable": "50%",
+            "unhealthyPodEvictionPolicy": "IfHealthyBudget",
+        }
+    },
+    {"podDisruptionBudget": {"enabled": False}},
+    {
+        "database": {
+            "existingSecret": "",
+            "host": "h",
+            "name": "n",
+            "password": "p",
+            "username": "u",
+        }
+    },
+    {
+        "database": {
+            "host": "h",
+            "keys": {"password": "password"},
+            "name": "n",
+            "port": 3307,
+            "username": "u",
+        }
+    },
+    {
+        "clerk": {"secretKey": {"existingSecret": "clerk"}},
+        "reconcile": {
+            "mode": "cronJob",
+            "cronJob": {
+                "activeDeadlineSeconds": 60,
+                "backoffLimit": 0,
+                "failedJobsHistoryLimit": 1,
+                "podAnnotations": {"a": "b"},
+                "podLabels": {"a": "b"},
+                "resources": {"limits": {"memory": "64Mi"}},
+                "startingDeadlineSeconds": 60,
+                "successfulJobsHistoryLimit": 0,
+                "suspend": True,
+            },
+        },
+    },
+    {"mode": "sidecar", "sidecar": {"injection": {"enabled": True, "failurePolicy": "Fail"}}},
+    {
+        "autoscaling": {
+            "minReplicas": 3,
+            "targetCPUUtilizationPercentage": 50,
+            "type": "hpa",
+        }
+    },
+    {"autoscaling": {"metrics": [{"type": "Resource"}], "type": "hpa"}},
+    {"service": {"nodePort": 30080, "type": "NodePort"}},
+    {
+        "service": {
+            "loadBalancerClass": "x",
+            "loadBalancerSourceRanges": ["10.0.0.0/8"],
+            "type": "LoadBalancer",
+        }
+    },
+    {
+        "ingress": {
+            "enabled": True,
+            "hosts": ["a.example.com"],
+            "labels": {"a": "b"},
+            "tls": {"secretName": "tls"},
+        }
+    },
+    {"ingress": {"enabled": True, "hosts": ["a.example.com"], "tls": {"enabled": False}}},
+    {
+        "httpRoute": {
+            "annotations": {"a": "b"},
+            "enabled": True,
+            "filters": [{"type": "RequestMirror"}],
+            "hostnames": ["a.example.com"],
+            "labels": {"a": "b"},
+            "parentRefs": [{"name": "gateway"}],
+        }
+    },
+    {
+        "networkPolicy": {
+            "annotations": {"a": "b"},
+            "egress": {
+                "clerk": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "extra": [{"ports": [{"port": 1}]}],
+            },
+            "enabled": True,
+        }
+    },
+    {"networkPolicy": {"egress": {"enabled": False}, "enabled": True}},
+    {"monitor": {"enabled": True, "renderMode": "skipIfMissing"}},
+    {
+        "monitor": {
+            "annotations": {"a": "b"},
+            "enabled": True,
+            "relabelings": [{"action": "drop"}],
+            "scrapeTimeout": "5s",
+        }
+    },
+]
+READ_BY_NOBODY = {"global"}
+
+
+def test_every_value_has_an_effect() -> None:
+    """Taken out of values that hold it, it changes what is rendered: in one of them at least."""
+    given = [(scenario.values, scenario.options("1.37")) for scenario in scenarios()]
+    given += [(merged(LEAST, rare), ["--kube-version=1.37"]) for rare in RARELY]
+
+    def result(values: dict[str, Any], options: list[str]) -> str:
+        try:
+            return template(values, *options)
+        except HelmError as error:
+            return str(error)
+
+    never, idle = [], []
+    for value in leaves():
+        having = [
+            (values, options)
+            for values, options in given
+            if at(values, value.path) not in (value.default, None)
+        ]
+        if not having:
+            never.append(value.name)
+        elif not any(
+            result(values, options) != result(without(values, value.path), options)
+            for values, options in having
+        ):
+            idle.append(value.name)
+    assert set(never) == READ_BY_NOBODY
+    assert idle == []
+
+
+def at(given: Any, path: tuple[str, ...]) -> Any:
+    for key in path:
+        given = given.get(key) if isinstance(given, dict) else None
+    return given
+
+
+def without(given: dict[str, Any], path: tuple[str, ...]) -> dict[str, Any]:
+    first, *rest = path
+    if not rest:
+        return {key: value for key, value in given.items() if key != first}
+    return given | {first: without(given[first], tuple(rest))}
+
+
+def used_paths() -> set[tuple[str, ...]]:
+    """What templates read below `.Values`, by that name or by the variable `$values`."""
+    found: set[tuple[str, ...]] = set()
+    for path in CHART.glob("templates/**/*.*"):
+        prefix: tuple[str, ...] = ()
+        for alias, below, read in re.findall(
+            r"(\$values := [\w.$]*)Values((?:\.\w+)*)|(?:\.Values|\$values)\.([a-zA-Z][\w.]*)",
+            path.read_text("utf-8"),
+        ):
+            if alias:
+                prefix = tuple(below.split(".")[1:])
+            elif read:
+                found.add((*prefix, *read.strip(".").split(".")))
+    return found
+
+
+def test_used_values_are_documented() -> None:
+    known = {value.path for value in values.everything(documented())}
+    opened = {value.path for value in leaves() if isinstance(value.default, dict) or value.is_open}
+    strangers = [
+        ".".join(path)
+        for path in used_paths()
+        if path not in known and not any(path[: len(one)] == one for one in opened)
+    ]
+    assert strangers == []
+
+
+class TestComments:
+    """How the comments of values.yaml are read."""
+
+    def read(self, text: str) -> Value:
+        (value,) = values.read(text)
+        return value
+
+    def test_a_text_goes_on_over_lines(self) -> None:
+        value = self.read("# Prose.\n# -- One\n# two.\n# @default -- three\na: 1\n#  b: example\n")
+        assert (value.text, value.shown, value.default) == ("One two.", "three", 1)
+
+    def test_a_block_that_does_not_touch_its_key_is_not_its(self) -> None:
+        assert self.read("# -- One\n\na: 1\n").text == ""
+
+    def test_keywords_may_stand_behind_the_value(self) -> None:
+        value = self.read("a: x # @schema type:[string, null]; pattern:^(a|b; c: d)$\n")
+        assert value.schema == {"type": ["string", "null"], "pattern": "^(a|b; c: d)$"}
+
+    def test_an_open_map_is_one_value(self) -> None:
+        value = self.read("# -- R\na: # @schema additionalProperties:true\n  limits: {cpu: 1}\n")
+        assert value.children == ()
+        assert values.schema([value])["properties"]["a"]["default"] == {"limits": {"cpu": 1}}
+
+    def test_an_object_is_closed(self) -> None:
+        schema = values.schema([self.read("a:\n  # -- B\n  b: 1\n")])
+        assert schema["properties"]["a"]["additionalProperties"] is False
+
+    def test_what_cannot_be_told_is_asked_for(self) -> None:
+        for text, sentence in (
+            ("a:\n", "a has no default: give its type"),
+            ("a: {}\n", "say what the map holds"),
+            ("a: []\n", "say what the list holds"),
+            ("a: x # @schema patern:^x$\n", "no keyword begins `patern:"),
+            ("- a\n", "has to be a mapping"),
+        ):
+            with pytest.raises(values.UnreadableError, match=sentence):
+                values.schema(values.read(text))
+
+    def test_a_table_shows_defaults_as_they_are_written(self) -> None:
+        text = (
+            "# @section -- S\na:\n  # -- B|c\n  b: x\n  # -- D\n  d: null # @schema type:string\n"
+        )
+        assert values.tables(values.read(text)) == (
+            "### S\n\n| Value | Default | Meaning |\n|---|---|---|\n"
+            "| `a.b` | `x` | B\\|c |\n| `a.d` |  | D |\n"
+        )
