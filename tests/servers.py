@@ -112,6 +112,10 @@ class Source:
     launch: Callable[[], Server]
     managed: bool = True
 
+    @property
+    def is_vitess(self) -> bool:
+        return self.version.endswith("-Vitess")
+
     def __str__(self) -> str:
         return f"{NAMES[self.flavour]} {self.version} ({self.origin})"
 
@@ -541,7 +545,7 @@ def _given(url: str) -> Source:
     said = str(rows[0][0])
     parts = urlsplit(url)
     flavour = "mariadb" if "MariaDB" in said else "mysql"
-    version = said.partition("-")[0]
+    version = said if "Vitess" in said else said.partition("-")[0]
 
     names = [name for name in unquote(parts.path).strip("/").split(",") if name]
     # Each process of a parallel run has its own of them.

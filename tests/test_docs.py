@@ -75,7 +75,7 @@ def test_settings_are_those_of_the_code() -> None:
 
 def test_every_variable_that_is_named_exists() -> None:
     known = {str(field.validation_alias) for field in Settings.model_fields.values()}
-    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL"}
+    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL", "TEST_DATABASES"}
     for name in DOCUMENTS:
         found = re.findall(r"\b(?:TEST_)?(?:CLERK|DATABASE|LOG)_[A-Z_]*[A-Z]\b", text_of(name))
         assert set() == set(found) - known, name

@@ -265,6 +265,7 @@ async def test_cancelled_while_it_takes_gives_back_what_it_took(database: Databa
     assert await database.rows("SELECT * FROM clerk_sync_leases") == [(NAME, "cancelled", 2, 0)]
 
 
+@pytest.mark.past_vitess
 async def test_clock_is_the_databases(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = 3_600_000
     there = await now_ms(database.engine)
@@ -301,6 +302,7 @@ async def later(url: str, at_ms: int) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
+@pytest.mark.past_vitess
 async def test_clock_that_stands_still_is_no_loss(database: Database) -> None:
     async with (
         later(database.url, await now_ms(database.engine)) as engine,
