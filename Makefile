@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt chart bench lock clean
+.PHONY: help install run demo test check fmt chart k8s bench lock clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
 
 install: $(READY) ## Set up .venv with everything, from the lock files
 
@@ -36,6 +36,9 @@ fmt: install ## Format, and fix what the linter can fix
 
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate
+
+k8s: install ## Rewrite what k8s/, for Kustomize, has of the chart
+	$(BIN)/python -m tests.k8s.generate
 
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -88,7 +88,7 @@ class _MySQLConnection:
 
     @classmethod
     async def open(cls, target: Target, seconds: float) -> _MySQLConnection:
-        connection = await translated(open_mysql(target), CONNECT_SECONDS)
+        connection = await translated(open_mysql(target), None)
         return cls(connection, seconds, await translated(_largest_packet(connection), seconds))
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
@@ -133,7 +133,35 @@ class _MySQLConnection:
 
 
 async def open_mysql(target: Target) -> Any:
-    """A plain asyncmy connection, strict about data, with `autocommit` off."""
+    """A plain asyncmy connection, strict about data, with `autocommit` off.
+
+    It is open within CONNECT_SECONDS, or raises TimeoutError; cancelled, it ends at once.
+    """
+    opening = asyncio.create_task(_opened_in_time(target))
+    done: set[asyncio.Task[Any]] = set()
+    try:
+        # Awaited directly it would not end with its caller: asyncmy connects under
+        # asyncio.wait_for, which loses a cancellation that comes just as the socket connects, and
+        # then waits for a server that may be frozen
+        # (https://github.com/python/cpython/issues/86296, until Python 3.12).
+        done, _ = await asyncio.wait({opening})
+    finally:
+        if not done:
+            opening.add_done_callback(_dropped)
+            opening.cancel()
+    return opening.result()
+
+
+async def _opened_in_time(target: Target) -> Any:
+    try:
+        async with asyncio.timeout(CONNECT_SECONDS):
+            return await _opened(target)
+    except TimeoutError:
+        where = f"{target.host}:{target.port}"
+        raise TimeoutError(f"{where} did not let us in within {CONNECT_SECONDS} s") from None
+
+
+async def _opened(target: Target) -> Any:
     connection = await asyncmy.connect(
         host=target.host,
         port=target.port,
@@ -143,7 +171,6 @@ async def open_mysql(target: Target) -> Any:
         ssl=target.tls,
         charset="utf8mb4",
         autocommit=False,
-        connect_timeout=CONNECT_SECONDS,
     )
     # Vitess bounds a transaction by itself, is strict by itself, and would pin a server
     # connection for every setting made here.
@@ -160,6 +187,12 @@ async def open_mysql(target: Target) -> Any:
             while await cursor.nextset():
                 pass
     return connection
+
+
+def _dropped(opening: asyncio.Task[Any]) -> None:
+    """Close a connection that opened although nobody waits for it any more."""
+    if not opening.cancelled() and opening.exception() is None:
+        opening.result().close()
 
 
 async def _largest_packet(connection: Any) -> int:

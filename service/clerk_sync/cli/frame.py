@@ -71,6 +71,13 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
         fail(str(error))
 
 
+def unnamed(settings: Settings) -> list[str]:
+    """What else may be wrong where tables are missing: that nobody named the database."""
+    if settings.database_url is not None or settings.database_host is not None:
+        return []
+    return [f"DATABASE_URL: is not set, so this was {settings.DEFAULT_DATABASE} of this folder"]
+
+
 def settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
     """Settings and mapping, or the end: with every fault in them at once."""
     settings, faults = load_settings()
