@@ -292,6 +292,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
+        "`extraVolumeMounts` mounts `/var/run/secrets/kubernetes.io/serviceaccount`, where",
+        SIDECAR
+        | {
+            "extraVolumes": [{"name": "x", "emptyDir": {}}],
+            "extraVolumeMounts": [
+                {"name": "x", "mountPath": "/var/run/secrets/kubernetes.io/serviceaccount"}
+            ],
+        },
+    ),
+    (
         "`extraVolumeMounts` mounts the volume `x`, which is not there",
         {"extraVolumeMounts": [{"name": "x", "mountPath": "/x"}]},
     ),
