@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 INTERRUPTED = 130  # as shells tell of SIGINT
+TERMINATED = 143  # and of SIGTERM
 
 
 @click.group(

@@ -15,7 +15,7 @@ import structlog
 
 from clerk_sync import logs, profiles
 from clerk_sync.answers import Ending
-from clerk_sync.cli.frame import command, fail, run, settled, unnamed
+from clerk_sync.cli.frame import TERMINATED, command, fail, run, settled, unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -30,7 +30,6 @@ log = structlog.get_logger()
 
 PROGRESS_SECONDS = 10.0
 IN_STEP, FAILED, DRIFT = 0, 1, 2
-TERMINATED = 143
 
 
 def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
