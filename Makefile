@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt chart k8s image test-image bench lock clean
+.PHONY: help install run demo test check fmt docs chart k8s image test-image bench lock clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,6 +35,10 @@ fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: install ## Rewrite what is made of the code: docs/metrics.md, rules, dashboard
+	$(BIN)/python -m tests.monitoring
+	$(BIN)/python -m tests.reference
+
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate
 
@@ -62,7 +66,7 @@ test-image: install ## Build the image, and run it as a cluster would (TEST_IMAG
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)
 
-LOCK := $(BIN)/uv pip compile pyproject.toml --quiet --upgrade --universal \
+LOCK := $(BIN)/uv pip compile pyproject.toml --extra otel --quiet --upgrade --universal \
   --python-version 3.11 --generate-hashes --no-header
 
 lock: install ## Rewrite the lock files with the newest versions that pyproject.toml allows

@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import subprocess
 import sys
 import tomllib
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import click
 import pytest
-from prometheus_client import Metric
 
 from clerk_sync import __version__, mapping_file, tables
 from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
@@ -20,11 +19,15 @@ from clerk_sync.cli import cli
 from clerk_sync.events import ACTIONS, KINDS, Action
 from clerk_sync.expressions import COMPUTED
 from clerk_sync.metrics import SETTLED, Metrics
+from clerk_sync.report import Report
 from clerk_sync.settings import Secret, Settings
+from tests import reference
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
 SOURCE = ROOT / "service" / "clerk_sync"
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
 
 # Defaults that the fields cannot tell: they stand where the value is used.
 USED_DEFAULTS = {
@@ -97,35 +100,13 @@ def test_answers_are_those_of_the_code() -> None:
     assert set(Outcome) == {answer.outcome for answer in answers}
 
 
-def labels_of(metric: Metric) -> set[str]:
-    names = {name for sample in metric.samples for name in sample.labels}
-    return names - {"le"}
-
-
-def exposed(metric: Metric) -> list[Any]:
-    """A metric as README has it: the series' name, the type, the labels."""
-    suffix = {"counter": "_total", "info": "_info"}.get(metric.type, "")
-    type_ = "gauge" if metric.type == "info" else metric.type
-    return [f"{metric.name}{suffix}", type_, labels_of(metric)]
-
-
-def own_metrics() -> list[list[Any]]:
-    collected = Metrics().registry.collect()
-    return [exposed(metric) for metric in collected if metric.name.startswith("clerk_sync_")]
-
-
-def test_metrics_are_those_of_the_code() -> None:
-    said = [
-        [code(name), type_, set(map(code, labels.split(", "))) if labels else set()]
-        for name, type_, labels, _ in table("metrics")
-    ]
-    assert sorted(own_metrics()) == sorted(said)
-
-
 def test_every_metric_and_table_that_is_named_exists() -> None:
-    known = {name for name, _, _ in own_metrics()} | {"clerk_sync_version", *tables.metadata.tables}
+    metrics = {reference.name_of(metric) for metric in reference.own(Metrics())}
+    known = metrics | {"clerk_sync_version", *tables.metadata.tables}
     for name in DOCUMENTS:
         assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name
+    for _, named in table("metrics"):
+        assert set(map(code, named.split(", "))) <= metrics
 
 
 def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
@@ -209,22 +190,79 @@ def test_mapping_examples_can_be_read() -> None:
         assert mapping_file.read(example, source="README.md").warnings == ()
 
 
-def test_log_events_are_those_of_the_code() -> None:
-    source = "".join(path.read_text("utf-8") for path in SOURCE.rglob("*.py"))
-    written = re.findall(
-        r"""(?:\blog|get_logger\(\))\.(info|warning|error|exception)\(\s*"([a-z_]+)\"""", source
-    )
-    wanted = {(name, "error" if level == "exception" else level) for level, name in written}
-    wanted |= {("library", "warning"), ("stamina.retry_scheduled", "warning")}
-    said = {(code(row[0]), row[1]) for row in table("log events")}
-    assert wanted - {("delivery", "info")} == said
+# What is spread into a line, where the call itself does not tell.
+SPREAD = {
+    "dict(key)": ["outcome", "reason"],
+    "report.summary()": [*Report().summary()],
+    "exemplar or {}": ["trace_id", "span_id"],
+}
+# What libraries say, at their own levels.
+LIBRARIES = {("library", "warning"): ["logger", "message"]}
+
+
+def spread(value: ast.expr, function: ast.AST) -> list[str]:
+    """The fields of `**value` in a call: those of a dictionary of this function, or known ones."""
+    if isinstance(value, ast.Name):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id:
+                assert isinstance(node.value, ast.Dict)
+                return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    return SPREAD[ast.unparse(value)]
+
+
+def log_lines() -> dict[tuple[str, str], list[str]]:
+    """Each event and level that the code logs, with its fields in their order."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        functions = [one for one in ast.walk(tree) if isinstance(one, FUNCTIONS)]
+        calls = [
+            (function, call)
+            for function in functions
+            for call in ast.walk(function)
+            if isinstance(call, ast.Call)
+            and re.fullmatch(
+                r"(log|structlog\.get_logger\(\))\.(info|warning|error|exception)",
+                ast.unparse(call.func),
+            )
+        ]
+        for function, call in calls:
+            level = ast.unparse(call.func).rpartition(".")[2]
+            fields = found.setdefault(
+                (ast.literal_eval(call.args[0]), "error" if level == "exception" else level), []
+            )
+            for keyword in call.keywords:
+                names = [keyword.arg] if keyword.arg else spread(keyword.value, function)
+                fields += [name for name in names if name not in (*fields, "exc_info")]
+            if level == "exception" or any(one.arg == "exc_info" for one in call.keywords):
+                fields += [name for name in ("error_type", "traceback") if name not in fields]
+    return found
+
+
+def test_log_lines_are_those_of_the_code() -> None:
+    wanted = log_lines() | LIBRARIES
+    del wanted["delivery", "info"]
+    said = {
+        (code(event), level): [code(field) for field in fields.split(", ") if field]
+        for event, level, fields, _ in table("log events")
+    }
+    assert {one: sorted(fields) for one, fields in wanted.items()} == {
+        one: sorted(fields) for one, fields in said.items()
+    }
 
 
 def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
-    call = re.search(r'"delivery",\n(.*?)\n +\)\n', (SOURCE / "webhook.py").read_text(), re.DOTALL)
-    assert call
-    wanted = re.findall(r"^ +(\w+)=", call[1], re.MULTILINE)
-    assert wanted == [code(row[0]) for row in table("fields")]
+    *fields, trace_id, span_id = log_lines()["delivery", "info"]
+    assert fields == [code(row[0]) for row in table("fields")]
+    assert (trace_id, span_id) == ("trace_id", "span_id")  # see "Tracing"
+
+
+def test_spans_are_those_of_the_code() -> None:
+    source = (SOURCE / "tracing.py").read_text("utf-8")
+    path = Settings.model_fields["webhook_path"].default
+    parts = re.findall(r'self\._part\("(\w+)"', source)
+    assert 'f"POST {self._path}"' in source
+    assert [f"POST {path}", *parts] == [code(row[0]) for row in table("spans")]
 
 
 def test_internal_paths_are_those_of_the_code() -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import stamina
 import structlog
 
 from clerk_sync import logs
@@ -27,6 +29,7 @@ def restored() -> Iterator[None]:
     quiet = ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy")
     levels = {name: logging.getLogger(name).level for name in quiet}
     yield
+    stamina.instrumentation.set_on_retry_hooks(None)
     structlog.reset_defaults()
     root.handlers[:] = handlers
     root.setLevel(level)
@@ -177,3 +180,46 @@ def test_it_can_be_set_up_again(capsys: pytest.CaptureFixture[str]) -> None:
     logs.configure("info", "json")
     logging.getLogger("some.library").warning("once")
     assert len(lines(capsys)) == 1
+
+
+async def test_a_ration_says_how_many_lines_it_left_out(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+    ration = logs.Ration(lines=2, seconds=0.2)
+
+    def allowed(number: int, reason: str) -> int:
+        return sum(ration.allows(outcome="rejected", reason=reason) for _ in range(number))
+
+    assert allowed(7, "wrong") == 2
+    assert allowed(2, "path") == 2
+    assert allowed(1, "wrong") == 0
+    await asyncio.sleep(0.3)
+    (line,) = lines(capsys)
+    assert (line["event"], line["level"], line["count"]) == ("unlogged", "warning", 6)
+    assert (line["outcome"], line["reason"], line["seconds"]) == ("rejected", "wrong", 0.2)
+    # And anew; at the end nobody waits for the time to be over.
+    assert allowed(5, "wrong") == 2
+    ration.end()
+    (line,) = lines(capsys)
+    assert line["count"] == 3
+    await asyncio.sleep(0.3)
+    assert lines(capsys) == []
+
+
+async def test_another_attempt_is_told_without_what_it_was_about(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    logs.configure("info", "json")
+
+    @stamina.retry(on=Refusal, attempts=2, wait_initial=0.01)
+    async def work(about: str) -> None:
+        assert about
+        raise Refusal("1213")
+
+    with pytest.raises(Refusal):
+        await work(PRIVATE)
+    (line,) = lines(capsys)
+    del line["timestamp"]
+    assert line.pop("wait_seconds") >= 0.01
+    assert line == {"event": "retry", "level": "warning", "error": "1213", "attempt": 1}

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from itertools import product
 
 import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from prometheus_client import generate_latest
+from prometheus_client.openmetrics.parser import (
+    text_string_to_metric_families as openmetrics_families,
+)
 from prometheus_client.parser import text_string_to_metric_families
 
 from clerk_sync import __version__, samples
@@ -18,12 +21,13 @@ from clerk_sync.answers import (
     QUARANTINES,
     REJECTIONS,
     UNAVAILABILITIES,
+    UNREADINESSES,
     Answer,
     Ending,
     Outcome,
     Reason,
 )
-from clerk_sync.events import LISTED
+from clerk_sync.events import LISTED, PROBE
 from clerk_sync.metrics import CLERK_STATUSES, SETTLED, Metrics
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
@@ -35,12 +39,14 @@ LABELLED = {
     "clerk_sync_outcomes_total": {
         (("outcome", outcome), ("type", type_))
         for outcome, type_ in product(
-            ("applied", "stale", "duplicate", "ignored", "quarantined"), (*samples.TYPES, "other")
+            ("applied", "stale", "duplicate", "ignored", "quarantined"),
+            (*samples.TYPES, "clerk-sync.probe", "other"),
         )
     },
     "clerk_sync_rejected_total": {(("reason", reason.value),) for reason in REJECTIONS},
     "clerk_sync_quarantined_total": {(("reason", reason.value),) for reason in QUARANTINES},
     "clerk_sync_unavailable_total": {(("reason", reason.value),) for reason in UNAVAILABILITIES},
+    "clerk_sync_unready": {(("reason", reason.value),) for reason in UNREADINESSES},
     "clerk_sync_clerk_requests_total": {(("status", status),) for status in CLERK_STATUSES},
     "clerk_sync_clerk_entities": {(("kind", kind),) for kind in LISTED},
     "clerk_sync_table_entities": {(("kind", kind),) for kind in LISTED},
@@ -52,13 +58,12 @@ LABELLED = {
 
 
 def series(metrics: Metrics) -> dict[tuple[str, tuple[tuple[str, str], ...]], float]:
-    """Everything that a scrape reads, but when series were made."""
-    text = generate_latest(metrics.registry).decode()
+    """Everything that a scrape reads."""
+    text, _ = metrics.exposed("")
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
+        for family in text_string_to_metric_families(text.decode())
         for sample in family.samples
-        if not sample.name.endswith("_created")
     }
 
 
@@ -83,7 +88,7 @@ def test_every_name_says_whose_it_is() -> None:
 
 
 def test_every_metric_has_help_and_only_labels_of_closed_sets() -> None:
-    for family in text_string_to_metric_families(generate_latest(Metrics().registry).decode()):
+    for family in text_string_to_metric_families(Metrics().exposed("")[0].decode()):
         assert family.documentation, family.name
         if family.name.startswith("clerk_sync_"):
             labels = {name for sample in family.samples for name in sample.labels}
@@ -111,6 +116,15 @@ def test_an_unknown_type_is_counted_as_other(type_: str | None) -> None:
     metrics.answered(Answer(Outcome.IGNORED), type_, 0.01, NOW)
     assert counted(metrics, "clerk_sync_outcomes_total", type="other", outcome="ignored") == 1
     assert series(metrics).keys() == before
+
+
+def test_a_probe_is_a_type_of_its_own_and_no_sign_of_life_of_clerk() -> None:
+    metrics = Metrics()
+    metrics.answered(Answer(Outcome.IGNORED), PROBE, 0.01, NOW)
+    assert counted(metrics, "clerk_sync_outcomes_total", type=PROBE, outcome="ignored") == 1
+    assert counted(metrics, "clerk_sync_outcomes_total", type="other", outcome="ignored") == 0
+    assert counted(metrics, "clerk_sync_request_seconds_count") == 1
+    assert counted(metrics, "clerk_sync_last_success_timestamp_seconds") == 0
 
 
 def test_the_quarantined_are_counted_by_type_and_by_reason() -> None:
@@ -152,6 +166,40 @@ _series = series(_hammered).keys()
 def test_no_answer_makes_a_new_series(answer: Answer, type_: str | None) -> None:
     _hammered.answered(answer, type_, 0.01, NOW)
     assert series(_hammered).keys() == _series
+
+
+ACCEPTED = (
+    "application/openmetrics-text;version=1.0.0,text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "application/openmetrics-text; version=1.0.0; charset=utf-8",
+)
+
+
+@pytest.mark.parametrize("accept", ACCEPTED)
+def test_openmetrics_says_since_when_a_series_counts(accept: str) -> None:
+    before = time.time()
+    metrics = Metrics()
+    text, content_type = metrics.exposed(accept)
+    assert content_type.startswith("application/openmetrics-text; version=1.0.0")
+    families = {family.name: family for family in openmetrics_families(text.decode())}  # type: ignore[no-untyped-call]
+    for name, type_ in (("rejected", "counter"), ("request_seconds", "histogram")):
+        family = families[f"clerk_sync_{name}"]
+        made = [one for one in family.samples if one.name == f"clerk_sync_{name}_created"]
+        assert family.type == type_
+        assert len(made) == (len(REJECTIONS) if type_ == "counter" else 1)
+        assert all(before - 1 <= one.value <= time.time() for one in made)
+    units = {name: family.unit for name, family in families.items()}
+    assert units["clerk_sync_request_seconds"] == "seconds"
+    assert units["clerk_sync_batch_events"] == "events"
+    assert units["clerk_sync_last_success_timestamp_seconds"] == "seconds"
+    assert units["clerk_sync_rejected"] == ""
+
+
+@pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/plain;version=0.0.4;q=0.3"])
+def test_the_plain_format_has_no_such_series(accept: str) -> None:
+    text, content_type = Metrics().exposed(accept)
+    assert content_type.startswith("text/plain; version=0.0.4")
+    assert b"clerk_sync_received_total 0.0\n" in text
+    assert b"_created" not in text
 
 
 def test_a_batch_is_counted_with_its_time() -> None:

@@ -175,7 +175,9 @@ async def test_a_run_by_the_command_is_shown(embedded_url: str, tmp_path: Path) 
                 assert shown("reconcile_drift_entities", kind="user", drift="missing") == 12
                 assert abs(shown("reconcile_finished_timestamp_seconds") - finished) < 3
                 assert shown("lease_held") == 0
-        assert len(here.api.asked) == asked
+                assert shown("clerk_entities", kind="user") == 12
+                assert shown("table_entities", kind="user") == 12
+        assert len(here.api.asked) == asked  # what it counted is fresh
 
 
 async def test_a_run_that_was_too_long_ago_is_no_reason_to_wait(
@@ -194,6 +196,14 @@ async def test_a_run_that_was_too_long_ago_is_no_reason_to_wait(
         async with replica(here, 3600) as at:
             assert ending(await ended(at, after=time.time() - 60)) == "in_step"
         assert pages(here) == 2 * seen
+
+
+def counts(metrics: Metrics) -> list[tuple[float, float]]:
+    """Return what both sides count, by kind."""
+    return [
+        (metrics("clerk_entities", kind=kind), metrics("table_entities", kind=kind))
+        for kind in ("user", "organization", "organizationMembership")
+    ]
 
 
 @pytest.mark.parametrize(
@@ -219,23 +229,55 @@ async def test_one_that_failed_is_tried_again_before_its_time(
                 assert pages(here) == 0
 
 
-@pytest.mark.parametrize("without", ["CLERK_SYNC_RECONCILE_INTERVAL", "CLERK_SECRET_KEY"])
-async def test_without_interval_or_key_nothing_is_asked_of_clerk(
-    embedded_url: str, tmp_path: Path, without: str
-) -> None:
+async def test_without_a_key_nothing_is_asked_of_clerk(embedded_url: str, tmp_path: Path) -> None:
     async with site(people(2), embedded_url, tmp_path) as here:
-        async with (
-            replica(here, **{without: None})
-            if without.endswith("KEY")
-            else replica(here, None) as at
-        ):
+        async with replica(here, CLERK_SECRET_KEY=None) as at:
             await at.until_ready()
             await asyncio.sleep(1.6)
             metrics = await at.metrics()
         assert here.api.asked == []
         assert ending(metrics) == ""
         assert metrics("reconcile_finished_timestamp_seconds") == 0
+        assert counts(metrics) == [(0, 0)] * 3
         assert await rows(here.url, "SELECT * FROM clerk_sync_runs") == []
+
+
+async def test_without_an_interval_one_of_all_counts_and_all_tell(
+    database_url: str, tmp_path: Path
+) -> None:
+    async with site(people(9, 2, 12), database_url, tmp_path) as here:
+        assert (await here.run("reconcile")).code == 2
+        await rows(here.url, "DELETE FROM clerk_users WHERE clerk_id = 'user_00003'")
+        here.api.put_user("user_new")
+        await rows(here.url, "DELETE FROM clerk_sync_runs")
+        here.api.asked.clear()
+        seen = [(10, 8), (2, 2), (12, 12)]
+        async with replica(here, None) as one, replica(here, None) as two:
+
+            async def both() -> list[list[tuple[float, float]]]:
+                return [counts(await at.metrics()) for at in (one, two)]
+
+            await deliveries.until(both, lambda found: seen in found)
+            assert ending(await one.metrics()) == ""
+        async with replica(here, None) as later:
+            shown = await deliveries.until(later.metrics, lambda found: counts(found)[0] != (0, 0))
+            assert counts(shown) == seen
+        # Each kind once, by whichever was first; and nothing else is asked, or written.
+        assert len(here.api.asked) == 3
+        assert [name for (name,) in await rows(here.url, "SELECT name FROM clerk_sync_runs")] == [
+            "count"
+        ]
+        # Five minutes later it is time again, and Clerk is away: what is known stays.
+        for column in ("started_at", "finished_at"):
+            old = f"UPDATE clerk_sync_runs SET {column} = '2020-01-01 00:00:00.000000'"
+            await rows(here.url, old)
+        here.api.faults.append(clerk_api.failing(403, path="/v1/", times=1000))
+        async with replica(here, None) as at:
+            await deliveries.until(
+                at.metrics, lambda found: found("clerk_requests_total", status="4xx") > 0
+            )
+            assert counts(await at.metrics()) == seen
+            assert (await at.inside("/readyz")).status == 200
 
 
 async def test_clerk_is_away_and_comes_back(embedded_url: str, tmp_path: Path) -> None:

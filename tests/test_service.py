@@ -226,13 +226,21 @@ async def test_queue_full_and_deadline_are_quick_503s(mysql_server: Managed) -> 
 # --- Probes ------------------------------------------------------------------------------------
 
 
+def unready(metrics: deliveries.Metrics) -> set[str]:
+    """Return why no deliveries are taken, by the metrics; which say of one thing the same twice."""
+    reasons = ("database", "schema", "draining")
+    found = {reason for reason in reasons if metrics("unready", reason=reason)}
+    assert metrics("ready") == (not found)
+    return found
+
+
 async def test_missing_schema_is_live_and_not_ready_until_it_arrives(database_url: str) -> None:
     async with deliveries.serving(deliveries.settings_of(database_url)) as at:
         live, ready = await at.inside("/livez"), await at.inside("/readyz")
         assert (live.status, live.json) == (200, {"live": True})
         assert (ready.status, ready.json["ready"], ready.json["reason"]) == (503, False, "schema")
         assert "clerk-sync migrate" in ready.json["detail"]
-        assert (await at.metrics())("ready") == 0
+        assert unready(await at.metrics()) == {"schema"}
         refused = await at.post(event("user.created", "user_a"))
         assert refused.said == (503, "unavailable", "schema")
         assert refused.headers["Retry-After"] == "5"
@@ -251,7 +259,7 @@ async def test_missing_schema_is_live_and_not_ready_until_it_arrives(database_ur
             capture_output=True,
         )
         assert (await at.until_ready()).json == {"ready": True}
-        assert (await at.metrics())("ready") == 1
+        assert unready(await at.metrics()) == set()
         assert (await at.post(event("user.created", "user_a"))).outcome == "applied"
 
 
@@ -336,7 +344,7 @@ async def test_metrics_speak_both_formats(at: At) -> None:
 
 async def test_every_series_is_there_from_the_start(at: At) -> None:
     metrics = await at.metrics()
-    for type_ in (*samples.TYPES, "other"):
+    for type_ in (*samples.TYPES, "clerk-sync.probe", "other"):
         for outcome in ("applied", "stale", "duplicate", "ignored", "quarantined"):
             assert metrics("outcomes_total", type=type_, outcome=outcome) == 0
     for reason in ("missing", "malformed", "wrong", "expired", "instance", "too_large"):
@@ -345,7 +353,7 @@ async def test_every_series_is_there_from_the_start(at: At) -> None:
         assert metrics("unavailable_total", reason=reason) == 0
     assert metrics("errors_total") == 0
     assert metrics("last_success_timestamp_seconds") == 0
-    assert metrics("ready") == 1
+    assert unready(metrics) == set()
 
 
 async def test_each_outcome_moves_its_own_counters(at: At) -> None:
@@ -390,11 +398,12 @@ async def test_each_outcome_moves_its_own_counters(at: At) -> None:
 
 async def test_metrics_tell_age_batches_depth_and_last_success(at: At) -> None:
     before = await at.metrics()
-    aged = ours("user.created", "user_a", at_ms=deliveries.now_ms() - 7_000)
-    await at.post(aged)
+    aged, svix_id = ours("user.created", "user_a", at_ms=deliveries.now_ms() - 7_000), new_id()
+    await at.post(aged, svix_id=svix_id)
     after = await at.metrics()
     assert 7 <= after("event_age_seconds_sum") - before("event_age_seconds_sum") < 9
     assert after("event_age_seconds_count") == 1
+    assert after("queue_limit") == 1000
     assert after("batch_events_count") == after("batch_events_sum") == 1
     assert after("apply_seconds_count") == 1
     assert 0 < after("apply_seconds_sum") < 1
@@ -407,6 +416,8 @@ async def test_metrics_tell_age_batches_depth_and_last_success(at: At) -> None:
     many = await at.metrics()
     assert many("batch_events_sum") == 41
     assert many("batch_events_count") < 41  # some shared a transaction
+    assert (await at.post(aged, svix_id=svix_id)).outcome == "duplicate"
+    assert (await at.metrics())("event_age_seconds_count") == 41
 
 
 async def test_queue_depth_tells_what_waits(tmp_path: Path) -> None:
@@ -703,7 +714,7 @@ async def test_what_is_in_flight_is_committed_and_answered_while_it_drains(tmp_p
             draining = await at.inside("/readyz")
             assert draining.json["reason"] == "draining"
             assert (await at.inside("/livez")).status == 200
-            assert (await at.metrics())("ready") == 0
+            assert unready(await at.metrics()) == {"draining"}
             assert await silent.rest(seconds=2) == b""  # an idle connection is closed at once
             assert not any(one.done() for one in held)
             await unfinished.send(whole[-5:])

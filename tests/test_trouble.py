@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import socket
 import sqlite3
 import time
+from collections import Counter
 from typing import TYPE_CHECKING
 from urllib.parse import quote, urlsplit
 
 import pytest
 
-from clerk_sync import webhook
+from clerk_sync import probe, signature, webhook
 from tests import deliveries
-from tests.deliveries import rows, served, serving, settings_of
+from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows, served, serving, settings_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -39,6 +41,9 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
         try:
             reply = await at.post(deliveries.event("user.updated", "user_a"))
             assert reply.said == (503, "unavailable", "database")
+            signers = signature.signers(SECRET)
+            probed = await probe.probe(probe.address(at.url + PATH), signers, seconds=1)
+            assert "is away, or takes no writes" in probed.text
             unready = await at.until_ready(ready=False)
             assert "read-only" in unready.json["detail"] or "1290" in unready.json["detail"]
         finally:
@@ -112,3 +117,37 @@ async def test_the_quarantine_names_the_column(tmp_path: Path) -> None:
         found = connection.execute("SELECT reason, detail FROM clerk_sync_quarantine").fetchall()
     connection.close()
     assert found == [("too_long", "column first_name")]
+
+
+async def test_strangers_cannot_fill_the_log_and_clerk_s_lines_stay(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    user = deliveries.event("user.created", "user_a")
+    late = int(time.time()) - 1000
+    async with deliveries.process(tmp_path, url) as (process, at):
+        await at.until_ready()
+        before = await at.metrics()
+        await asyncio.gather(*(at.post(user, secret=OTHER_SECRET) for _ in range(60)))
+        await asyncio.gather(*(at.post(b"{}", path=f"/{n}") for n in range(12)))
+        await asyncio.gather(*(at.post(user, sent_at=late, svix_id="msg_old") for _ in range(15)))
+        await asyncio.gather(
+            *(at.post(deliveries.event("user.created", f"user_{n}")) for n in range(20))
+        )
+        after = await at.metrics()
+        process.signal(signal.SIGTERM)
+        assert await process.ended(seconds=8) == 0
+        found = process.lines()
+    counted = Counter(
+        (line["outcome"], line["reason"]) for line in found if line["event"] == "delivery"
+    )
+    assert counted == {
+        ("rejected", "wrong"): 10,
+        ("rejected", "path"): 10,
+        ("rejected", "expired"): 10,
+        ("applied", None): 20,
+    }
+    assert sum(line["event"] == "clock_skew" for line in found) == 10
+    left_out = {line["reason"]: line["count"] for line in found if line["event"] == "unlogged"}
+    assert left_out == {"wrong": 50, "path": 2, "expired": 5}
+    for reason, number in (("wrong", 60), ("path", 12), ("expired", 15)):
+        assert after.grown_since(before)[f"rejected{{reason={reason}}}"] == number

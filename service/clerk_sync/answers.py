@@ -94,6 +94,9 @@ UNAVAILABILITIES: Final = (
     Reason.DRAINING,
 )
 
+# Why a process takes no deliveries at all.
+UNREADINESSES: Final = (Reason.DATABASE, Reason.SCHEMA, Reason.DRAINING)
+
 
 class Verdict(StrEnum):
     """How an object in Clerk and its row stand to each other."""

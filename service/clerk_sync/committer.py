@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from clerk_sync.mapping import Change
     from clerk_sync.metrics import Metrics
     from clerk_sync.store import Store
+    from clerk_sync.tracing import Trace
 
 log = structlog.get_logger()
 
@@ -75,6 +76,7 @@ class _Answers:
 class _Entry:
     change: Change
     answer: asyncio.Future[Answer] | _Together
+    trace: Trace | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,6 +116,7 @@ class Committer:
         self._away_until = 0.0
         self._sessions = 0
         self._tasks: list[asyncio.Task[None]] = []
+        metrics.queue_limit.set(queue_limit)
         metrics.queue_depth.set_function(self._queue.qsize)
         metrics.writer_connections.set_function(lambda: self._sessions)
 
@@ -128,7 +131,7 @@ class Committer:
             self._queue.put_nowait(None)
         await asyncio.gather(*self._tasks)
 
-    async def commit(self, change: Change) -> Answer:
+    async def commit(self, change: Change, trace: Trace | None = None) -> Answer:
         """The change's answer, once it is committed or cannot be.
 
         When the caller is cancelled, a change that still waits is dropped; one that is being
@@ -144,7 +147,9 @@ class Committer:
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._characters += characters
-        self._queue.put_nowait(_Entry(change, answer))
+        self._queue.put_nowait(_Entry(change, answer, trace))
+        if trace is not None:
+            trace.queued()
         try:
             return await answer
         finally:
@@ -211,6 +216,9 @@ class Committer:
     async def _settle(self, session: _Session | None, batch: list[_Entry]) -> _Session | None:
         """Answer the whole batch; the session to go on with, if it is still good."""
         answer = Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+        for entry in batch:
+            if entry.trace is not None:
+                entry.trace.taken()
         old, session = session, None
         try:
             session = await self._session(old)
@@ -223,7 +231,7 @@ class Committer:
                 # It may have been cut while it lay idle: once more, on a new one.
                 self._drop(session)
                 return await self._settle(None, waiting)
-            log.error("database_unavailable", error=str(error), waiting=self._queue.qsize())
+            log.error("database_unavailable", error=str(error), queue_depth=self._queue.qsize())
             self.trouble.set()
             if session is None and not self._sessions:
                 self._away_until = time.monotonic() + AWAY_SECONDS
@@ -272,8 +280,9 @@ class Committer:
     async def _commit(self, connection: Connection, batch: list[_Entry]) -> None:
         """Commit and answer the batch, taken apart until what fails stands alone."""
         changes = [entry.change for entry in batch]
+        exemplar = next((entry.trace.exemplar for entry in batch if entry.trace is not None), None)
         try:
-            answers = await self._applied(connection, changes)
+            answers = await self._applied(connection, changes, exemplar)
         except LockWait as error:
             await connection.rollback()
             if len(batch) > 1:
@@ -294,6 +303,8 @@ class Committer:
                 return
             answers = [await self._failed(connection, changes[0], error)]
         for entry, answer in zip(batch, answers, strict=True):
+            if entry.trace is not None:
+                entry.trace.settled(len(batch))
             _resolve(entry, answer)
 
     async def _failed(self, connection: Connection, change: Change, error: Exception) -> Answer:
@@ -314,7 +325,7 @@ class Committer:
         if error.reason is None:
             log.error("refused", **about)
             return Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
-        log.warning("refused", **about)
+        log.warning("refused", reason=error.reason.value, **about)
         kept = quarantined(change, error.reason, str(error))
         try:
             (answer,) = await self._applied(connection, [kept])
@@ -324,10 +335,15 @@ class Committer:
             (answer,) = await self._applied(connection, [replace(kept, payload=None)])
         return answer
 
-    async def _applied(self, connection: Connection, changes: list[Change]) -> list[Answer]:
+    async def _applied(
+        self,
+        connection: Connection,
+        changes: list[Change],
+        exemplar: dict[str, str] | None = None,
+    ) -> list[Answer]:
         """Apply the changes as one transaction, again while others are in its way."""
         try:
-            return await self._apply(connection, changes)
+            return await self._apply(connection, changes, exemplar)
         except Contention:
             async for attempt in stamina.retry_context(
                 on=Contention,
@@ -339,19 +355,24 @@ class Committer:
                 with attempt:
                     self._metrics.contention.inc()
                     await connection.rollback()
-                    return await self._apply(connection, changes)
+                    return await self._apply(connection, changes, exemplar)
             raise
 
-    async def _apply(self, connection: Connection, changes: list[Change]) -> list[Answer]:
+    async def _apply(
+        self, connection: Connection, changes: list[Change], exemplar: dict[str, str] | None
+    ) -> list[Answer]:
         if self.store is None:
             return [Answer(Outcome.UNAVAILABLE, self.storeless)] * len(changes)
         started = time.perf_counter()
         now_ms = time.time_ns() // 1_000_000
         answers = await self.store.apply(connection, changes, now_ms=now_ms)
-        self._metrics.applied(len(changes), time.perf_counter() - started)
-        for change in changes:
-            if change.event_ms and change.delivery_id is not None:
-                self._metrics.event_age.observe(max(0, now_ms - change.event_ms) / 1000)
+        self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
+        committed_ms = time.time_ns() // 1_000_000
+        for change, answer in zip(changes, answers, strict=True):
+            # One that is sent again, by Svix or by hand, had its effect before.
+            known = answer.outcome is Outcome.DUPLICATE
+            if change.event_ms and change.delivery_id is not None and not known:
+                self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
         return answers
 
 

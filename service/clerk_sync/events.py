@@ -86,6 +86,10 @@ USER_PATHS: Final[dict[str, tuple[str, ...]]] = {
 LISTED: Final = ("user", "organization", "organizationMembership")
 # What stands for the type of an event where Clerk's API was asked instead.
 READ: Final = "api.read"
+# What `clerk-sync probe` sends. It is no type of Clerk's, so that no mapping can name it.
+PROBE: Final = "clerk-sync.probe"
+# With what its svix-ids begin, so that its rows are found by the ledger's key. Svix's: `msg_`.
+PROBE_IDS: Final = "probe_"
 
 
 @dataclass(frozen=True, slots=True)

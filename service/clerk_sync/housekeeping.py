@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from clerk_sync.database_errors import engine_errors_told
+from clerk_sync.events import PROBE, PROBE_IDS
 from clerk_sync.tables import entities, events, quarantine
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+PROBES_KEPT: Final = timedelta(hours=1)
 _CHUNK: Final = 1000
 
 
@@ -68,14 +70,26 @@ async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
 
 
 async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:
-    """Delete what has outlived its days, in small transactions; how many rows went."""
+    """Delete what has outlived its days, in small transactions; how many rows went.
+
+    Of probes, which may come every minute for years, an hour is kept.
+    """
     now = datetime.now(UTC).replace(tzinfo=None)
     gone = 0
-    for table, time, days in (
-        (events, events.c.committed_at, ledger_days),
-        (quarantine, quarantine.c.quarantined_at, quarantine_days),
+    for table, outlived in (
+        (events, events.c.committed_at < now - timedelta(days=ledger_days)),
+        (quarantine, quarantine.c.quarantined_at < now - timedelta(days=quarantine_days)),
+        (
+            events,
+            sa.and_(
+                # A range of the primary key: a search by type would read the whole ledger.
+                events.c.svix_id.between(PROBE_IDS, f"{PROBE_IDS}~"),
+                events.c.type == PROBE,
+                events.c.committed_at < now - PROBES_KEPT,
+            ),
+        ),
     ):
-        old = sa.select(table.c.svix_id).where(time < now - timedelta(days=days)).limit(_CHUNK)
+        old = sa.select(table.c.svix_id).where(outlived).limit(_CHUNK)
         while ids := [row["svix_id"] for row in await _run(engine, old)]:
             with engine_errors_told():
                 async with engine.begin() as connection:

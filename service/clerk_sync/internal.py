@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 from aiohttp import web
-from prometheus_client.exposition import choose_encoder
 
 from clerk_sync import profiles
 from clerk_sync.answers import RETRY_AFTER_SECONDS, Outcome, Reason
@@ -92,10 +91,8 @@ class InternalListener:
         if hasattr(pool, "checkedout"):
             self._metrics.pool_in_use.set(pool.checkedout())
             self._metrics.pool_size.set(pool.size())
-        encode, content_type = choose_encoder(request.headers.get("Accept", ""))
-        return web.Response(
-            body=encode(self._metrics.registry), headers={"Content-Type": content_type}
-        )
+        body, content_type = self._metrics.exposed(request.headers.get("Accept", ""))
+        return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def profiles(self, request: web.Request) -> web.Response:
         """`?username=U`: that user with what it owns, or null. Else at most 30 users."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import sys
@@ -9,6 +10,7 @@ import traceback
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, TextIO
 
+import stamina
 import structlog
 
 if TYPE_CHECKING:
@@ -16,8 +18,10 @@ if TYPE_CHECKING:
 
 
 def hush() -> None:
-    """Silence the libraries that quote data, or let strangers fill the log."""
-    for name in ("asyncmy", "aiohttp.server", "aiohttp.access", "sqlalchemy"):
+    """Silence the libraries that quote data or secrets, or let strangers fill the log."""
+    # The last one quotes headers that it cannot read, and they hold a collector's token.
+    quoting = ("asyncmy", "sqlalchemy", "opentelemetry.util.re")
+    for name in (*quoting, "aiohttp.server", "aiohttp.access"):
         logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
@@ -42,6 +46,7 @@ def configure(level: str, format_: str | None, *, file: TextIO | None = None) ->
     )
     handler = _Forward(logging.WARNING)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
+    stamina.instrumentation.set_on_retry_hooks([_retried])
     hush()
 
 
@@ -62,6 +67,49 @@ def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapp
     event["level"] = "error" if level == "exception" else level
     event["timestamp"] = datetime.now(UTC).isoformat(timespec="milliseconds")[:-6] + "Z"
     return event
+
+
+def _retried(details: stamina.instrumentation.RetryDetails) -> None:
+    """In words of our own: the library's line quotes what a call was given."""
+    structlog.get_logger().warning(
+        "retry",
+        error=str(details.caused_by),
+        attempt=details.retry_num,
+        wait_seconds=round(details.wait_for, 2),
+    )
+
+
+class Ration:
+    """At most so many lines of a kind in a minute; one more then says how many were left out.
+
+    A kind is the fields that its lines have in common. There have to be few of them.
+    """
+
+    def __init__(self, *, lines: int = 10, seconds: float = 60.0) -> None:
+        self._lines = lines
+        self._seconds = seconds
+        self._counts: dict[tuple[tuple[str, str | None], ...], int] = {}
+
+    def allows(self, **kind: str | None) -> bool:
+        """Whether one more line of this kind may be written now."""
+        key = tuple(kind.items())
+        if key not in self._counts:
+            self._counts[key] = 0
+            asyncio.get_running_loop().call_later(self._seconds, self._end, key)
+        self._counts[key] += 1
+        return self._counts[key] <= self._lines
+
+    def end(self) -> None:
+        """Say now what was left out."""
+        for key in [*self._counts]:
+            self._end(key)
+
+    def _end(self, key: tuple[tuple[str, str | None], ...]) -> None:
+        count = self._counts.pop(key, 0) - self._lines
+        if count > 0:
+            structlog.get_logger().warning(
+                "unlogged", **dict(key), count=count, seconds=self._seconds
+            )
 
 
 class _Forward(logging.Handler):

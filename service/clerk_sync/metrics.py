@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Final
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, Final, TypeVar
 
-from prometheus_client import (
-    CollectorRegistry,
-    Counter,
-    Gauge,
-    Histogram,
-    Info,
-    disable_created_metrics,
-)
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Info, Metric
+from prometheus_client.exposition import choose_encoder
 from prometheus_client.gc_collector import GCCollector
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.platform_collector import PlatformCollector
 from prometheus_client.process_collector import ProcessCollector
+from prometheus_client.registry import Collector
 
 from clerk_sync import __version__, samples
 from clerk_sync.answers import (
@@ -23,13 +20,15 @@ from clerk_sync.answers import (
     QUARANTINES,
     REJECTIONS,
     UNAVAILABILITIES,
+    UNREADINESSES,
     Answer,
     Ending,
     Outcome,
 )
-from clerk_sync.events import LISTED
+from clerk_sync.events import LISTED, PROBE
 
 OTHER: Final = "other"
+TYPES: Final = (*samples.TYPES, PROBE, OTHER)
 CLERK_STATUSES: Final = ("200", "404", "429", "4xx", "5xx", "none", "other")
 SETTLED: Final = (
     Outcome.APPLIED,
@@ -38,167 +37,170 @@ SETTLED: Final = (
     Outcome.IGNORED,
     Outcome.QUARANTINED,
 )
-_TYPES: Final = frozenset(samples.TYPES)
+_KNOWN: Final = frozenset(TYPES)
 
-
-# They double the series, and Prometheus reads them as gauges of their own.
-disable_created_metrics()  # type: ignore[no-untyped-call]
+_Made = TypeVar("_Made", bound=MetricWrapperBase)
 
 
 class Metrics:
-    """One service's metrics in a registry of their own."""
+    """One service's metrics in a registry of their own.
+
+    Each is declared with its unit and with every value that its labels can have, and so has all
+    of its series from the start. `units` has the units by name, as the registry has it.
+    """
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
+        self.units: dict[str, str] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
-        registry = self.registry
-        self.received = Counter(
-            "clerk_sync_received",
-            "Requests that reached the webhook listener.",
-            registry=registry,
+        self.received = self._counter(
+            "received", "Requests that reached the webhook listener.", "requests"
         )
-        self.outcomes = Counter(
-            "clerk_sync_outcomes",
-            "Verified events by Clerk's type and what became of them.",
-            ["type", "outcome"],
-            registry=registry,
+        self.outcomes = self._counter(
+            "outcomes",
+            "Verified events by Clerk's type and what became of them. A probe's type is its own; "
+            "types that Clerk does not have yet are other.",
+            "events",
+            type=(*samples.TYPES, PROBE, OTHER),
+            outcome=SETTLED,
         )
-        self.rejected = Counter(
-            "clerk_sync_rejected",
-            "Requests refused before they were an event, by reason.",
-            ["reason"],
-            registry=registry,
+        self.rejected = self._counter(
+            "rejected",
+            "Requests refused with 4xx before they were an event.",
+            "requests",
+            reason=REJECTIONS,
         )
-        self.quarantined = Counter(
-            "clerk_sync_quarantined",
-            "Events put into quarantine, by reason.",
-            ["reason"],
-            registry=registry,
+        self.quarantined = self._counter(
+            "quarantined", "Events put into quarantine.", "events", reason=QUARANTINES
         )
-        self.unavailable = Counter(
-            "clerk_sync_unavailable",
-            "Requests answered 503 for the sender to retry, by reason.",
-            ["reason"],
-            registry=registry,
+        self.unavailable = self._counter(
+            "unavailable",
+            "Requests answered 503 for the sender to retry.",
+            "requests",
+            reason=UNAVAILABILITIES,
         )
-        self.errors = Counter(
-            "clerk_sync_errors",
-            "Requests answered 500: a defect of clerk-sync.",
-            registry=registry,
+        self.errors = self._counter(
+            "errors", "Requests answered 500: a defect of clerk-sync.", "requests"
         )
-        self.quarantine_size = Gauge(
-            "clerk_sync_quarantine_events",
-            "Events in quarantine now, as of the last look.",
-            registry=registry,
+        self.quarantine_size = self._gauge(
+            "quarantine_events", "Events in quarantine now, counted once a minute.", "events"
         )
-        self.batch_size = Histogram(
-            "clerk_sync_batch_events",
+        self.batch_size = self._histogram(
+            "batch_events",
             "Events committed together in one transaction.",
-            buckets=(1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
-            registry=registry,
+            "events",
+            (1, 2, 4, 8, 16, 32, 64, 128, 256, 512),
         )
-        self.apply_seconds = Histogram(
-            "clerk_sync_apply_seconds",
+        self.apply_seconds = self._histogram(
+            "apply_seconds",
             "Time that one transaction took, COMMIT included.",
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
-            registry=registry,
+            "seconds",
+            (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
         )
-        self.request_seconds = Histogram(
-            "clerk_sync_request_seconds",
+        self.request_seconds = self._histogram(
+            "request_seconds",
             "Time from a webhook's headers to its answer.",
-            buckets=(0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
-            registry=registry,
+            "seconds",
+            (0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10),
         )
-        self.event_age = Histogram(
-            "clerk_sync_event_age_seconds",
-            "Time from Clerk's event to its commit here.",
-            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 43200, 100000),
-            registry=registry,
+        self.event_age = self._histogram(
+            "event_age_seconds",
+            "Time from Clerk's event to its commit here, without probes and duplicates.",
+            "seconds",
+            # Up to a minute the objectives; then Svix's attempts, which end after 28 hours.
+            # Beyond are only what people sent again, and the examples in Clerk's dashboard.
+            (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 43200, 100000),
         )
-        self.contention = Counter(
-            "clerk_sync_contention_retries",
+        self.contention = self._counter(
+            "contention_retries",
             "Transactions run again after a deadlock or a lock wait.",
-            registry=registry,
+            "retries",
         )
-        self.queue_depth = Gauge(
-            "clerk_sync_queue_depth", "Events waiting for a writer.", registry=registry
+        self.queue_depth = self._gauge("queue_depth", "Events waiting for a writer.", "events")
+        self.queue_limit = self._gauge(
+            "queue_limit", "Events that may wait. Beyond it, 503 with queue_full.", "events"
         )
-        self.writer_connections = Gauge(
-            "clerk_sync_writer_connections",
-            "Database connections held by the writers.",
-            registry=registry,
+        self.writer_connections = self._gauge(
+            "writer_connections", "Database connections held by the writers.", "connections"
         )
-        self.pool_in_use = Gauge(
-            "clerk_sync_pool_in_use",
-            "Connections of the read side's pool in use.",
-            registry=registry,
+        self.pool_in_use = self._gauge(
+            "pool_in_use", "Connections of the read side's pool in use.", "connections"
         )
-        self.pool_size = Gauge(
-            "clerk_sync_pool_size", "Connections the read side's pool may hold.", registry=registry
+        self.pool_size = self._gauge(
+            "pool_size", "Connections the read side's pool may hold.", "connections"
         )
-        self.ready = Gauge(
-            "clerk_sync_ready", "1 while the service takes deliveries.", registry=registry
+        self.ready = self._gauge(
+            "ready", "1 while the service takes deliveries, as /readyz says.", "1 or 0"
         )
-        self.last_success = Gauge(
-            "clerk_sync_last_success_timestamp_seconds",
-            "When a delivery was last answered 2xx, unix time; 0 before the first.",
-            registry=registry,
+        self.unready = self._gauge(
+            "unready",
+            "1 for why the service takes no deliveries. All are 0 while it does.",
+            "1 or 0",
+            reason=UNREADINESSES,
         )
-        self.clerk_requests = Counter(
-            "clerk_sync_clerk_requests",
+        self.last_success = self._gauge(
+            "last_success_timestamp_seconds",
+            "When an event was last answered 200, without probes; 0 before the first.",
+            "unix time",
+        )
+        self.clerk_requests = self._counter(
+            "clerk_requests",
             "Requests to Clerk's API by how they were answered; none is no answer.",
-            ["status"],
-            registry=registry,
+            "requests",
+            status=CLERK_STATUSES,
         )
-        self.clerk_wait_seconds = Counter(
-            "clerk_sync_clerk_wait_seconds",
+        self.clerk_wait_seconds = self._counter(
+            "clerk_wait_seconds",
             "Time that requests to Clerk's API waited for its rate limit, or for our share of it.",
-            registry=registry,
+            "seconds",
         )
-        self.clerk_entities = Gauge(
-            "clerk_sync_clerk_entities",
-            "Objects that Clerk counted when it was last asked.",
-            ["kind"],
-            registry=registry,
+        self.clerk_entities = self._gauge(
+            "clerk_entities",
+            "Objects that Clerk counted when it was last asked, by whichever process.",
+            "objects",
+            kind=LISTED,
         )
-        self.table_entities = Gauge(
-            "clerk_sync_table_entities",
+        self.table_entities = self._gauge(
+            "table_entities",
             "Rows that the mapped table had at the same time, without marked ones.",
-            ["kind"],
-            registry=registry,
+            "rows",
+            kind=LISTED,
         )
-        self.drift = Gauge(
-            "clerk_sync_reconcile_drift_entities",
+        self.drift = self._gauge(
+            "reconcile_drift_entities",
             "What the last reconcile found out of step, wherever it ran.",
-            ["kind", "drift"],
-            registry=registry,
+            "rows",
+            kind=LISTED,
+            drift=DRIFTS,
         )
-        self.reconcile_result = Gauge(
-            "clerk_sync_reconcile_result",
+        self.reconcile_result = self._gauge(
+            "reconcile_result",
             "1 for how the last reconcile ended, wherever it ran.",
-            ["result"],
-            registry=registry,
+            "1 or 0",
+            result=Ending,
         )
-        self.reconcile_finished = Gauge(
-            "clerk_sync_reconcile_finished_timestamp_seconds",
-            "When the last reconcile ended, unix time; 0 before the first.",
-            registry=registry,
+        self.reconcile_finished = self._gauge(
+            "reconcile_finished_timestamp_seconds",
+            "When the last reconcile ended; 0 before the first.",
+            "unix time",
         )
-        self.reconcile_seconds = Gauge(
-            "clerk_sync_reconcile_seconds", "Time that the last reconcile took.", registry=registry
+        self.reconcile_seconds = self._gauge(
+            "reconcile_seconds", "Time that the last reconcile took.", "seconds"
         )
-        self.lease_held = Gauge(
-            "clerk_sync_lease_held",
-            "1 while this process reconciles, which one does at a time.",
-            registry=registry,
+        self.lease_held = self._gauge(
+            "lease_held",
+            "1 while this process backfills or reconciles, which one does at a time.",
+            "1 or 0",
         )
-        Info("clerk_sync_build", "The running version.", registry=registry).info(
+        self.units["clerk_sync_build"] = "always 1"
+        Info("clerk_sync_build", "The running version.", registry=self.registry).info(
             {"version": __version__}
         )
+        # Looking a child up by its labels takes a lock: the hot path has them ready.
         self._outcomes = {
             (type_, outcome): self.outcomes.labels(type_, outcome.value)
-            for type_ in (*samples.TYPES, OTHER)
+            for type_ in (*samples.TYPES, PROBE, OTHER)
             for outcome in SETTLED
         }
         self._rejected = {reason: self.rejected.labels(reason.value) for reason in REJECTIONS}
@@ -209,23 +211,53 @@ class Metrics:
             reason: self.unavailable.labels(reason.value) for reason in UNAVAILABILITIES
         }
 
-        self._clerk_requests = {
-            status: self.clerk_requests.labels(status) for status in CLERK_STATUSES
-        }
-        for kind in LISTED:
-            self.clerk_entities.labels(kind)
-            self.table_entities.labels(kind)
-            for drift in DRIFTS:
-                self.drift.labels(kind, drift.value)
-        for ending in Ending:
-            self.reconcile_result.labels(ending.value)
+    def _counter(self, name: str, tells: str, unit: str, **labels: Iterable[str]) -> Counter:
+        return self._made(Counter, name, tells, unit, labels)
+
+    def _gauge(self, name: str, tells: str, unit: str, **labels: Iterable[str]) -> Gauge:
+        return self._made(Gauge, name, tells, unit, labels)
+
+    def _histogram(self, name: str, tells: str, unit: str, buckets: Sequence[float]) -> Histogram:
+        return self._made(Histogram, name, tells, unit, {}, buckets=buckets)
+
+    def _made(
+        self,
+        type_: type[_Made],
+        name: str,
+        tells: str,
+        unit: str,
+        labels: Mapping[str, Iterable[str]],
+        **options: Any,
+    ) -> _Made:
+        """A metric of the registry, with all of its series."""
+        full = f"clerk_sync_{name}"
+        self.units[full] = unit
+        # OpenMetrics knows a unit only where the name ends with it.
+        suffix = "seconds" if unit == "unix time" else unit
+        declared = suffix if name.endswith(f"_{suffix}") else ""
+        made = type_(full, tells, tuple(labels), registry=self.registry, unit=declared, **options)
+        for values in itertools.product(*labels.values()) if labels else ():
+            made.labels(*values)
+        return made
+
+    def exposed(self, accept: str) -> tuple[bytes, str]:
+        """The exposition that a scraper accepts, and its content type.
+
+        OpenMetrics has the times at which series were made, so that a counter's first increase
+        counts. In the plain text format they would be series of their own, and are left out.
+        """
+        encode, content_type = choose_encoder(accept)
+        if "openmetrics" in content_type:
+            return encode(self.registry), content_type
+        return encode(_Uncreated(self.registry)), content_type
 
     def clerk_asked(self, status: int | None) -> None:
         """Count one request to Clerk; `status` None is one without an answer."""
         name = "none" if status is None else str(status)
-        if name not in CLERK_STATUSES:
-            name = f"{name[0]}xx"
-        self._clerk_requests.get(name, self._clerk_requests["other"]).inc()
+        for known in (name, f"{name[0]}xx", "other"):
+            if known in CLERK_STATUSES:
+                self.clerk_requests.labels(known).inc()
+                return
 
     def clerk_waited(self, seconds: float) -> None:
         """Count a wait before a request to Clerk."""
@@ -253,18 +285,26 @@ class Metrics:
             for name in DRIFTS:
                 self.drift.labels(kind, name.value).set(drift.get(kind, {}).get(name.value, 0))
 
-    def applied(self, events: int, seconds: float) -> None:
-        """Count one committed transaction."""
+    def applied(self, events: int, seconds: float, exemplar: dict[str, str] | None = None) -> None:
+        """Count one committed transaction; the exemplar is of a trace with it, if one is kept."""
         self.batch_size.observe(events)
-        self.apply_seconds.observe(seconds)
+        self.apply_seconds.observe(seconds, exemplar)
 
-    def answered(self, answer: Answer, type_: str | None, seconds: float, now: float) -> None:
-        """Count one answered delivery."""
-        self.request_seconds.observe(seconds)
+    def answered(
+        self,
+        answer: Answer,
+        type_: str | None,
+        seconds: float,
+        now: float,
+        exemplar: dict[str, str] | None = None,
+    ) -> None:
+        """Count one answered delivery; the exemplar is of its trace, if that is kept."""
+        self.request_seconds.observe(seconds, exemplar)
         if answer.outcome in SETTLED:
-            known = type_ if type_ in _TYPES else OTHER
+            known = type_ if type_ in _KNOWN else OTHER
             self._outcomes[known or OTHER, answer.outcome].inc()
-            self.last_success.set(now)
+            if type_ != PROBE:  # it says nothing about whether Clerk's events come
+                self.last_success.set(now)
             if answer.outcome is Outcome.QUARANTINED and answer.reason is not None:
                 self._quarantined[answer.reason].inc()
         elif answer.outcome is Outcome.REJECTED and answer.reason is not None:
@@ -273,3 +313,17 @@ class Metrics:
             self._unavailable[answer.reason].inc()
         else:
             self.errors.inc()
+
+
+class _Uncreated(Collector):
+    """A registry without the samples that say when a series was made."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self._registry = registry
+
+    def collect(self) -> Iterator[Metric]:
+        for metric in self._registry.collect():
+            metric.samples = [
+                sample for sample in metric.samples if sample.name != f"{metric.name}_created"
+            ]
+            yield metric

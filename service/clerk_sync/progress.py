@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from clerk_sync.lease import Lease
     from clerk_sync.mending import Mending
 
-Name = Literal["backfill", "reconcile"]
+Name = Literal["backfill", "reconcile", "count"]
 # A walk outlives a failover.
 _patient: Final = stamina.retry(on=Unavailable, attempts=20, timeout=60.0, wait_max=5.0)
 
@@ -138,6 +138,33 @@ async def finished(
             await connection.execute(
                 sa.update(runs).where(runs.c.name == name, _ours(lease)).values(values)
             )
+
+
+async def claimed(engine: AsyncEngine, name: Name, last: Run | None) -> bool:
+    """Note that a run begins, unless somebody else's has since `last` was read."""
+    now = _now()
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            if last is None:
+                try:
+                    await connection.execute(sa.insert(runs).values(name=name, started_at=now))
+                except sa.exc.IntegrityError:
+                    return False
+                return True
+            changed = await connection.execute(
+                sa.update(runs)
+                .where(runs.c.name == name, runs.c.started_at == last.started_at)
+                .values(started_at=now)
+            )
+            return changed.rowcount == 1
+
+
+async def counted(engine: AsyncEngine, report: Mapping[str, Any]) -> None:
+    """Keep what a count found, for every replica to show."""
+    values = {"finished_at": _now(), "report": json.dumps(report)}
+    with engine_errors_told():
+        async with engine.begin() as connection:
+            await connection.execute(sa.update(runs).where(runs.c.name == "count").values(values))
 
 
 async def last(engine: AsyncEngine, name: Name) -> Run | None:

@@ -1,12 +1,15 @@
 """Reconciling on a schedule inside `serve`, and counting in between.
 
-Any number of replicas may do this: the lease lets one through, and when the last run was is in
-the database. So are its results, which every replica shows, wherever it ran.
+Any number of replicas may do this: one of them does, and when the last run was is in the
+database. So are its results, which every replica shows, wherever it ran. With Clerk's key,
+counting is done without an interval as well: it is what tells that nothing happens in Clerk
+from nothing arriving here.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Final
 
@@ -54,7 +57,7 @@ class Schedule:
         self._engine = engine
         self._metrics = metrics
         self._ready = ready
-        self._counted = 0.0
+        self._shown = datetime.min  # noqa: DTZ901 -- naive UTC, as all times of the database
         self._interval: float | None = None
         if settings.clerk_key is not None:
             self._interval = settings.reconcile_interval
@@ -68,9 +71,11 @@ class Schedule:
                     if await self._due():
                         await self._reconcile()
                         await self._due()
-                    else:
-                        await self._count()
-                except (Unavailable, ClerkUnavailable, ClerkRefused, InvalidSettings) as error:
+                    await self._count()
+                except (
+                    *(Unavailable, ClerkUnavailable, ClerkRefused),
+                    *(InvalidSettings, SchemaFaults),
+                ) as error:
                     log.warning("count_failed", error=str(error))
                 except Exception:
                     log.exception("schedule_failed")
@@ -89,6 +94,7 @@ class Schedule:
                 seconds=report.get("seconds", 0.0),
                 drift=report.get("drift", {}),
             )
+            self._show(run)
         if self._interval is None:
             return False
         wait = self._interval
@@ -124,27 +130,40 @@ class Schedule:
         ) as error:
             log.error("reconcile_failed", error=str(error))
             return
-        finally:
-            self._show(report)
         if ending is Ending.IN_STEP:
             log.info("reconciled", result=ending.value, **report.summary())
         else:
             log.warning("reconciled", result=ending.value, **report.summary())
 
     async def _count(self) -> None:
-        """Compare what both sides count: cheap, and enough to notice that events are missed."""
-        now = asyncio.get_running_loop().time()
-        pause = min(COUNT_SECONDS, self._interval or COUNT_SECONDS)
-        if self._interval is None or (self._counted and now - self._counted < pause):
+        """Compare what both sides count, unless somebody just has; show what was found."""
+        run = await progress.last(self._engine, "count")
+        if run is not None:
+            self._show(run)
+        # Jitter, so that replicas that started together do not look at the same moment.
+        pause = min(COUNT_SECONDS, self._interval or COUNT_SECONDS) * random.uniform(0.9, 1.1)  # noqa: S311
+        last = max(self._shown, run.started_at) if run is not None else self._shown
+        fresh = progress.age_of(last) < pause
+        if self._settings.clerk_key is None or fresh:
             return
-        self._counted = now
+        if not await progress.claimed(self._engine, "count", run):
+            return
         report = Report()
         async with walks.walks(self._settings, self._mapping, self._metrics) as opened:
             await opened.count(report)
-        self._show(report)
-
-    def _show(self, report: Report) -> None:
+        await progress.counted(self._engine, {"clerk": report.clerk, "table": report.table})
+        if (run := await progress.last(self._engine, "count")) is not None:
+            self._show(run)
         for kind, table in report.table.items():
-            self._metrics.counted(kind, clerk=report.clerk[kind], table=table)
             if report.clerk[kind] != table:
                 log.info("counts_differ", kind=kind, clerk=report.clerk[kind], table=table)
+
+    def _show(self, run: progress.Run) -> None:
+        """Show what both sides counted at the end of this run, unless what is shown is newer."""
+        counts = run.report or {}
+        tables: dict[str, int] = counts.get("table", {})
+        if not tables or run.finished_at is None or run.finished_at <= self._shown:
+            return
+        self._shown = run.finished_at
+        for kind, table in tables.items():
+            self._metrics.counted(kind, clerk=counts["clerk"][kind], table=table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -14,7 +15,7 @@ import structlog
 from aiohttp import web
 
 from clerk_sync import __version__, housekeeping, schema
-from clerk_sync.answers import Reason
+from clerk_sync.answers import UNREADINESSES, Reason
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
 
     from clerk_sync.mapping import Mapping
     from clerk_sync.targets import Target
+    from clerk_sync.tracing import Tracing
 
 log = structlog.get_logger()
 
@@ -148,7 +150,6 @@ class Watch:
                 for line in readiness.detail.splitlines():
                     log.error("not_ready", reason=readiness.reason, detail=line)
         self.readiness = readiness
-        self._metrics.ready.set(readiness.ready)
 
     async def keep(self) -> None:
         """Expire what is old and count what is in quarantine, until cancelled."""
@@ -216,11 +217,12 @@ async def running(
     mapping: Mapping,
     *,
     committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[Running]:
     """Run the service; leaving drains it: not ready, then what is in flight, then the database.
 
     Raises InvalidSettings and OSError before it listens. `committer_of` is for the bench,
-    which leaves the database out to see what the rest costs.
+    which leaves the database out to see what the rest costs. `tracing` is closed at the end.
     """
     if settings.signing_secret is None:
         raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
@@ -238,6 +240,7 @@ async def running(
         committer=committer,
         metrics=metrics,
         deadline_seconds=settings.deadline_seconds,
+        tracing=tracing,
     )
 
     def readiness() -> Readiness:
@@ -245,8 +248,18 @@ async def running(
             return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
         return watch.readiness
 
+    def unready(reason: Reason) -> float:
+        return readiness().reason is reason
+
+    # What a scrape says is what /readyz says at that moment.
+    metrics.ready.set_function(lambda: readiness().ready)
+    for reason in UNREADINESSES:
+        metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
     schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(webhook.close)
+        if tracing is not None:
+            stack.push_async_callback(tracing.close)
         ensure = None
         if settings.clerk_key is not None:
             clerk = await stack.enter_async_context(clerk_of(settings, metrics))
@@ -282,7 +295,6 @@ async def running(
             yield Running(url, internal_url)
         finally:
             webhook.draining = True
-            metrics.ready.set(0)
             log.info("draining")
 
 
@@ -291,13 +303,14 @@ async def serve(
     mapping: Mapping,
     *,
     committer_of: Callable[[Settings, Metrics], Committer] = database_committer,
+    tracing: Tracing | None = None,
 ) -> None:
     """Run until SIGTERM or SIGINT, then drain."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
-    async with running(settings, mapping, committer_of=committer_of):
+    async with running(settings, mapping, committer_of=committer_of, tracing=tracing):
         await stop.wait()
     log.info("stopped")
     # The loop's end would bring the signals' defaults back: an impatient second one would

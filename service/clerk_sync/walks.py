@@ -23,7 +23,7 @@ from clerk_sync.lease import Lease, held, holder_name
 from clerk_sync.mending import Mending
 from clerk_sync.metrics import Metrics
 from clerk_sync.reconcile import Reconcile
-from clerk_sync.report import Report, Stopped, count, listed
+from clerk_sync.report import Report, Stopped, listed
 from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.walk import AT_ONCE
 
@@ -146,7 +146,9 @@ class Walks:
         """What both sides count now, into the report. Raises as the others do."""
         mending = self._mending(None, asyncio.Event())
         try:
-            await count(self.clerk, mending, await listed(self.clerk, self.mapping, report), report)
+            report.clerk = await listed(self.clerk, self.mapping, report)
+            for kind in report.clerk:
+                report.table[kind] = await mending.rows(kind)
         finally:
             mending.close()
 

@@ -14,6 +14,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from clerk_sync import signature
 from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.logs import Ration
 from clerk_sync.mapping import change_of
 from clerk_sync.signature import Rejected
 
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from clerk_sync.mapping import Change, Mapping
     from clerk_sync.metrics import Metrics
     from clerk_sync.signature import Delivery
+    from clerk_sync.tracing import Trace, Tracing
 
 log = structlog.get_logger()
 
@@ -51,6 +53,7 @@ class _Seen:
 
     delivery: Delivery | None = None
     change: Change | None = None
+    trace: Trace | None = None
 
 
 class _BoundedServer(web.Server):
@@ -106,6 +109,7 @@ class WebhookListener:
         committer: Committer,
         metrics: Metrics,
         deadline_seconds: float,
+        tracing: Tracing | None = None,
     ) -> None:
         self.draining = False
         self._path = path
@@ -115,6 +119,8 @@ class WebhookListener:
         self._committer = committer
         self._metrics = metrics
         self._deadline = deadline_seconds
+        self._tracing = tracing
+        self._ration = Ration()
         self._unverified = 0
         self._server: _BoundedServer
 
@@ -152,9 +158,6 @@ class WebhookListener:
         except Rejected as error:
             seen.delivery = seen.delivery or error.delivery
             answer = Answer(Outcome.REJECTED, error.reason)
-            if error.delivery is not None:
-                age = round(time.time()) - error.delivery.sent_at
-                log.warning("clock_skew", svix_id=error.delivery.id, age_seconds=age)
         except (ConnectionError, web.RequestPayloadError):
             # The sender went away, or its chunks are none: nobody hears the answer.
             answer = Answer(Outcome.REJECTED, Reason.MALFORMED)
@@ -176,6 +179,9 @@ class WebhookListener:
             raise Rejected(Reason.PATH)
         if request.method != "POST":
             raise Rejected(Reason.METHOD)
+        trace = None
+        if self._tracing is not None:
+            trace = seen.trace = self._tracing.trace(self._path)
         if self.draining:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if (request.content_length or 0) > BODY_LIMIT:
@@ -186,12 +192,16 @@ class WebhookListener:
         body = await self._body(request)
         if body is None:
             return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        if trace is not None:
+            trace.verifying()
         headers = _signed_headers(request.headers)
         delivery = signature.verify(headers, body, signers=self._signers(), now=time.time())
         seen.delivery = delivery
+        if trace is not None:
+            trace.verified(request.headers)
         change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         seen.change = change
-        return await self._committer.commit(change)
+        return await self._committer.commit(change, trace)
 
     async def _body(self, request: web.BaseRequest) -> bytes | None:
         """The raw body; None while too many bytes of others are being read."""
@@ -213,20 +223,42 @@ class WebhookListener:
             self._unverified -= size
 
     def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
-        change = seen.change
-        self._metrics.answered(answer, change.type if change else None, seconds, time.time())
+        change, exemplar = seen.change, None
+        if seen.trace is not None:
+            seen.trace.answered(answer, seen.delivery, change)
+            exemplar = seen.trace.exemplar
+        self._metrics.answered(
+            answer, change.type if change else None, seconds, time.time(), exemplar
+        )
         # With nobody left to read the log, Clerk still gets its answer.
         with contextlib.suppress(OSError, ValueError):
-            log.info(
-                "delivery",
-                svix_id=seen.delivery.id if seen.delivery else None,
-                type=change.type if change else None,
-                clerk_id=change.clerk_id if change else None,
-                outcome=answer.outcome.value,
-                reason=answer.reason.value if answer.reason else None,
-                status=answer.status,
-                ms=round(seconds * 1000, 1),
-            )
+            self._log(answer, seen, round(seconds * 1000, 1), exemplar)
+
+    def _log(self, answer: Answer, seen: _Seen, ms: float, exemplar: dict[str, str] | None) -> None:
+        delivery, change = seen.delivery, seen.change
+        outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
+        # Anybody can be refused as often as they like: the log is not theirs to fill.
+        strange = answer.outcome is Outcome.REJECTED or delivery is None
+        if strange and not self._ration.allows(outcome=outcome, reason=reason):
+            return
+        if answer.reason is Reason.EXPIRED and delivery is not None:
+            age = round(time.time()) - delivery.sent_at
+            log.warning("clock_skew", svix_id=delivery.id, age_seconds=age)
+        log.info(
+            "delivery",
+            svix_id=delivery.id if delivery else None,
+            type=change.type if change else None,
+            clerk_id=change.clerk_id if change else None,
+            outcome=outcome,
+            reason=reason,
+            status=answer.status,
+            ms=ms,
+            **(exemplar or {}),
+        )
+
+    def close(self) -> None:
+        """Say what the log left out."""
+        self._ration.end()
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:

@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from clerk_sync.mapping import Change
     from clerk_sync.metrics import Metrics
     from clerk_sync.settings import Settings
+    from clerk_sync.tracing import Trace
 
 
 class NothingToCommit(Committer):
     """Answers at once, without queue, transaction or row: the strictest ceiling there is."""
 
-    async def commit(self, change: Change) -> Answer:  # noqa: ARG002
+    async def commit(self, change: Change, trace: Trace | None = None) -> Answer:  # noqa: ARG002
         return Answer(Outcome.APPLIED)
 
 

@@ -28,7 +28,13 @@ BEGIN, END = "<!-- values -->", "<!-- /values -->"
 def main() -> int:
     try:
         provision.provide_tools()
-        written = [path for path, text in generated().items() if _write(path, text)]
+        # In this order: manifests are rendered by values that the schema has to know.
+        written = [
+            path
+            for make in (documents, manifests)
+            for path, text in make().items()
+            if _write(path, text)
+        ]
     except (values.UnreadableError, HelmError, UnavailableError) as error:
         print(f"ERROR: {error}", file=sys.stderr)
         return 1

@@ -127,6 +127,17 @@ off
 {{- end -}}
 {{- end -}}
 
+{{/* What Prometheus calls this release: two in one namespace must not be taken for one. */}}
+{{- define "clerk-sync.job" -}}
+{{- include "clerk-sync.fullname" . -}}
+{{- end -}}
+
+{{/* Whether the PrometheusRule is made. */}}
+{{- define "clerk-sync.alerts" -}}
+{{- $known := .Capabilities.APIVersions.Has "monitoring.coreos.com/v1/PrometheusRule" -}}
+{{- if and .Values.alerts.enabled (or $known (ne .Values.alerts.renderMode "skipIfMissing")) -}}true{{- end -}}
+{{- end -}}
+
 {{- define "clerk-sync.atLeastTwoPods" -}}
 {{- $scaling := .Values.autoscaling -}}
 {{- if eq $scaling.type "external" -}}true

@@ -68,17 +68,12 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
             event = _event_from(file, event, clerk_id)
     except ValueError as error:
         fail(str(error))
-    body = json.dumps(event).encode()
+    body = json.dumps(event)
     svix_id = f"msg_{secrets.token_urlsafe(20)}"
-    signer = _signers(settings)[0]
-    sent_at = datetime.now(UTC)
-    headers = {
-        "Content-Type": "application/json",
-        "svix-id": svix_id,
-        "svix-timestamp": str(int(sent_at.timestamp())),
-        "svix-signature": signer.sign(svix_id, sent_at, body.decode()),
-    }
-    target = url or f"http://127.0.0.1:{settings.port}{settings.webhook_path}"
+    headers = signature.signed(
+        body, svix_id=svix_id, sent_at=datetime.now(UTC), signers=_signers(settings)[:1]
+    )
+    target = url or _here(settings)
 
     async def work() -> int:
         try:
@@ -98,6 +93,43 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
         return 0 if response.ok else 1
 
     run(work())
+
+
+@command("clerk-sync probe --url https://hooks.example.com/webhooks/clerk")
+@click.option("--url", help="The webhook's public URL. Default: the service on this machine.")
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=30,
+    show_default=True,
+    help="Try again for so long where that may help.",
+)
+def probe(url: str | None, seconds: float) -> None:
+    """Send a signed event through the public URL, and say whether it was committed.
+
+    It changes no mapped table, and needs nothing but the URL and the signing secret. Exit code
+    1 says that what Clerk sends does not get through, and why.
+    """
+    settings, _ = settled(signing=True, mapped=False, located=False)
+    from clerk_sync import probe as probing  # noqa: PLC0415 -- the other commands need none
+
+    try:
+        target = probing.address(url or _here(settings))
+    except ValueError as error:
+        fail(f"--url: {error}")
+
+    async def work() -> int:
+        found = await probing.probe(target, _signers(settings), seconds=seconds)
+        if not found.through:
+            fail(f"{probing.shown(target)}: {found.text}")
+        click.echo(f"{probing.shown(target)}: {found.text}")
+        return 0
+
+    run(work())
+
+
+def _here(settings: Settings) -> str:
+    return f"http://127.0.0.1:{settings.port}{settings.webhook_path}"
 
 
 def _event_from(file: Path, event: dict[str, Any], clerk_id: str | None) -> dict[str, Any]:

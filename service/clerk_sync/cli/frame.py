@@ -79,13 +79,16 @@ def unnamed(settings: Settings) -> list[str]:
     return [f"DATABASE_URL: is not set, so this was {settings.DEFAULT_DATABASE} of this folder"]
 
 
-def settled(*, signing: bool, mapped: bool) -> tuple[Settings, Mapping | None]:
+def settled(
+    *, signing: bool, mapped: bool, located: bool = True
+) -> tuple[Settings, Mapping | None]:
     """Settings and mapping, or the end: with every fault in them at once."""
     settings, faults = load_settings()
-    try:
-        settings.locate()
-    except InvalidSettings as error:
-        faults += error.faults
+    if located:
+        try:
+            settings.locate()
+        except InvalidSettings as error:
+            faults += error.faults
     if signing:
         faults += signing_faults(settings)
     mapping = None

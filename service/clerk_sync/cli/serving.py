@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import re
+from typing import TYPE_CHECKING
 
 import click
 import structlog
@@ -12,6 +14,11 @@ from clerk_sync.check import findings
 from clerk_sync.cli.frame import command, fail, run, settled
 from clerk_sync.database import engine_of
 from clerk_sync.settings import load as load_settings
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from clerk_sync.tracing import Tracing
 
 
 @command("CLERK_WEBHOOK_SIGNING_SECRET=whsec_… DATABASE_URL=mysql://… clerk-sync serve")
@@ -26,12 +33,13 @@ def serve() -> None:
     from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
 
     logs.configure(settings.log_level, settings.log_format)
-    for warning in (*settings.doubts(os.environ), *mapping.warnings):
+    tracing, doubts = tracing_of(os.environ)
+    for warning in (*settings.doubts(os.environ), *mapping.warnings, *doubts):
         structlog.get_logger().warning("doubt", detail=warning)
 
     async def work() -> int:
         try:
-            await service.serve(settings, mapping)
+            await service.serve(settings, mapping, tracing=tracing)
         except OSError as error:
             fail(
                 f"cannot listen: {error.strerror or error}: "
@@ -40,6 +48,40 @@ def serve() -> None:
         return 0
 
     run(work())
+
+
+def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
+    """Tracing, if the standard's variables ask for it; and why there is none all the same.
+
+    They may be in every pod of a cluster: none of them keeps the service from starting.
+    """
+    endpoints = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    default = "otlp" if any(environ.get(name) for name in endpoints) else "none"
+    exporter = environ.get("OTEL_TRACES_EXPORTER", "").strip() or default
+    if exporter == "none" or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
+        return None, []
+    if "otlp" not in re.split(r"[\s,]+", exporter):
+        return None, [f"OTEL_TRACES_EXPORTER is {exporter}: no traces, as there is only otlp"]
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
+        protocol = environ.get(name, "").strip()
+        if protocol == "http/protobuf":
+            break
+        if protocol:
+            told = "no traces, as there is only http/protobuf, which collectors take on port 4318"
+            return None, [f"{name} is {protocol}: {told}"]
+    try:
+        from clerk_sync.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
+    except ImportError:
+        return None, ["OTEL_… asks for traces, but clerk-sync[otel] is not installed: no traces"]
+    doubts = [
+        f"{name} is no list of name=value, separated by commas"
+        for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
+        if any("=" not in part for part in environ.get(name, "").split(",") if part.strip())
+    ]
+    try:
+        return Tracing.by_environment(), doubts
+    except ValueError as error:
+        return None, [*doubts, f"no traces: {error}"]
 
 
 @command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")

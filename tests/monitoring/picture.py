@@ -1,0 +1,347 @@
+"""An evening as the dashboard shows it, on one page: each panel at its place, with its limits."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+from tests.monitoring import dashboard
+from tests.monitoring.installation import CLOCK, DAYS_CLOCK, SCRAPE_SECONDS, legend_of, query_of
+from tests.monitoring.panel import Panel
+from tests.monitoring.panels import PANELS
+from tests.monitoring.prometheus import Watching
+from tests.monitoring.rules import Clock
+from tests.monitoring.thresholds import HOUR, MINUTE
+
+# The evening begins at six.
+BEGINS: Final = 18 * HOUR
+DPI: Final = 100
+UNIT: Final = 0.42
+WIDTH: Final = 16.0
+HEAD: Final = 3.4
+
+PAPER, INK, FAINT = "#111217", "#d8d9da", "#2c3035"
+COLORS: Final = {
+    "green": "#73bf69",
+    "orange": "#ff9830",
+    "red": "#f2495c",
+    "dark-red": "#c4162a",
+    "blue": "#5794f2",
+    "light-blue": "#8ab8ff",
+    "purple": "#b877d9",
+    "text": INK,
+    "transparent": FAINT,
+}
+PALETTE: Final = ("#73bf69", "#5794f2", "#ff9830", "#b877d9", "#fade2a", "#8ab8ff", "#ff7383")
+# Their rule looks back over days: they are on its clock.
+ON_DAYS: Final = {"Last reconcile", "Since the last reconcile"}
+
+
+@dataclass(frozen=True)
+class Line:
+    """One series over the evening, in the rules' time."""
+
+    legend: str
+    unit: str
+    over: bool
+    points: Sequence[tuple[float, float]]
+
+
+@dataclass(frozen=True)
+class Shade:
+    """A scene, by its number."""
+
+    number: int
+    name: str
+    start: float
+    end: float
+
+
+async def lines_of(watching: Watching, panel: Panel, start: float, end: float) -> list[Line]:
+    """Ask every query of a panel over the evening."""
+    clock = DAYS_CLOCK if panel.title in ON_DAYS else CLOCK
+    found = []
+    for query in panel.queries:
+        unit = query.unit or panel.unit
+        factor = _factor(query.expr, unit, clock)
+        over = await watching.over(query_of(query.expr), start, end, SCRAPE_SECONDS)
+        for labels, points in over.items():
+            turned = [(moved(at - start), value * factor) for at, value in points]
+            legend = legend_of(query, labels) or dict(labels).get("alertname", "")
+            found.append(Line(legend, unit, query.over, turned))
+    return found
+
+
+def moved(seconds: float) -> float:
+    """A time of this evening on the clock that people read."""
+    return seconds / CLOCK.scale + BEGINS
+
+
+def _factor(expr: str, unit: str, clock: Clock) -> float:
+    """What turns a value of this evening into one of the rules' time."""
+    if unit == "cpm":
+        return clock.scale
+    if unit == "s" and ("time()" in expr or "seconds(" in expr):
+        return 1 / clock.scale
+    return 1.0
+
+
+def draw(found: dict[str, list[Line]], shades: Sequence[Shade], path: Path) -> None:
+    """Draw the page."""
+    height = max(place[1] + place[3] for place in _places().values()) * UNIT + HEAD
+    figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=PAPER)
+    FigureCanvasAgg(figure)
+    _head(figure, shades, height)
+    for title, (x, y, wide, high) in _places().items():
+        left, bottom = x / 24 * WIDTH, height - HEAD - (y + high) * UNIT
+        box = (left / WIDTH, bottom / height, wide / 24, high * UNIT / height)
+        panel = next((one for one in PANELS if one.title == title), None)
+        if panel is None:
+            figure.text(box[0] + 0.006, box[1] + 0.0008, title, color=INK, size=13, weight="bold")
+            continue
+        _panel(figure, box, panel, found[title], shades)
+    figure.savefig(path)
+
+
+def _places() -> dict[str, tuple[int, int, int, int]]:
+    """Where the dashboard has each row and panel: left, top, width, height."""
+    return {
+        one.title or "": (one.grid_pos.x, one.grid_pos.y, one.grid_pos.w, one.grid_pos.h)
+        for one in dashboard.dashboard().build().panels or ()
+        if one.grid_pos is not None
+    }
+
+
+def _head(figure: Figure, shades: Sequence[Shade], height: float) -> None:
+    say = "clerk-sync: one evening of trouble, as the dashboard shows it"
+    figure.text(0.008, 1 - 0.35 / height, say, color=INK, size=17, weight="bold")
+    many = math.ceil(len(shades) / 4)
+    for index, shade in enumerate(shades):
+        x, y = index // many * 0.25 + 0.008, 0.8 + index % many * 0.42
+        text = f"{shade.number}  {_clock(shade.start)}  {shade.name}"
+        figure.text(x, 1 - y / height, text, color=INK, size=9.5)
+
+
+def _panel(
+    figure: Figure,
+    box: tuple[float, float, float, float],
+    panel: Panel,
+    lines: Sequence[Line],
+    shades: Sequence[Shade],
+) -> None:
+    left, bottom, wide, high = box
+    inch = high / (_inches(panel))
+    stat = panel.kind == "stat"
+    axes = figure.add_axes(
+        (
+            left + (0.004 if stat else 0.034),
+            bottom + inch * (0.24 if stat else 0.75),
+            wide - (0.008 if stat else 0.042),
+            high - inch * (1.2 if stat else 1.12),
+        ),
+        facecolor=PAPER,
+    )
+    figure.text(
+        left + 0.005, bottom + high - inch * 0.26, panel.title, color=INK, size=10, weight="bold"
+    )
+    axes.set_xlim(shades[0].start, shades[-1].end)
+    for spine in axes.spines.values():
+        spine.set_color(FAINT)
+    axes.tick_params(colors=INK, labelsize=7.5, length=2)
+    axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 1.8, 3.6, 7.2]))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _clock(value)))
+    for shade in shades[::2]:
+        axes.axvspan(shade.start, shade.end, color="#ffffff", alpha=0.05, lw=0)
+    if stat:
+        _stat(figure, axes, box, inch, panel, lines)
+    elif panel.kind in ("states", "table"):
+        _states(axes, panel, lines)
+    else:
+        _graph(axes, panel, lines)
+
+
+def _inches(panel: Panel) -> float:
+    return dashboard.HEIGHTS[panel.kind] * UNIT
+
+
+def _stat(
+    figure: Figure,
+    axes: Axes,
+    box: tuple[float, float, float, float],
+    inch: float,
+    panel: Panel,
+    lines: Sequence[Line],
+) -> None:
+    """The value at the end, and its colour over the evening."""
+    axes.set_yticks([])
+    axes.set_ylim(0, 1)
+    axes.set_xticks([])
+    judged = lines[-1:] if len(lines) > 1 else lines
+    for line in judged:
+        for at, value in line.points:
+            color = _level(panel, value)
+            axes.axvspan(at, at + SCRAPE_SECONDS / CLOCK.scale, color=color, lw=0)
+    said = [f"{_said(panel, line, line.points[-1][1])}" for line in lines if line.points]
+    worst = [f"{_said(panel, line, _worst(panel, line))}" for line in judged if line.points]
+    text = " · ".join(said) or panel.empty
+    figure.text(
+        box[0] + 0.005, box[1] + box[3] - inch * 0.72, text, color=INK, size=15, weight="bold"
+    )
+    figure.text(
+        box[0] + 0.005,
+        box[1] + inch * 0.06,
+        f"worst: {', '.join(worst)}",
+        color=INK,
+        size=7.5,
+    )
+
+
+def _worst(panel: Panel, line: Line) -> float:
+    values = [value for _, value in line.points if not math.isnan(value)]
+    return min(values) if panel.texts else max(values)
+
+
+def _said(panel: Panel, line: Line, value: float) -> str:
+    if int(value) in panel.texts:
+        return panel.texts[int(value)][0]
+    return _unit(line.unit)(value, 0)
+
+
+def _level(panel: Panel, value: float) -> str:
+    if panel.texts:
+        return COLORS[panel.texts[int(value)][1]]
+    passed = [level.color for level in panel.levels if value >= level.value]
+    return COLORS[passed[-1] if passed else "green"]
+
+
+def _states(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    shown = sorted(lines, key=lambda line: line.legend, reverse=True)
+    axes.set_ylim(-0.5, max(len(shown), 1) - 0.5)
+    axes.set_yticks(range(len(shown)), [line.legend.removeprefix("ClerkSync") for line in shown])
+    for row, line in enumerate(shown):
+        for at, value in line.points:
+            color = COLORS["red"]
+            if panel.texts:
+                color = COLORS[panel.texts[int(value)][1]]
+                if value and line.legend in panel.colors:
+                    color = COLORS[panel.colors[line.legend]]
+            axes.barh(row, SCRAPE_SECONDS / CLOCK.scale, left=at, height=0.7, color=color, lw=0)
+    axes.tick_params(axis="y", labelsize=6.5)
+
+
+def _graph(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
+    colors = {line.legend: _named(panel, line.legend, index) for index, line in enumerate(lines)}
+    stacked = [line for line in lines if panel.kind == "stacked" and not line.over]
+    if stacked:
+        times = sorted({at for line in stacked for at, _ in line.points})
+        by_line = [dict(line.points) for line in stacked]
+        heights = [[_finite(points.get(at, 0.0)) for at in times] for points in by_line]
+        axes.stackplot(
+            times, *heights, colors=[colors[line.legend] for line in stacked], alpha=0.75, lw=0
+        )
+    for line in lines:
+        if line not in stacked:
+            at, values = zip(*_with_gaps(line.points), strict=True)
+            same = line.unit == panel.unit
+            (axes if same else _beside(axes, line)).plot(
+                at, values, color=colors[line.legend], lw=1.1, ls="-" if same else ":"
+            )
+    for level in panel.levels:
+        axes.axhline(level.value, color=COLORS[level.color], ls="--", lw=1)
+    top = max(
+        (_finite(v) for line in lines for _, v in line.points if line.unit == panel.unit), default=1
+    )
+    if not stacked:
+        axes.set_ylim(0, max(top * 1.1, panel.top or 0, 1e-9))
+    axes.yaxis.set_major_formatter(FuncFormatter(_unit(panel.unit)))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.grid(color=FAINT, lw=0.6)
+    _legend(axes, panel, lines, colors)
+
+
+def _legend(axes: Axes, panel: Panel, lines: Sequence[Line], colors: dict[str, str]) -> None:
+    some = [line for line in lines if any(_finite(value) for _, value in line.points)]
+    x = 0.0
+    for line in some[:9]:
+        text = line.legend or "value"
+        axes.text(
+            x, -0.27, f"– {text}", color=colors[line.legend], size=7.5, transform=axes.transAxes
+        )
+        x += (len(text) + 4) * 0.0105 * 24 / _WIDTHS[panel.title]
+
+
+_WIDTHS: Final = {title: place[2] / 1.6 for title, place in _places().items()}
+
+
+def _beside(axes: Axes, line: Line) -> Axes:
+    twin = axes.twinx()
+    twin.tick_params(colors=INK, labelsize=7, length=2)
+    twin.yaxis.set_major_formatter(FuncFormatter(_unit(line.unit)))
+    return twin
+
+
+def _named(panel: Panel, legend: str, index: int) -> str:
+    color = panel.colors.get(legend)
+    if color is None:
+        return PALETTE[index % len(PALETTE)]
+    return COLORS.get(color, color)
+
+
+def _with_gaps(points: Sequence[tuple[float, float]]) -> Iterable[tuple[float, float]]:
+    """The points, with nothing between those that are not neighbours."""
+    last = points[0][0]
+    for at, value in points:
+        if at - last > 3 * SCRAPE_SECONDS / CLOCK.scale:
+            yield last, math.nan
+        yield at, value
+        last = at
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else 0.0
+
+
+def _clock(seconds: float) -> str:
+    minutes = round(seconds / MINUTE)
+    return f"{minutes // 60 % 24:02}:{minutes % 60:02}"
+
+
+def _unit(unit: str) -> Callable[[float, object], str]:
+    known: dict[str, Callable[[float, object], str]] = {
+        "s": _seconds,
+        "percentunit": _percent,
+        "bytes": _mib,
+        "cpm": _a_minute,
+    }
+    return known.get(unit, _plain)
+
+
+def _plain(value: float, _: object) -> str:
+    return f"{value:.6g}"
+
+
+def _seconds(value: float, _: object) -> str:
+    for size, name in ((86400, "d"), (3600, "h"), (60, "min"), (1, "s")):
+        if abs(value) >= size:
+            return f"{value / size:.3g} {name}"
+    return f"{value * 1000:.3g} ms" if value else "0"
+
+
+def _percent(value: float, _: object) -> str:
+    return f"{value * 100:.3g} %"
+
+
+def _mib(value: float, _: object) -> str:
+    return f"{value / 2**20:.0f} MiB"
+
+
+def _a_minute(value: float, _: object) -> str:
+    return f"{value:.3g}/min"
