@@ -4,10 +4,10 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt docs chart bench lock clean
+.PHONY: help install run demo test check fmt docs chart k8s image test-image bench lock clean
 
 help: ## List these verbs
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
 install: $(READY) ## Set up .venv with everything, from the lock files
 
@@ -27,8 +27,9 @@ check: install ## Format, lint, types, layers and YAML, without changing anythin
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/yamllint --strict .
-	$(if $(wildcard Dockerfile),$(BIN)/hadolint Dockerfile)
-	$(if $(wildcard .github/workflows),$(BIN)/actionlint)
+	$(BIN)/hadolint Dockerfile
+	$(BIN)/actionlint
+	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
 fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
@@ -40,6 +41,27 @@ docs: install ## Rewrite what is made of the code: docs/metrics.md, rules, dashb
 
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate
+
+k8s: install ## Rewrite what k8s/, for Kustomize, has of the chart
+	$(BIN)/python -m tests.k8s.generate
+
+VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/clerk_sync/__init__.py)
+IMAGE = clerk-sync:$(VERSION)
+RUNNING = for name in docker podman buildah; do $$name info >/dev/null 2>&1 && echo $$name && break; done
+ENGINE = $(eval ENGINE := $$(shell $$(RUNNING)))$(ENGINE)
+# Times are the commit's, not the clock's: what is built from it again is the same.
+COMMIT = $(shell TZ=UTC git log -1 --date=iso-strict-local --format='$(1)' 2>/dev/null)
+EPOCH = $(or $(call COMMIT,%ct),$(shell date +%s))
+STAMP = $(if $(filter docker,$(ENGINE)),--build-arg SOURCE_DATE_EPOCH=$(EPOCH),--timestamp $(EPOCH))
+
+image: ## Build the container image clerk-sync:VERSION (IMAGE=name, ENGINE=podman, ARGS="--no-cache")
+	@test -n "$(ENGINE)" || { echo "Neither Docker nor podman nor buildah runs here: start one." >&2; exit 1; }
+	$(ENGINE) build --tag $(IMAGE) $(STAMP) --build-arg VERSION=$(VERSION) \
+	  --build-arg REVISION=$(call COMMIT,%H) --build-arg CREATED=$(call COMMIT,%cd) $(ARGS) .
+
+test-image: install ## Build the image, and run it as a cluster would (TEST_IMAGE=name: that one)
+	$(BIN)/python -m tests.provision
+	$(BIN)/python -m pytest tests/image $(ARGS)
 
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from itertools import count
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import pytest
 
@@ -17,11 +17,12 @@ if TYPE_CHECKING:
     from tests.servers import Managed, Server
 
 _databases = count(1)
+_DATABASES: Final = ("database_url", "shared_url", "mysql_server")
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run a test once for each database that is there; with none, say how to get one."""
-    asked = {"database_url", "shared_url", "mysql_server"} & set(metafunc.fixturenames)
+    asked = set(_DATABASES) & set(metafunc.fixturenames)
     try:
         sources = database_servers.available() if asked else ()
     except database_servers.UnavailableError as error:
@@ -41,15 +42,19 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    def is_ours(item: pytest.Item) -> bool:
-        return (
-            not isinstance(item, pytest.Function)
-            or not hasattr(item, "callspec")
-            or item.callspec.params.get("mysql_server") != "unmanaged"
-        )
+    """Leave out what the server of TEST_DATABASE_URL does not let us do; pytest counts it."""
 
-    config.hook.pytest_deselected(items=[item for item in items if not is_ours(item)])
-    items[:] = filter(is_ours, items)
+    def can_be_run(item: pytest.Item) -> bool:
+        if not isinstance(item, pytest.Function) or not hasattr(item, "callspec"):
+            return True
+        flavours = [item.callspec.params.get(name) for name in _DATABASES]
+        if item.get_closest_marker("past_vitess") and flavours != [None, None, None]:
+            gates = [one.flavour for one in database_servers.available() if one.is_vitess]
+            return not set(gates) & set(flavours)
+        return "unmanaged" not in flavours
+
+    config.hook.pytest_deselected(items=[item for item in items if not can_be_run(item)])
+    items[:] = filter(can_be_run, items)
 
 
 class Servers:

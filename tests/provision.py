@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests import servers, tools
-from tests.servers import CACHE, IMAGES, NAMES, UnavailableError, docker
+from tests.servers import CACHE, NAMES, UnavailableError, docker
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -56,7 +56,8 @@ def main() -> int:
 def provide(flavours: tuple[str, ...]) -> None:
     """Get what is missing as far as it can be had; say why where it cannot."""
     with _alone():
-        missing = [flavour for flavour in flavours if not _have(flavour)]
+        missing = [one for one in flavours if not _have(one)]
+        missing = [one for one in missing if not servers.has_to_be_an_image(one)]
         if not missing or os.geteuid() or not shutil.which("apt-get"):
             return
         names = " and ".join(NAMES[flavour] for flavour in missing)
@@ -129,9 +130,10 @@ def _install_prometheus() -> None:
 def _have(flavour: str) -> bool:
     """Tell whether the flavour is here; with Docker, it soon is."""
     if servers.find(flavour) is None and servers.docker_runs():
-        print(f"Fetching {IMAGES[flavour]}.", flush=True)
+        image = servers.image_of(flavour)
+        print(f"Fetching {image}.", flush=True)
         try:
-            docker("pull", "--quiet", IMAGES[flavour])
+            docker("pull", "--quiet", image)
         except RuntimeError as error:
             print(error, file=sys.stderr)
     return servers.find(flavour) is not None

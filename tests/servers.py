@@ -112,15 +112,16 @@ class Source:
     launch: Callable[[], Server]
     managed: bool = True
 
+    @property
+    def is_vitess(self) -> bool:
+        return self.version.endswith("-Vitess")
+
     def __str__(self) -> str:
         return f"{NAMES[self.flavour]} {self.version} ({self.origin})"
 
 
 class Server:
-    """A running server that tests create databases on.
-
-    This one is somebody else's (`TEST_DATABASE_URL`): it is not `managed`, so it cannot be killed.
-    """
+    """A running server that tests create databases on. Only a `managed` one can be killed."""
 
     managed = False
 
@@ -141,10 +142,10 @@ class Server:
     def drop_database(self, name: str) -> None:
         self.execute(f"DROP DATABASE IF EXISTS `{name}`")
 
-    def execute(self, sql: str) -> Sequence[tuple[Any, ...]]:
+    def execute(self, sql: str, database: str = "") -> Sequence[tuple[Any, ...]]:
         """Run one statement as the administrator, also from where an event loop already runs."""
         with ThreadPoolExecutor(1) as thread:
-            statement = query(url_of(self.admin, self.host, self.port), sql)
+            statement = query(url_of(self.admin, self.host, self.port, database), sql)
             return thread.submit(asyncio.run, statement).result()
 
     def close(self) -> None:
@@ -181,6 +182,40 @@ class Server:
 
     def _not_ours(self) -> Exception:
         return RuntimeError("the server of TEST_DATABASE_URL is not ours to stop")
+
+
+class Given(Server):
+    """A server that `TEST_DATABASE_URL` names, and perhaps databases on it.
+
+    Where databases cannot be made, as on Vitess, it names some that may be emptied:
+    `mysql://…/one,two`. Tests take turns with them.
+    """
+
+    def __init__(
+        self, flavour: str, version: str, host: str, port: int, names: Sequence[str] = ()
+    ) -> None:
+        super().__init__(flavour, version, host, port)
+        self._all = names
+        self._free = list(names)
+        self._taken: dict[str, str] = {}
+
+    def create_database(self, name: str) -> str:
+        if not self._all:
+            return super().create_database(name)
+        if name not in self._taken and not self._free:
+            raise UnavailableError(
+                f"TEST_DATABASE_URL: {len(self._all)} databases for each process are too few"
+            )
+        actual = self._taken[name] = self._taken.pop(name, "") or self._free.pop(0)
+        for (table,) in self.execute("SHOW TABLES", actual):
+            self.execute(f"DROP TABLE `{table}`", actual)
+        return url_of(self.user, self.host, self.port, actual)
+
+    def drop_database(self, name: str) -> None:
+        if not self._all:
+            super().drop_database(name)
+        elif name in self._taken:
+            self._free.append(self._taken.pop(name))
 
 
 class Managed(Server):
@@ -371,7 +406,7 @@ class Container(Managed):
             path.chmod(0o755)  # the container's server is another user
         atexit.register(self.close)
         try:
-            docker("create", f"--name={self._name}", published, *empty, IMAGES[flavour], *options)
+            docker("create", f"--name={self._name}", published, *empty, image_of(flavour), *options)
             docker("cp", str(self.folder), f"{self._name}:/clerk-sync")
             self.start()
         except BaseException:
@@ -417,6 +452,7 @@ def available() -> tuple[Source, ...]:
     """Return the servers that this run tests on, without starting any.
 
     `TEST_DATABASES=mysql,mariadb` makes each of the named ones mandatory; else one is enough.
+    `TEST_DATABASES=mysql:8.4` is that version, as a Docker image.
     """
     if url := os.environ.get("TEST_DATABASE_URL"):
         return (_given(url),)
@@ -428,10 +464,26 @@ def available() -> tuple[Source, ...]:
 
 
 def wanted() -> tuple[str, ...]:
-    names = tuple((os.environ.get("TEST_DATABASES") or ",".join(NAMES)).split(","))
+    names = tuple(_tags())
     if unknown := [name for name in names if name not in NAMES]:
         raise UnavailableError(f"TEST_DATABASES: {unknown[0]!r} is none of {', '.join(NAMES)}")
     return names
+
+
+def image_of(flavour: str) -> str:
+    """Return the Docker image that a server of this flavour would come from."""
+    tag = _tags().get(flavour)
+    return f"{flavour}:{tag}" if tag else IMAGES[flavour]
+
+
+def has_to_be_an_image(flavour: str) -> bool:
+    return bool(_tags().get(flavour))
+
+
+def _tags() -> dict[str, str]:
+    """Return flavour → tag of its image, which is empty where any version will do."""
+    entries = (os.environ.get("TEST_DATABASES") or ",".join(NAMES)).split(",")
+    return {name: tag for name, _, tag in (entry.partition(":") for entry in entries)}
 
 
 def advice(missing: Sequence[str]) -> str:
@@ -445,13 +497,14 @@ def advice(missing: Sequence[str]) -> str:
         f"  - on Debian or Ubuntu, run `make test` as root: it installs what is missing,\n"
         f"    in {CACHE}\n"
         f"  - TEST_DATABASE_URL=mysql://user:password@host:port/ of a server with the right\n"
-        f"    to create databases\n"
+        f"    to create databases; or mysql://…/one,two with some that tests may empty\n"
         f"  - TEST_DATABASES=mysql or mariadb, to test on that one only, on purpose"
     )
 
 
 def find(flavour: str) -> Source | None:
-    candidates = (_installed, _provisioned, _in_docker)
+    anywhere = (_installed, _provisioned, _in_docker)
+    candidates = (_in_docker,) if has_to_be_an_image(flavour) else anywhere
     return next((source for look in candidates if (source := look(flavour))), None)
 
 
@@ -474,7 +527,7 @@ def _provisioned(flavour: str) -> Source | None:
 
 
 def _in_docker(flavour: str) -> Source | None:
-    image = IMAGES[flavour]
+    image = image_of(flavour)
     if not docker_runs() or not docker("images", "--quiet", image):
         return None
     version = image.partition(":")[2]
@@ -483,18 +536,26 @@ def _in_docker(flavour: str) -> Source | None:
 
 def _given(url: str) -> Source:
     rows: Sequence[tuple[Any, ...]]
+    first = url.partition(",")[0]
     with ThreadPoolExecutor(1) as thread:
         try:
-            rows = thread.submit(asyncio.run, query(url, "SELECT VERSION()")).result()
+            rows = thread.submit(asyncio.run, query(first, "SELECT VERSION()")).result()
         except (OSError, EOFError, MySQLError) as error:
             raise UnavailableError(f"TEST_DATABASE_URL: cannot log in: {error}") from None
     said = str(rows[0][0])
     parts = urlsplit(url)
     flavour = "mariadb" if "MariaDB" in said else "mysql"
-    version = said.partition("-")[0]
+    version = said if "Vitess" in said else said.partition("-")[0]
+
+    names = [name for name in unquote(parts.path).strip("/").split(",") if name]
+    # Each process of a parallel run has its own of them.
+    worker = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+    mine = names[worker :: int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))]
+    if names and not mine:
+        raise UnavailableError("TEST_DATABASE_URL names fewer databases than there are processes")
 
     def launch() -> Server:
-        server = Server(flavour, version, parts.hostname or LOOPBACK, parts.port or 3306)
+        server = Given(flavour, version, parts.hostname or LOOPBACK, parts.port or 3306, mine)
         server.user = unquote(parts.username or ""), unquote(parts.password or "")
         server.admin = server.user
         return server

@@ -197,6 +197,19 @@ def test_it_runs_as_a_module() -> None:
     assert done.stdout == f"clerk-sync, version {__version__}\n"
 
 
+@pytest.mark.parametrize("command", [["migrate"], ["check"], ["quarantine", "list"]])
+def test_sigterm_ends_a_command_that_waits(command: list[str]) -> None:
+    """As the first process of a container it would be ignored, if nobody asked for it."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        port = silent.getsockname()[1]
+        env = {**os.environ, "DATABASE_URL": f"mysql://u:p@127.0.0.1:{port}/app"}
+        with subprocess.Popen([sys.executable, "-m", "clerk_sync", *command], env=env) as waiting:
+            connection, _ = silent.accept()  # it waits for a greeting now
+            waiting.terminate()
+            assert waiting.wait(timeout=3) == 143
+            connection.close()
+
+
 def test_a_command_that_is_none_is_told_with_exit_code_2() -> None:
     result = run("sevre")
     assert result.exit_code == 2

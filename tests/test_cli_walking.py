@@ -243,16 +243,28 @@ async def test_ensure_says_why_there_is_none(embedded_url: str, tmp_path: Path) 
 # The shell
 
 
-def shell(*arguments: str) -> subprocess.CompletedProcess[str]:
+def shell(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
     return subprocess.run(
         [sys.executable, "-W", "error::ResourceWarning", "-m", "clerk_sync", *arguments],
+        cwd=folder,
         env=kept | {"PYTHONPATH": os.pathsep.join(sys.path), "CLERK_SECRET_KEY": KEY},
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
+
+
+@pytest.mark.parametrize("arguments", [("backfill",), ("reconcile",), ("erase", "user_a")])
+def test_who_named_no_database_is_told_which_one_it_was(
+    tmp_path: Path, arguments: tuple[str, ...]
+) -> None:
+    done = shell(*arguments, folder=tmp_path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "table clerk_sync_entities is missing" in done.stderr
+    last = "DATABASE_URL: is not set, so this was sqlite:///clerk-sync.db of this folder\n"
+    assert done.stderr.endswith(f"clerk-sync: {last}")
 
 
 def test_help_lists_the_commands() -> None:

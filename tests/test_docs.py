@@ -78,7 +78,7 @@ def test_settings_are_those_of_the_code() -> None:
 
 def test_every_variable_that_is_named_exists() -> None:
     known = {str(field.validation_alias) for field in Settings.model_fields.values()}
-    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL"}
+    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL", "TEST_DATABASES"}
     for name in DOCUMENTS:
         found = re.findall(r"\b(?:TEST_)?(?:CLERK|DATABASE|LOG)_[A-Z_]*[A-Z]\b", text_of(name))
         assert set() == set(found) - known, name
@@ -274,11 +274,11 @@ def test_internal_paths_are_those_of_the_code() -> None:
 
 
 def test_make_verbs_exist() -> None:
-    verbs = re.findall(r"^([a-z]+):.*## ", text_of("Makefile"), re.MULTILINE)
+    verbs = re.findall(r"^([a-z0-9-]+):.*## ", text_of("Makefile"), re.MULTILINE)
     said = [code(row[0]).removeprefix("make ") for row in table("verbs")]
     assert [verb for verb in said if verb not in verbs] == []
     for name in (*DOCUMENTS, "tests/demo.py", "tests/run_local.py"):
-        for verb in re.findall(r"(?:`|^ *|\")make ([a-z]+)", text_of(name), re.MULTILINE):
+        for verb in re.findall(r"(?:`|^ *|\")make ([a-z0-9-]+)", text_of(name), re.MULTILINE):
             assert verb in verbs, f"{name}: make {verb}"
 
 

@@ -7,17 +7,24 @@ import os
 import re
 import time
 from contextlib import asynccontextmanager, suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync import lease, tables
+from clerk_sync import lease, progress, tables
 from clerk_sync.address import target_of
+from clerk_sync.answers import Ending
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Held, Lease, held, holder_name
+from clerk_sync.mending import Mending
+from clerk_sync.statements import Compiler
+from clerk_sync.store import Store
+from clerk_sync.walk import Part
 from tests.histories import Database, until
+from tests.walking import REMOVING
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -258,6 +265,7 @@ async def test_cancelled_while_it_takes_gives_back_what_it_took(database: Databa
     assert await database.rows("SELECT * FROM clerk_sync_leases") == [(NAME, "cancelled", 2, 0)]
 
 
+@pytest.mark.past_vitess
 async def test_clock_is_the_databases(database: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     ahead = 3_600_000
     there = await now_ms(database.engine)
@@ -294,6 +302,7 @@ async def later(url: str, at_ms: int) -> AsyncIterator[AsyncEngine]:
         await engine.dispose()
 
 
+@pytest.mark.past_vitess
 async def test_clock_that_stands_still_is_no_loss(database: Database) -> None:
     async with (
         later(database.url, await now_ms(database.engine)) as engine,
@@ -365,3 +374,36 @@ async def test_database_that_falls_silent_delays_no_end_and_hides_no_error(
                 await work(database.engine)
         mysql_server.thaw()
     mysql_server.drop_database("clerk_sync_test_lease")
+
+
+# What is kept of a run
+
+
+async def test_where_a_run_stands_is_kept_by_its_own_lease_only(database: Database) -> None:
+    async with database.engine.begin() as connection:
+        await connection.run_sync(tables.metadata.create_all, tables=[tables.cursors, tables.runs])
+    late, ours = Lease(NAME, 1), Lease(NAME, 2)
+    await database.execute(
+        "DELETE FROM clerk_sync_cursors",
+        "DELETE FROM clerk_sync_runs",
+        f"INSERT INTO clerk_sync_leases VALUES ('{NAME}', 'the second', 2, 0)",
+    )
+    begun = Part("user", seen=0)
+    await progress.planned(database.engine, [begun])
+    await progress.started(database.engine, "backfill")
+    further = replace(begun, after="user_b", reached_ms=7, seen=2)
+    store = Store({}, Compiler(database.engine.dialect))
+    for lease_, part, kept in ((ours, further, [further]), (late, begun, [further])):
+        fenced = store.fenced(lease_.name, lease_.token)
+        mending = Mending(REMOVING, fenced, database.connect, committer=None, lost=asyncio.Event())
+        await progress.moved(mending, part)
+        assert await progress.parts(database.engine) == {"user": kept}
+    for lease_, ending in ((late, None), (ours, Ending.MENDED), (late, Ending.MENDED)):
+        mine = Ending.FAILED if lease_ is late else Ending.MENDED
+        await progress.finished(database.engine, "backfill", mine, {}, lease_)
+        run = await progress.last(database.engine, "backfill")
+        assert run is not None
+        assert run.ending is ending
+    for lease_, left in ((late, {"user": [further]}), (ours, {})):
+        await progress.forget(database.engine, lease_)
+        assert await progress.parts(database.engine) == left

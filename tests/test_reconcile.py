@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -25,7 +26,7 @@ from clerk_sync.report import Report, Stopped
 from clerk_sync.walks import LEASE, quiet
 from tests.clerk_api import failing
 from tests.histories import Database, mapped
-from tests.walking import MARKING, REMOVING, Walking, prepare, walking
+from tests.walking import MARKING, PURGING, REMOVING, Walking, prepare, walking
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
@@ -461,6 +462,17 @@ async def test_the_breaker(
         assert len(await world.ids("user")) == number - gone
 
 
+async def test_one_kind_s_breaker_keeps_what_the_others_would_lose(world: Walking) -> None:
+    await users(world, 20, gone=1)
+    for number in range(10):
+        await world.deliver(world.api.put_organization(f"org_{number}", name="one"))
+        world.api.delete(f"org_{number}")
+    with pytest.raises(Stopped, match="10 of 10 organizations"):
+        await world.reconcile()
+    assert len(await world.ids("user")) == 20
+    assert len(await world.ids("organization")) == 10
+
+
 async def test_the_breaker_of_a_large_table(world: Walking) -> None:
     await users(world, 400, gone=16)  # 4 %
     ending, report = await world.reconcile()
@@ -472,12 +484,13 @@ async def test_the_breaker_of_a_large_table(world: Walking) -> None:
     assert len(await world.ids("user")) == 384
 
 
-async def test_another_instances_key_deletes_nothing(world: Walking) -> None:
+async def test_another_instances_key_changes_nothing(world: Walking) -> None:
     await users(world, 12, gone=12)
     world.api.put_user("user_of_another", username="eve")
-    with pytest.raises(Stopped, match="Is CLERK_SECRET_KEY the key of this database's instance"):
+    told = "knows none of 12 users of this table: nothing was changed. Is CLERK_SECRET_KEY the key"
+    with pytest.raises(Stopped, match=told):
         await world.reconcile()
-    assert {f"user_{n:04}" for n in range(12)} <= set(await world.ids("user"))
+    assert await world.ids("user") == [f"user_{n:04}" for n in range(12)]
 
 
 async def test_rows_stay_where_organizations_are_switched_off(world: Walking) -> None:
@@ -544,6 +557,34 @@ async def test_a_row_that_came_back_after_its_delete_goes_again(world: Walking) 
     assert not world.api.asked_for("/v1/users/user_a")
 
 
+async def test_a_membership_whose_owner_was_deleted_here_goes_though_clerk_lists_it(
+    world: Walking,
+) -> None:
+    await member(world)
+    await world.database.execute(
+        "UPDATE clerk_sync_entities SET deleted_at = '2023-11-15 00:00:00' WHERE kind = 'user'"
+    )
+    ending, report = await world.reconcile()
+    assert ending is Ending.MENDED
+    assert verdicts(report, "organizationMembership") == {Verdict.DELETED: 1}
+    assert await world.ids("organizationMembership") == []
+
+
+@pytest.mark.parametrize("dry_run", [True, False])
+@pytest.mark.usefixtures("stores")
+async def test_what_was_marked_for_long_enough_is_purged(shared_url: str, *, dry_run: bool) -> None:
+    async with walking(shared_url, PURGING) as world:
+        await users(world, 3)
+        now_ms = time.time_ns() // 1_000_000
+        for clerk_id, days in (("user_0000", 31), ("user_0001", 29)):
+            deleted = world.api.delete(clerk_id) | {"timestamp": now_ms - days * DAY_MS}
+            await world.deliver(deleted)
+        report = (await world.look())[0] if dry_run else (await world.reconcile())[1]
+        assert report.purged == 1
+        left = await world.database.rows("SELECT clerk_id FROM people ORDER BY clerk_id")
+        assert left == [(f"user_{n:04}",) for n in range(0 if dry_run else 1, 3)]
+
+
 async def test_marks_are_set_kept_and_taken_back(marking: Walking) -> None:
     await marking.deliver(
         *(marking.api.put_user(one, username=one) for one in ("gone", "marked", "alive"))
@@ -605,6 +646,60 @@ async def test_a_delete_during_the_walk_stays(world: Walking, *, known: bool) ->
     assert (ending, await world.ids("user")) == (Ending.IN_STEP, [])
 
 
+@pytest.mark.parametrize("meanwhile", ["updated", "deleted", "by hand", "unfit"])
+async def test_one_that_is_not_new_among_many_that_are(
+    shared_url: str, stores: Mapping[bool, Store], meanwhile: str
+) -> None:
+    """In the second of three pages: by then, whole pages are taken for new."""
+    async with walking(shared_url, store=stores[False], most=10) as world:
+        api, one = world.api, "user_0015"
+        for number in range(30):
+            api.put_user(f"user_{number:04}", username="ada")
+
+        async def happen() -> None:
+            if meanwhile == "updated":
+                await world.deliver_now(api.update(one, username="newest"))
+            elif meanwhile == "deleted":
+                await world.deliver_now(api.delete(one))
+            else:
+                await world.database.execute(f"INSERT INTO people VALUES ('{one}', 'hand', NULL)")
+
+        if meanwhile == "unfit":
+            api.update(one, username="longer than eight")
+        else:
+            api.before_send(2, happen)
+        ending, report = await world.reconcile()
+        expected = {f"user_{number:04}": "ada" for number in range(30)}
+        if meanwhile == "updated":
+            expected[one] = "newest"
+        elif meanwhile != "by hand":
+            del expected[one]
+        assert await names(world) == expected
+        assert ending is (Ending.UNMENDED if meanwhile == "unfit" else Ending.MENDED)
+        assert report.tallies["user"].written == (30 if meanwhile == "by hand" else 29)
+        state = "SELECT COUNT(*) FROM clerk_sync_entities"
+        assert await world.database.value(state) == (29 if meanwhile == "unfit" else 30)
+
+
+async def test_a_new_membership_of_who_is_deleted_meanwhile_is_not_written(
+    shared_url: str, stores: Mapping[bool, Store]
+) -> None:
+    async with walking(shared_url, store=stores[False], most=30) as world:
+        api = world.api
+        api.put_organization("org_1", name="one")
+        for number in range(60):
+            api.put_user(f"user_{number:04}", username="ada")
+            api.put_membership(f"m_{number:04}", f"user_{number:04}", "org_1", role="admin")
+
+        async def delete() -> None:
+            await world.deliver_now(api.delete("user_0035"))
+
+        api.before_send(3, delete, path="/v1/organization_memberships")  # the first one counts
+        await world.reconcile()
+        expected = [f"m_{number:04}" for number in range(60) if number != 35]
+        assert await world.ids("organizationMembership") == expected
+
+
 @pytest.mark.parametrize("name", ["by hand", "ada"], ids=["altered", "equal"])
 async def test_an_update_after_a_forged_version_was_found_is_taken(
     world: Walking, name: str
@@ -615,6 +710,27 @@ async def test_an_update_after_a_forged_version_was_found_is_taken(
     await world.reconcile()
     await world.deliver(world.api.update("user_0000", username="newest"))
     assert await names(world) == {"user_0000": "newest"}
+
+
+@pytest.mark.parametrize("meanwhile", ["updated", "deleted"])
+async def test_a_version_is_taken_back_only_when_clerk_says_the_same_twice(
+    world: Walking, meanwhile: str
+) -> None:
+    await users(world, 1)
+    await ahead(world, "user_0000")
+    await world.database.execute("UPDATE people SET username = 'newer'")
+    before = await world.written()
+
+    def moved() -> None:
+        if meanwhile == "updated":
+            world.api.update("user_0000", username="newest")
+        else:
+            world.api.delete("user_0000")
+
+    world.api.before_read(1, moved, path="/v1/users/user_0000")
+    await world.reconcile()
+    assert world.api.asked_for("/v1/users/user_0000")
+    assert await world.written() == before
 
 
 async def test_rows_from_before_clerk_are_adopted(shared_url: str) -> None:
@@ -726,6 +842,26 @@ async def test_nothing_is_written_once_the_lease_is_stolen(
     assert await world.written() == before
     holder = await world.database.value("SELECT holder FROM clerk_sync_leases")
     assert holder == "the second"
+
+
+async def test_nothing_new_is_written_once_the_lease_is_stolen(
+    shared_url: str, stores: Mapping[bool, Store]
+) -> None:
+    async with walking(shared_url, store=stores[False], most=10) as world:
+        for number in range(40):
+            world.api.put_user(f"user_{number:04}", username="ada")
+        before: dict[str, list[str]] = {}
+
+        async def steal() -> None:
+            await world.database.execute("UPDATE clerk_sync_leases SET token = token + 1")
+            before.update(await world.written())
+
+        world.api.before_send(4, steal)
+        async with held(world.database.engine, LEASE, "the first", seconds=60) as lease:
+            with pytest.raises((Lost, Unavailable)):
+                await reconciled(world, lease)
+        assert await world.written() == before
+        assert 20 <= len(await world.ids("user")) < 40
 
 
 async def reconciled(world: Walking, lease: Any) -> None:

@@ -206,6 +206,29 @@ def counts(metrics: Metrics) -> list[tuple[float, float]]:
     ]
 
 
+@pytest.mark.parametrize(
+    ("result", "minutes", "again"),
+    [("failed", 16, True), ("failed", 14, False), ("mended", 16, False), ("stopped", 16, False)],
+)
+async def test_one_that_failed_is_tried_again_before_its_time(
+    embedded_url: str, tmp_path: Path, result: str, minutes: int, *, again: bool
+) -> None:
+    async with site(people(2), embedded_url, tmp_path) as here:
+        then = f"STRFTIME('%Y-%m-%d %H:%M:%f', 'now', '-{minutes} minutes')"
+        await rows(
+            here.url,
+            "INSERT INTO clerk_sync_runs (name, started_at, finished_at, result, report)"
+            f" VALUES ('reconcile', {then}, {then}, '{result}', '{{}}')",
+        )
+        async with replica(here, 3600) as at:
+            if again:
+                assert ending(await ended(at, after=time.time() - 60)) == "mended"
+            else:
+                await ended(at)
+                await asyncio.sleep(0.3)
+                assert pages(here) == 0
+
+
 async def test_without_a_key_nothing_is_asked_of_clerk(embedded_url: str, tmp_path: Path) -> None:
     async with site(people(2), embedded_url, tmp_path) as here:
         async with replica(here, CLERK_SECRET_KEY=None) as at:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from asyncmy.errors import MySQLError
 
+from tests import servers
 from tests.servers import query
 
 if TYPE_CHECKING:
@@ -85,3 +86,39 @@ async def test_database_url_works(database_url: str) -> None:
         assert not await query(database_url, "SHOW TABLES")
     else:
         assert database_url.startswith("sqlite:///")
+
+
+async def test_given_databases_are_emptied_and_taken_in_turn(
+    mysql_server: Managed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = ["given_a", "given_b"]
+    for name in names:
+        await query(mysql_server.create_database(name), "CREATE TABLE old (id INT)")
+    url = servers.url_of(mysql_server.user, mysql_server.host, mysql_server.port, ",".join(names))
+    monkeypatch.setenv("TEST_DATABASE_URL", url)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)
+    monkeypatch.delenv("PYTEST_XDIST_WORKER_COUNT", raising=False)
+    (source,) = servers.available.__wrapped__()
+    given = source.launch()
+    assert (source.flavour, given.managed) == (mysql_server.flavour, False)
+    first, second = given.create_database("x"), given.create_database("y")
+    assert [first, second] == [url.replace(",given_b", ""), url.replace("given_a,", "")]
+    assert not await query(first, "SHOW TABLES")
+    assert not await query(second, "SHOW TABLES")
+    with pytest.raises(servers.UnavailableError, match="2 databases"):
+        given.create_database("z")
+    given.drop_database("y")
+    assert given.create_database("z") == second
+    assert given.create_database("x") == first
+
+
+def test_a_version_that_is_asked_for_is_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TEST_DATABASES", "mysql:8.4,mariadb")
+    assert servers.wanted() == ("mysql", "mariadb")
+    assert servers.image_of("mysql") == "mysql:8.4"
+    assert servers.image_of("mariadb") == servers.IMAGES["mariadb"]
+    found = servers.find("mysql")
+    assert found is None or found.origin == "Docker mysql:8.4"
+    monkeypatch.setenv("TEST_DATABASES", "postgres:17")
+    with pytest.raises(servers.UnavailableError, match="'postgres' is none of mysql, mariadb"):
+        servers.wanted()

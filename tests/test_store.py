@@ -602,6 +602,7 @@ async def doorman(world: World, when: str, of: str) -> AsyncIterator[None]:
         await world.execute("DROP TRIGGER doorman")
 
 
+@pytest.mark.past_vitess
 async def test_words_of_a_trigger_refuse_one_event(world: World) -> None:
     clerk = Clerk(PEOPLE)
     store = await world.of(PEOPLE)
@@ -614,6 +615,7 @@ async def test_words_of_a_trigger_refuse_one_event(world: World) -> None:
     assert answers == ["applied", "quarantined: refused", "applied"]
 
 
+@pytest.mark.past_vitess
 async def test_effect_and_ledger_are_one_transaction(world: World) -> None:
     clerk = Clerk(PEOPLE)
     store = await world.of(PEOPLE)
@@ -808,6 +810,7 @@ async def test_rows_of_the_tutorial_are_adopted_by_username_with_their_tagline(
     assert await world.value("SELECT COUNT(*) FROM users") == 2
 
 
+@pytest.mark.past_vitess
 async def test_deleting_a_user_deletes_its_blocks_in_the_same_transaction(world: World) -> None:
     await seeded(world, ("ada", None), ("bob", None))
     clerk = Clerk(ORBYTAL)

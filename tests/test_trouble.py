@@ -53,6 +53,7 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
     mysql_server.execute(f"DROP USER {login}")
 
 
+@pytest.mark.past_vitess
 async def test_one_table_s_broken_trigger_stops_no_other_table(database_url: str) -> None:
     async with served(database_url) as at:
         trigger = (

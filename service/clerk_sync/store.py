@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.columns import Unfit, as_text, time_text
 from clerk_sync.database import COMMIT, Connection, Result, Step
-from clerk_sync.database_errors import Unavailable
+from clerk_sync.database_errors import Refused, Unavailable
 from clerk_sync.events import Action
 from clerk_sync.statements import Compiler, OwnStatements, Read, union
 
@@ -121,6 +121,28 @@ class Store:
         await connection.run(steps)
         return answers
 
+    async def insert(
+        self, connection: Connection, kind: str, changes: Sequence[Change], *, now_ms: int
+    ) -> None:
+        """Commit rows of one kind that are all new, and their state with them.
+
+        Whether they are is told by the keys: nothing is read, which saves half of what `apply`
+        takes. Raises Refused where one is known here, or does not fit, and Unavailable; nothing
+        is kept then. Not for rows that belong to others, whose state would have to be locked.
+        """
+        target, now = self.targets[kind], time_text(now_ms)
+        changes = sorted(changes, key=_clerk_id)  # the order of all locks
+        try:
+            rows = [target.row(_clerk_id(change), change.row or {}) for change in changes]
+        except Unfit as error:
+            raise Refused(error.reason, f"column {error.column}") from None
+        state = [(kind, _clerk_id(change), *_version(change), None, now) for change in changes]
+        fence = self._fence_steps()
+        results = await connection.run([*fence, (self.own.begin, state), (target.insert, rows)])
+        for result in results[: len(fence)]:
+            self._check_fence(result)
+        await connection.run([COMMIT])
+
     def _checked(self, change: Change) -> tuple[Change, list[Any] | None]:
         """The change with its row as the columns take it, or as one for the quarantine."""
         if change.action is not Action.SAVE or change.kind is None or change.clerk_id is None:
@@ -200,6 +222,14 @@ class Store:
         """
         lease, token = self._fence or ("", 0)
         return (self.own.lower, [[to, kind, clerk_id, *seen, lease, token]])
+
+    def moved(self, kind: str, part: int, *, to: Sequence[object]) -> Step:
+        """Note how far a part of a backfill has come, in the order of `statements.MOVED`.
+
+        Under a lease that is somebody else's it changes nothing.
+        """
+        lease, token = self._fence or ("", 0)
+        return (self.own.move, [[*to, kind, part, lease, token]])
 
     def _fence_steps(self) -> list[Step]:
         return [] if self._fence is None else [(self.own.lease, [self._fence[:1]])]
@@ -372,6 +402,10 @@ class Store:
         if released:
             steps.append(self.own.release.of(released))
         return steps
+
+
+def _clerk_id(change: Change) -> str:
+    return change.clerk_id or ""
 
 
 def _version(change: Change) -> Version:

@@ -45,6 +45,7 @@ class Target:
         if mapping.mark:
             written.append(mapping.mark)
         self.names = (mapping.key, *written)
+        self._owners = [(kind, self.names.index(column)) for kind, column in self.owners]
         self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key)
         self._fits = self._fits_of(compiler)
         self._column_fits = [self._fits[column.name] for column in mapping.columns]
@@ -172,8 +173,8 @@ class Target:
         """
         return [
             (kind, value)
-            for kind, column in self.owners
-            if isinstance(value := row[self.names.index(column)], str) and value
+            for kind, place in self._owners
+            if isinstance(value := row[place], str) and value
         ]
 
 

@@ -32,6 +32,8 @@ SAME = {
     "reconcile": {"mode": "off"},
     "monitor": {"enabled": False},
 }
+TOKEN = "clerk-sync-no-token"
+TOKENS = "/var/run/secrets/kubernetes.io/serviceaccount"
 ONLY_STANDALONE = {"readinessProbe", "lifecycle"}
 ONLY_SIDECAR = {"restartPolicy"}
 
@@ -92,14 +94,17 @@ def busy(pod: Object) -> Object:
 
 @pytest.mark.parametrize("scenario", ANYWHERE, ids=str)
 def test_a_sidecar_is_the_standalone_container(scenario: Scenario) -> None:
-    alone = standalone(in_mode("standalone", scenario))
-    beside = included(in_mode("sidecar", scenario))["spec"]
+    automount = {"serviceAccount": {"automount": False}}
+    alone = standalone(merged(in_mode("standalone", scenario), automount))
+    beside = included(merged(in_mode("sidecar", scenario), automount))["spec"]
     (own,), (sidecar,) = alone["containers"], beside["initContainers"]
-    assert sidecar.keys() - own.keys() == ONLY_SIDECAR
+    assert sidecar.keys() - own.keys() - {"volumeMounts"} == ONLY_SIDECAR
     assert own.keys() - sidecar.keys() == ONLY_STANDALONE
-    for key in own.keys() & sidecar.keys():
-        assert own[key] == sidecar[key], key
-    assert alone.get("volumes") == beside.get("volumes")
+    sidecar["volumeMounts"].remove({"name": TOKEN, "mountPath": TOKENS, "readOnly": True})
+    beside["volumes"].remove({"name": TOKEN, "emptyDir": {"sizeLimit": "1Mi"}})
+    for key in (own.keys() | sidecar.keys()) - ONLY_STANDALONE - ONLY_SIDECAR:
+        assert own.get(key) == (sidecar.get(key) or None), key
+    assert alone.get("volumes") == (beside["volumes"] or None)
 
 
 @pytest.mark.parametrize("scenario", [*SIDECARS, *ANYWHERE[::3]], ids=str)
@@ -185,6 +190,18 @@ def test_a_sidecar_neither_stops_nor_burdens_the_app() -> None:
     assert (env["CLERK_SYNC_WRITERS"], env["CLERK_SYNC_POOL_SIZE"]) == ("1", "2")
     assert "CLERK_SYNC_RECONCILE_INTERVAL" not in env, "every replica would ask for the lease"
     assert {"8080", "8081"}.isdisjoint({env["CLERK_SYNC_PORT"], env["CLERK_SYNC_INTERNAL_PORT"]})
+
+
+def test_the_apps_token_is_kept_from_the_sidecar_unless_it_is_asked_for() -> None:
+    """Kubernetes mounts a pod's token into each container that has nothing mounted there."""
+    for automount in (False, True):
+        given = {"mode": "sidecar", "serviceAccount": {"automount": automount}}
+        spec = included(merged(LEAST, given))["spec"]
+        mounted = {
+            one["mountPath"]: one["name"] for one in spec["initContainers"][0]["volumeMounts"]
+        }
+        assert mounted.get(TOKENS) == (None if automount else TOKEN)
+        assert (TOKEN in {one["name"] for one in spec["volumes"]}) is not automount
 
 
 def test_the_dependency_brings_all_but_the_pods() -> None:

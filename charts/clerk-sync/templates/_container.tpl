@@ -6,6 +6,7 @@ clerk-sync's container, the only one there is: the Deployment has it, a parent c
 {{- define "clerk-sync.serving" -}}
 {{- $needs := list "database" "signing" "key" "mapping" -}}
 {{- $sidecar := eq .Values.mode "sidecar" -}}
+{{- if and $sidecar (not .Values.serviceAccount.automount) }}{{ $needs = append $needs "no-token" }}{{ end -}}
 {{- $limits := .Values.limits -}}
 {{- $settings := dict
   "CLERK_SYNC_HOST" .Values.listen.host

@@ -1,6 +1,6 @@
 {{/*
 Settings: variables, secrets and their files. A container gets those that it needs and no more:
-`needs` is a list of `database`, `signing`, `key`, `mapping`.
+`needs` is a list of `database`, `signing`, `key`, `mapping`, `no-token`.
 
 A secret is an entry of this list:
 
@@ -16,6 +16,9 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
 */}}
 
 {{- define "clerk-sync.directory" -}}/etc/clerk-sync{{- end -}}
+
+{{/* Where a pod's containers get the token of its service account: in a sidecar, that is the app's. */}}
+{{- define "clerk-sync.tokenDirectory" -}}/var/run/secrets/kubernetes.io/serviceaccount{{- end -}}
 
 {{/* Where a secret comes from: existingSecret, externalSecret, file or value, by name: a YAML list. */}}
 {{- define "clerk-sync.sources" -}}
@@ -182,7 +185,7 @@ needs, before, and perhaps settings (a dict of more).
 {{- $directory := include "clerk-sync.directory" .root -}}
 {{- range include "clerk-sync.ownVolumes" . | fromYamlArray }}
 - name: {{ .name }}
-  mountPath: {{ $directory }}/{{ trimPrefix "clerk-sync-" .name }}
+  mountPath: {{ eq .name "clerk-sync-no-token" | ternary (include "clerk-sync.tokenDirectory" $) (printf "%s/%s" $directory (trimPrefix "clerk-sync-" .name)) }}
   readOnly: true
 {{- end }}
 {{- with .root.Values.extraVolumeMounts }}
@@ -255,6 +258,12 @@ volumes; but only clerk-sync's container mounts them.
       - key: {{ empty $existing.name | ternary "mapping.yaml" $existing.key | quote }}
         path: mapping.yaml
 {{- end }}
+{{- end }}
+{{- if has "no-token" .needs }}
+{{- /* Kubernetes leaves a container without the pod's token where something is mounted in its place. */}}
+- name: clerk-sync-no-token
+  emptyDir:
+    sizeLimit: 1Mi
 {{- end }}
 {{- end -}}
 

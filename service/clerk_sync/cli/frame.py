@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
 INTERRUPTED = 130  # as shells tell of SIGINT
+TERMINATED = 143  # and of SIGTERM
 
 
 @click.group(
@@ -69,6 +70,13 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
         sys.exit(INTERRUPTED)
     except Unavailable as error:
         fail(str(error))
+
+
+def unnamed(settings: Settings) -> list[str]:
+    """What else may be wrong where tables are missing: that nobody named the database."""
+    if settings.database_url is not None or settings.database_host is not None:
+        return []
+    return [f"DATABASE_URL: is not set, so this was {settings.DEFAULT_DATABASE} of this folder"]
 
 
 def settled(

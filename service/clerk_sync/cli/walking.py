@@ -15,7 +15,7 @@ import structlog
 
 from clerk_sync import logs, profiles
 from clerk_sync.answers import Ending
-from clerk_sync.cli.frame import command, fail, run, settled
+from clerk_sync.cli.frame import TERMINATED, command, fail, run, settled, unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -30,7 +30,6 @@ log = structlog.get_logger()
 
 PROGRESS_SECONDS = 10.0
 IN_STEP, FAILED, DRIFT = 0, 1, 2
-TERMINATED = 143
 
 
 def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
@@ -57,10 +56,12 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
                 # Pages make hundreds of thousands of objects and no cycles: looking for some
                 # among them took a third of the time.
                 gc.freeze()
-                gc.set_threshold(100_000, 50, 100)
+                gc.set_threshold(1_000_000, 50, 100)
                 return await work(open_)
-        except (InvalidSettings, SchemaFaults) as error:
+        except InvalidSettings as error:
             fail(*error.faults)
+        except SchemaFaults as error:
+            fail(*error.faults, *unnamed(settings))
         except (ClerkUnavailable, ClerkRefused, Held, Lost, Stopped) as error:
             fail(str(error))
 
@@ -215,7 +216,7 @@ def erase(user_id: str) -> None:
             now_ms = time.time_ns() // 1_000_000
             removed = await erasure.erase(engine, store, user_id, now_ms=now_ms)
         except schema.SchemaFaults as error:
-            fail(*error.faults)
+            fail(*error.faults, *unnamed(settings))
         except ValueError as error:
             fail(f"{user_id}: {error}")
         finally:
