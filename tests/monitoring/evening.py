@@ -326,8 +326,10 @@ async def the_queue_is_long(evening: Evening) -> None:
         )
         async with doing(evening.clerk.burst(10**6, posters=36)):
             await evening.fires("ClerkSyncQueueNearLimit", seconds=30)
-            shown = await seen(evening.watching, "Queue")
-            assert max(shown.values()) > QUEUE_SHARE
+            await deliveries.until(
+                lambda: seen(evening.watching, "Queue"),
+                lambda shown: max(shown.values(), default=0) > QUEUE_SHARE,
+            )
         await evening.deployment.roll()
 
 
