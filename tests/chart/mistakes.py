@@ -269,6 +269,29 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "The cluster knows no ServiceMonitor",
         {"monitor": {"enabled": True, "renderMode": "failIfMissing"}},
     ),
+    (
+        "The cluster knows no PrometheusRule",
+        {"alerts": {"enabled": True, "renderMode": "failIfMissing"}},
+    ),
+    ("`alerts` names `ClerkSyncGone`", {"alerts": {"excludeRules": ["ClerkSyncGone"]}}),
+    (
+        "`alerts.rules.ClerkSyncReconcileOld.expr` cannot be changed",
+        {"alerts": {"rules": {"ClerkSyncReconcileOld": {"expr": "up"}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncAbsent` has no `threshold`",
+        {"alerts": {"rules": {"ClerkSyncAbsent": {"threshold": 1}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncReconcileOld.threshold` has to be a number",
+        {"alerts": {"rules": {"ClerkSyncReconcileOld": {"threshold": "2w"}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncReconcileOld.for` has to be a span of time",
+        {"alerts": {"rules": {"ClerkSyncReconcileOld": {"for": 10}}}},
+    ),
+    ("`probe.enabled` needs the URL", {"probe": {"enabled": True}}),
+    ("`probe.url` is no URL", {"probe": {"enabled": True, "url": "hooks.example.com"}}),
     # Labels, extras
     (
         "`podLabels` sets app.kubernetes.io/name",
