@@ -265,7 +265,11 @@ max by ({BY}) (clerk_sync_reconcile_result{{result="stopped",$selector}}) == 1""
         "warning",
         "15m",
         f"""\
-min_over_time({recordings.DRIFT}{{$selector}}[3d]) > $threshold
+min_over_time({recordings.DRIFT}{{$selector}}[3d])
+> $threshold + {thresholds.IN_FLIGHT_SECONDS} * (
+  avg_over_time({recordings.DELIVERIES_RATE}{{$selector}}[3d])
+  or {recordings.DRIFT}{{$selector}} * 0
+)
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
         "Every reconcile finds something to mend again.",
         f"For 3 days, each reconcile of {WHERE} found rows missing, outdated or not deleted; never"
