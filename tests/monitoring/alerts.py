@@ -17,13 +17,12 @@ from tests.monitoring.thresholds import BURN_EVENTS, BURN_FAILURES, BURN_PAGE, B
 
 RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
 WHERE: Final = "{{ $labels.job }}{{ with $labels.namespace }} in {{ . }}{{ end }}"
-_ACCEPTED: Final = (
-    f'sum by ({BY}) (increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m]))'
-)
-_SIGNED: Final = (
-    f"sum by ({BY}) (increase("
-    'clerk_sync_rejected_total{reason=~"wrong|expired|instance",$selector}[15m]))'
-)
+_ACCEPTED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m])
+)"""
+_SIGNED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_rejected_total{{reason=~"wrong|expired|instance",$selector}}[15m])
+)"""
 _UNVERIFIED: Final = (
     'clerk_sync_rejected_total{reason=~"missing|malformed|wrong|expired",$selector}'
 )
@@ -101,7 +100,9 @@ and on ({BY}) (
   or
   (
     {recordings.DRIFT}{{$selector}} > 0
-    and on ({BY}) {recordings.RECONCILED}{{$selector}} > {recordings.LAST_EVENT}{{$selector}}
+    and on ({BY})
+    {recordings.RECONCILED}{{$selector}}
+    > {recordings.LAST_EVENT}{{$selector}}
   )
 )""",
         "Clerk's events have ceased to come, although Clerk's data changes.",
@@ -212,9 +213,13 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "15m",
         f"""\
 (
-  sum by ({BY}) (increase({_UNVERIFIED}[15m]))
+  sum by ({BY}) (
+    increase({_UNVERIFIED}[15m])
+  )
   > $threshold + {thresholds.SIGNATURE_FAILURES_FACTOR} * (
-    sum by ({BY}) (increase({_UNVERIFIED}[1d] offset 15m)) / 96
+    sum by ({BY}) (
+      increase({_UNVERIFIED}[1d] offset 15m)
+    ) / 96
     or sum by ({BY}) ({_UNVERIFIED}) * 0
   )
 )

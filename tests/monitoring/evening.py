@@ -511,5 +511,4 @@ async def drawn(evening: Evening, path: Path) -> None:
         )
         for number, scene in enumerate(evening.scenes, 1)
     ]
-    Path("/tmp/evening.pickle").write_bytes(__import__("pickle").dumps((found, shades)))
     picture.draw(found, shades, path)
