@@ -45,6 +45,7 @@ PING_SECONDS: Final = 3.0
 BIND_SECONDS: Final = 60.0
 # Reading a schema takes dozens of queries, and a database may be a continent away.
 BINDING_SECONDS: Final = 20.0
+STARTING: Final = Readiness(ready=False, reason=Reason.DATABASE, detail="starting")
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,7 +88,7 @@ class Watch:
         metrics: Metrics,
         settings: Settings,
     ) -> None:
-        self.readiness = Readiness(ready=False, reason=Reason.DATABASE, detail="starting")
+        self.readiness = STARTING
         self.looked = asyncio.Event()
         self._engine = engine
         self._mapping = mapping
@@ -243,9 +244,13 @@ async def running(
         tracing=tracing,
     )
 
+    listening = asyncio.Event()
+
     def readiness() -> Readiness:
         if webhook.draining:
             return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
+        if watch.readiness.ready and not listening.is_set():
+            return STARTING
         return watch.readiness
 
     def unready(reason: Reason) -> float:
@@ -286,6 +291,7 @@ async def running(
             webhook.server(), shutdown_timeout=settings.deadline_seconds + 1
         )
         url = await _listen(stack, receiver, settings.host, settings.port)
+        listening.set()
         log.info("listening", version=__version__, url=url, internal_url=internal_url)
         # What start-up made stays: the collector need not look at it again.
         gc.collect()

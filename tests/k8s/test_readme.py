@@ -158,7 +158,7 @@ def test_the_secrets_keys_are_those_that_pods_mount() -> None:
             "volumes"
         ]
         for source in (volume.get("projected") or {"sources": [volume]})["sources"]
-        for item in source["secret"]["items"]
+        for item in source.get("secret", {"items": []})["items"]
     ]
     assert sorted(told) == sorted(mounted)
 
