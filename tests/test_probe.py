@@ -54,6 +54,22 @@ async def answering(
         await runner.cleanup()
 
 
+@asynccontextmanager
+async def saying(head: bytes) -> AsyncIterator[str]:
+    """Run what answers with these bytes, whatever they are; its URL."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{PATH}"
+
+
 async def met(
     status: int, body: str | bytes = HTML, *, type_: str = "text/html", **headers: str
 ) -> Found:
@@ -233,6 +249,37 @@ async def test_a_redirect_is_told_and_not_followed(status: int) -> None:
         text="redirects to https://hooks.example.com/webhooks/clerk, where Clerk does not follow:"
         f" give Clerk that URL instead ({status})",
     )
+
+
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        (b"/login", "/login"),
+        (b"https://ada:hunter2@sso.example.com/x#hunter2", "https://sso.example.com/x"),
+        (b"https://sso.example.com/\x1b[2J\x1b]0;hunter\x07", "https://sso.example.com/%1B"),
+        (b"https://[", "what is no URL"),
+        (b"https://sso.example.com/" + b"x" * 7000, "https://sso.example.com/xxx"),
+    ],
+    ids=["path", "token", "terminal", "broken", "long"],
+)
+async def test_where_a_redirect_leads_is_told_without_tokens_and_escapes(
+    location: bytes, told: str
+) -> None:
+    head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location
+    async with saying(head + b"\r\n\r\n") as url:
+        text = (await probed(url)).text
+    assert text.startswith(f"redirects to {told}")
+    assert "hunter2" not in text
+    assert text.isprintable()
+    assert len(text) < 400
+
+
+async def test_a_type_that_a_terminal_would_obey_is_told_without_that() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nContent-Type: text/\x1b[2Jx\r\n\r\n"
+    async with saying(head) as url:
+        assert (await probed(url)).text == (
+            "something else than clerk-sync answers, with text/?[2jx (200)"
+        )
 
 
 async def test_no_name_no_port_no_answer() -> None:

@@ -94,7 +94,9 @@ def address(url: str) -> yarl.URL:
 
 def shown(url: yarl.URL) -> str:
     """The URL without what may be secret in it."""
-    return str(url.with_user(None).with_query(None).with_fragment(None))
+    if url.raw_authority:
+        url = url.with_user(None)
+    return str(url.with_query(None).with_fragment(None))
 
 
 async def probe(url: yarl.URL, signers: Sequence[Webhook], *, seconds: float) -> Found:
@@ -180,11 +182,24 @@ def _read(response: aiohttp.ClientResponse, body: bytes, ms: int) -> Found:
     elif status in _THEIRS:
         text = _THEIRS[HTTPStatus(status)]
     elif HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
-        to = response.headers.get("Location", "nowhere").partition("?")[0]
+        to = _location(response.headers.get("Location"))
         text = f"redirects to {to}, where Clerk does not follow: give Clerk that URL instead"
     else:
-        text = f"something else than clerk-sync answers, with {response.content_type}"
+        text = f"something else than clerk-sync answers, with {_printable(response.content_type)}"
     return Found(through=False, text=f"{text} ({said})", lasting=lasting)
+
+
+def _location(given: str | None) -> str:
+    """Where a redirect leads. Whoever answers wrote it, and logs and terminals get to see it."""
+    try:
+        return _printable(shown(yarl.URL(given))) if given else "nowhere"
+    except ValueError:
+        return "what is no URL"
+
+
+def _printable(text: str) -> str:
+    """The beginning of a stranger's text, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
 
 
 def _ours(body: bytes) -> tuple[Outcome | None, Reason | None]:

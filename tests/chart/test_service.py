@@ -21,6 +21,7 @@ from clerk_sync.settings import Secret, Settings
 from tests.chart import rules, values
 from tests.chart.helm import (
     CHART,
+    HELMS,
     LEAST,
     ROOT,
     VERSIONS,
@@ -176,6 +177,28 @@ def test_mappings_of_scenarios_are_mappings() -> None:
                 assert mapping_file.read(one["data"]["mapping.yaml"], source=str(scenario))
                 found += 1
     assert found >= 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  # indented by whoever wrote it\ntables:\n  user: {}\n",
+        "\n\n   \ntables: {user: {}}\n\n",
+        "tables: {user: {}}\r\n# of Windows\r\n",
+        "tables: {user: {}}\r---\rapiVersion: v1\rkind: Secret\rmetadata: {name: theirs}\r",
+        "tables: {user: {}} #\x85kind: Secret\n",
+        "tables: {user: {}} #\u2028---\u2028kind: Secret\n",
+    ],
+    ids=["indented", "blank", "windows", "document", "next-line", "separator"],
+)
+@pytest.mark.parametrize("by", HELMS)
+def test_a_mapping_s_text_stays_in_its_config_map(text: str, by: str) -> None:
+    """Whoever writes the mapping may be somebody else than who installs."""
+    plain = render(LEAST | {"config": {"mapping": "tables: {user: {}}"}}, by=by)
+    objects = render(LEAST | {"config": {"mapping": text}}, by=by)
+    assert [one["kind"] for one in objects] == [one["kind"] for one in plain]
+    held = [one["data"] for one in rules.of_kind(objects, "ConfigMap")]
+    assert held == [{"mapping.yaml": text}] * 2
 
 
 @pytest.mark.parametrize("name", STANDS_FOR)

@@ -73,14 +73,18 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
         from clerk_sync.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
     except ImportError:
         return None, ["OTEL_… asks for traces, but clerk-sync[otel] is not installed: no traces"]
-    doubts = [
-        f"{name} is no list of name=value, separated by commas"
-        for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
-        if any("=" not in part for part in environ.get(name, "").split(",") if part.strip())
-    ]
+    doubts = []
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"):
+        headers = environ.get(name, "")
+        # It would be refused at each attempt, in words that quote it, and it holds a token.
+        if re.search("%0[ad]", headers, re.IGNORECASE):
+            return None, [f"no traces: {name} has a line break in it, as %0A or %0D"]
+        parts = (part for part in headers.split(",") if part.strip())
+        if not all(re.fullmatch(r"\s*[^\s:=]+\s*=.*\s*", part) for part in parts):
+            doubts.append(f"{name} is no list of name=value, separated by commas")
     try:
         return Tracing.by_environment(), doubts
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return None, [*doubts, f"no traces: {error}"]
 
 
