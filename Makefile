@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt docs chart k8s image test-image bench lock clean
+.PHONY: help install run demo test check fmt docs chart k8s image test-image cluster test-cluster test-evening bench lock clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -62,6 +62,17 @@ image: ## Build the container image clerk-sync:VERSION (IMAGE=name, ENGINE=podma
 test-image: install ## Build the image, and run it as a cluster would (TEST_IMAGE=name: that one)
 	$(BIN)/python -m tests.provision
 	$(BIN)/python -m pytest tests/image $(ARGS)
+
+test-evening: install ## Watch the service through an evening of trouble: every alert, in some six minutes
+	$(BIN)/python -m tests.provision
+	$(BIN)/python -m pytest --numprocesses 0 --capture no tests/monitoring/evening.py
+
+cluster: install ## Run a Kubernetes control plane, built once from Go modules; Ctrl-C stops it
+	@exec $(BIN)/python -m tests.cluster.control_plane
+
+test-cluster: install ## Test the chart on the cluster of KUBECONFIG (ARGS="-k name" for some)
+	$(BIN)/python -m tests.provision
+	$(BIN)/python -m pytest tests/cluster --numprocesses 2 --dist loadfile --timeout 600 $(ARGS)
 
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
 	$(BIN)/python -m tests.bench $(ARGS)

@@ -148,22 +148,20 @@ def _compared(
         ):
             return lingering(change, target, stored, change.event_ms)
     places = target.differing(row, stored) if stored is not None else []
+    behind = state is None or state.version_ms < change.version_ms
+    # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
+    far = state is not None and state.version_ms > change.version_ms + SETTLED_MS
+    if stored is not None and not places and not behind and not far:
+        return Compared(clerk_id, Verdict.SAME)
     change = replace(change, row=None, fitted=row)
     differences = tuple(
         Difference(target.names[place], row[place], stored[place])
         for place in places
         if stored is not None
     )
-    if state is None:
+    if state is None or behind:
         verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
         return Compared(clerk_id, verdict, change, differences)
-    if state.version_ms < change.version_ms:
-        verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
-        return Compared(clerk_id, verdict, change, differences)
-    # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
-    far = state.version_ms > change.version_ms + SETTLED_MS
-    if stored is not None and not differences and not far:
-        return Compared(clerk_id, Verdict.SAME)
     verdict = Verdict.MISSING if stored is None else Verdict.DRIFTED
     if state.version_ms == change.version_ms and state.event_ms < change.event_ms:
         return Compared(clerk_id, verdict, change, differences)

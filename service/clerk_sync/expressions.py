@@ -63,18 +63,22 @@ def row_of(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str
     names = frozenset().union(*(names_in(text) for text in others.values()))
     source = ", ".join(f"{column!r}: ({text}\n)" for column, text in others.items())
     evaluate = _environment.compile_expression("{" + source + "}") if others else None
-    computed = tuple((name, COMPUTED[name]) for name in COMPUTED.keys() & {*names, *plain.values()})
-    order = tuple((column, plain.get(column)) for column in columns)
+    computed = tuple((name, COMPUTED[name]) for name in COMPUTED.keys() & names)
+    order = tuple(
+        (column, name, COMPUTED.get(name or ""))
+        for column, name in ((column, plain.get(column)) for column in columns)
+    )
 
     def row(data: Mapping[str, Any]) -> dict[str, Any]:
-        names = data
-        if computed:
-            names = {**data, **{name: compute(data) for name, compute in computed}}
-        values = evaluate(names) if evaluate else None
+        values = None
+        if evaluate:
+            values = evaluate({**data, **{name: compute(data) for name, compute in computed}})
         found: dict[str, Any] = {}
-        for column, name in order:
-            if name is not None:
-                found[column] = names.get(name)
+        for column, name, compute in order:
+            if compute is not None:
+                found[column] = compute(data)
+            elif name is not None:
+                found[column] = data.get(name)
             else:
                 value = values[column] if values else None
                 found[column] = None if isinstance(value, Undefined) else value

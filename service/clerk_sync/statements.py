@@ -120,6 +120,7 @@ ENTITY: Final = (
     "deleted_at",
     "synced_at",
 )
+BEGUN: Final = ("clerk_id", "version_ms", "event_ms", "synced_at")
 MOVED: Final = ("after", "reached_ms", "seen", "finished", "moved_at")
 LEDGER: Final = (
     "svix_id",
@@ -148,7 +149,15 @@ class OwnStatements:
 
     def __init__(self, compiler: Compiler) -> None:
         self.advance = compiler.upsert(entities, ENTITY, ("kind", "clerk_id"), _advanced)
-        self.begin = compiler.insert(sa.insert(ordered(entities, ENTITY)), ENTITY)
+        self.begin = {
+            kind: compiler.insert(
+                sa.insert(ordered(entities, ("kind", "source", *BEGUN))).values(
+                    kind=sa.literal_column(f"'{kind}'"), source=sa.literal_column("''")
+                ),
+                BEGUN,
+            )
+            for kind in KINDS
+        }
         # Both reads have the same columns, so that one statement can hold them all.
         self.entities = {
             kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS

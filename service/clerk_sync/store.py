@@ -136,9 +136,11 @@ class Store:
             rows = [target.row(_clerk_id(change), change.row or {}) for change in changes]
         except Unfit as error:
             raise Refused(error.reason, f"column {error.column}") from None
-        state = [(kind, _clerk_id(change), *_version(change), None, now) for change in changes]
+        state = [(_clerk_id(one), one.version_ms, one.event_ms, now) for one in changes]
         fence = self._fence_steps()
-        results = await connection.run([*fence, (self.own.begin, state), (target.insert, rows)])
+        results = await connection.run(
+            [*fence, (self.own.begin[kind], state), (target.insert, rows)]
+        )
         for result in results[: len(fence)]:
             self._check_fence(result)
         await connection.run([COMMIT])

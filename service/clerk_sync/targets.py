@@ -150,7 +150,7 @@ class Target:
         places = [
             place
             for place, same in enumerate(self._sames, start=1)
-            if not _same(same, row[place], stored[place])
+            if row[place] != stored[place] and not _same(same, row[place], stored[place])
         ]
         if self.mapping.mark and stored[-1] is not None:
             places.append(len(row) - 1)

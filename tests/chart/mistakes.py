@@ -269,6 +269,42 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "The cluster knows no ServiceMonitor",
         {"monitor": {"enabled": True, "renderMode": "failIfMissing"}},
     ),
+    (
+        "The cluster knows no PrometheusRule",
+        {"alerts": {"enabled": True, "renderMode": "failIfMissing"}},
+    ),
+    (
+        "`alerts` names `ClerkSyncSilence`, which is no alert: there are ClerkSyncAbsent, ",
+        {"alerts": {"excludeRules": ["ClerkSyncSilence"]}},
+    ),
+    (
+        "`alerts` names `ReconcileOld`, which is no alert",
+        {"alerts": {"rules": {"ReconcileOld": {"threshold": 1}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncAbsent.expr` cannot be changed",
+        {"alerts": {"rules": {"ClerkSyncAbsent": {"expr": "up == 0"}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncAbsent` has no `threshold` to change",
+        {"alerts": {"rules": {"ClerkSyncAbsent": {"threshold": 1}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncReconcileOld.threshold` has to be a number",
+        {"alerts": {"rules": {"ClerkSyncReconcileOld": {"threshold": "14d"}}}},
+    ),
+    (
+        "`alerts.rules.ClerkSyncReconcileOld.for` has to be a span of time",
+        {"alerts": {"rules": {"ClerkSyncReconcileOld": {"for": 10}}}},
+    ),
+    (
+        "`probe.enabled` needs the URL that Clerk posts to",
+        {"probe": {"enabled": True}},
+    ),
+    (
+        "`probe.url` is no URL",
+        {"probe": {"enabled": True, "url": "https://user:secret@hooks.example.com"}},
+    ),
     # Labels, extras
     (
         "`podLabels` sets app.kubernetes.io/name",

@@ -149,6 +149,23 @@ RARELY: list[dict[str, Any]] = [
             "scrapeTimeout": "5s",
         }
     },
+    {"alerts": {"annotations": {"a": "b"}, "enabled": True, "namespace": "monitoring"}},
+    {"alerts": {"enabled": True, "renderMode": "skipIfMissing"}},
+    {"dashboard": {"enabled": True, "labels": {"grafana_dashboard": "yes"}}},
+    {
+        "probe": {
+            "enabled": True,
+            "failedJobsHistoryLimit": 1,
+            "podAnnotations": {"a": "b"},
+            "podLabels": {"a": "b"},
+            "resources": {"limits": {"memory": "64Mi"}},
+            "schedule": "*/10 * * * *",
+            "seconds": 20,
+            "successfulJobsHistoryLimit": 0,
+            "suspend": True,
+            "url": "https://hooks.example.com/webhooks/clerk",
+        }
+    },
 ]
 ON = "--kube-version=1.37"
 GIVEN = [

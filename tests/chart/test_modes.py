@@ -31,6 +31,7 @@ SAME = {
     "limits": {"writers": 1, "poolSize": 2},
     "reconcile": {"mode": "off"},
     "monitor": {"enabled": False},
+    "alerts": {"enabled": False},
 }
 TOKEN = "clerk-sync-no-token"
 TOKENS = "/var/run/secrets/kubernetes.io/serviceaccount"

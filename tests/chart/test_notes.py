@@ -136,6 +136,11 @@ WARNINGS: list[tuple[str, dict[str, Any]]] = [
         "WARNING: `monitor` was left out",
         {"monitor": {"enabled": True, "renderMode": "skipIfMissing"}},
     ),
+    ("WARNING: the alerts look for series with job=", {"alerts": {"enabled": True}}),
+    (
+        "WARNING: `alerts` were left out",
+        {"alerts": {"enabled": True, "renderMode": "skipIfMissing"}},
+    ),
     ("MIGRATIONS ARE OFF", {"migrations": {"enabled": False}}),
     (
         "The network policies are for the Jobs only",

@@ -258,8 +258,9 @@ def test_objects_say_whose_they_are(case: Case) -> None:
         assert labels["app.kubernetes.io/name"]
         assert common.items() <= labels.items()
         if one["kind"] not in {"MutatingAdmissionPolicy", "MutatingAdmissionPolicyBinding"}:
-            elsewhere = (values.get("monitor") or {}).get("namespace") or namespace
-            assert metadata["namespace"] in {namespace, elsewhere}
+            watching = [values.get(key) or {} for key in ("monitor", "alerts", "dashboard")]
+            elsewhere = {one["namespace"] for one in watching if one.get("namespace")}
+            assert metadata["namespace"] in {namespace, *elsewhere}
     assert len(without) == extra + (case.chart == PARENT), without
 
 

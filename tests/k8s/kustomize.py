@@ -33,7 +33,8 @@ def build(folder: Path) -> tuple[Object, ...]:
     """Return the objects of a kustomization. They are shared: do not change them."""
     done = subprocess.run(
         [tools.need("kubectl"), "kustomize", folder],
-        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": os.devnull},
+        # Since 1.34 it looks for preferences, and warns when it has no home for them.
+        env={"PATH": os.environ.get("PATH", os.defpath), "HOME": os.devnull, "KUBERC": "off"},
         capture_output=True,
         text=True,
         check=False,

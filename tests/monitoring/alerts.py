@@ -17,13 +17,12 @@ from tests.monitoring.thresholds import BURN_EVENTS, BURN_FAILURES, BURN_PAGE, B
 
 RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
 WHERE: Final = "{{ $labels.job }}{{ with $labels.namespace }} in {{ . }}{{ end }}"
-_ACCEPTED: Final = (
-    f'sum by ({BY}) (increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m]))'
-)
-_SIGNED: Final = (
-    f"sum by ({BY}) (increase("
-    'clerk_sync_rejected_total{reason=~"wrong|expired|instance",$selector}[15m]))'
-)
+_ACCEPTED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m])
+)"""
+_SIGNED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_rejected_total{{reason=~"wrong|expired|instance",$selector}}[15m])
+)"""
 _UNVERIFIED: Final = (
     'clerk_sync_rejected_total{reason=~"missing|malformed|wrong|expired",$selector}'
 )
@@ -101,7 +100,9 @@ and on ({BY}) (
   or
   (
     {recordings.DRIFT}{{$selector}} > 0
-    and on ({BY}) {recordings.RECONCILED}{{$selector}} > {recordings.LAST_EVENT}{{$selector}}
+    and on ({BY})
+    {recordings.RECONCILED}{{$selector}}
+    > {recordings.LAST_EVENT}{{$selector}}
   )
 )""",
         "Clerk's events have ceased to come, although Clerk's data changes.",
@@ -212,9 +213,13 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "15m",
         f"""\
 (
-  sum by ({BY}) (increase({_UNVERIFIED}[15m]))
+  sum by ({BY}) (
+    increase({_UNVERIFIED}[15m])
+  )
   > $threshold + {thresholds.SIGNATURE_FAILURES_FACTOR} * (
-    sum by ({BY}) (increase({_UNVERIFIED}[1d] offset 15m)) / 96
+    sum by ({BY}) (
+      increase({_UNVERIFIED}[1d] offset 15m)
+    ) / 96
     or sum by ({BY}) ({_UNVERIFIED}) * 0
   )
 )
@@ -265,7 +270,11 @@ max by ({BY}) (clerk_sync_reconcile_result{{result="stopped",$selector}}) == 1""
         "warning",
         "15m",
         f"""\
-min_over_time({recordings.DRIFT}{{$selector}}[3d]) > $threshold
+min_over_time({recordings.DRIFT}{{$selector}}[3d])
+> $threshold + {thresholds.IN_FLIGHT_SECONDS} * (
+  avg_over_time({recordings.DELIVERIES_RATE}{{$selector}}[3d])
+  or {recordings.DRIFT}{{$selector}} * 0
+)
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
         "Every reconcile finds something to mend again.",
         f"For 3 days, each reconcile of {WHERE} found rows missing, outdated or not deleted; never"

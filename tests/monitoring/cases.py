@@ -468,6 +468,18 @@ CASES: Final = (
         step=HOUR,
     ),
     Case(
+        "ClerkSyncDriftRecurring",
+        "a busy one: a second's events are on their way whenever it looks",
+        [
+            _ACTIVE,
+            *failing(good=counting(5 * MINUTE), bad=steady(0)),
+            reconciled(every(6 * HOUR, last=99 * DAY)),
+            drift("outdated", steady(5)),
+        ],
+        3 * DAY + 2 * HOUR,
+        step=5 * MINUTE,
+    ),
+    Case(
         "ClerkSyncQueueNearLimit",
         "the queue stays full",
         queue(until(10 * MINUTE, 0, 950)),

@@ -135,13 +135,17 @@ class Clerk:
         await self.send(event)
 
     async def burst(self, events: int, *, posters: int) -> None:
-        """The same change, sent as so many events at a time: each but the first is stale."""
+        """So many events at a time, most of them about the same change: they are stale."""
         event = self.change()
         await self.send(event)
-        waiting = iter(range(events))
+        waiting = iter(range(1, events + 1))
 
         async def poster() -> None:
-            for _ in waiting:
+            nonlocal event
+            for number in waiting:
+                if number % 500 == 0:
+                    # Else the burst would be of events that are late.
+                    event = self.change()
                 await self.send(event)
 
         await asyncio.gather(*(poster() for _ in range(posters)))

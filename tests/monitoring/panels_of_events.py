@@ -211,6 +211,14 @@ ARRIVES: Final = Row(
                 "ClerkSyncErrorBudgetBurnSlow",
                 "ClerkSyncInternalErrors",
             ),
+            colors={
+                "503 database": PAGE,
+                "503 schema": TICKET,
+                "503 queue_full": "purple",
+                "503 deadline": "yellow",
+                "503 draining": "blue",
+                "500": "dark-red",
+            },
         ),
         Panel(
             "Silence and probes",
@@ -283,6 +291,16 @@ REJECTED: Final = Row(
             " URL.",
             (Query(a_minute("reason", rate("clerk_sync_rejected_total")), "{{reason}}"),),
             alerts=("ClerkSyncDeliveriesRejected", "ClerkSyncSignatureFailures"),
+            colors={
+                "wrong": PAGE,
+                "expired": TICKET,
+                "instance": "purple",
+                "missing": "blue",
+                "malformed": "light-blue",
+                "too_large": "yellow",
+                "method": "#808080",
+                "path": "#606060",
+            },
         ),
         Panel(
             "Signed: refused or accepted",

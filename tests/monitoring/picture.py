@@ -11,6 +11,7 @@ from typing import Final
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tests.monitoring import dashboard
@@ -26,9 +27,15 @@ BEGINS: Final = 18 * HOUR
 DPI: Final = 100
 UNIT: Final = 0.42
 WIDTH: Final = 16.0
-HEAD: Final = 3.4
+LINE: Final = 0.3
 
-PAPER, INK, FAINT = "#111217", "#d8d9da", "#2c3035"
+PAPER, INK, DIM, FAINT = "#111217", "#d8d9da", "#8e9197", "#2c3035"
+# Inches left, right, below and above of what is drawn in a panel.
+_MARGINS: Final = {
+    "stat": (0.08, 0.08, 0.24, 0.95),
+    "states": (0.95, 0.2, 0.35, 0.42),
+    "table": (1.7, 0.2, 0.3, 0.42),
+}
 COLORS: Final = {
     "green": "#73bf69",
     "orange": "#ff9830",
@@ -37,6 +44,7 @@ COLORS: Final = {
     "blue": "#5794f2",
     "light-blue": "#8ab8ff",
     "purple": "#b877d9",
+    "yellow": "#fade2a",
     "text": INK,
     "transparent": FAINT,
 }
@@ -96,12 +104,13 @@ def _factor(expr: str, unit: str, clock: Clock) -> float:
 
 def draw(found: dict[str, list[Line]], shades: Sequence[Shade], path: Path) -> None:
     """Draw the page."""
-    height = max(place[1] + place[3] for place in _places().values()) * UNIT + HEAD
+    head = 0.9 + LINE * math.ceil(len(shades) / 4)
+    height = max(place[1] + place[3] for place in _places().values()) * UNIT + head
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, facecolor=PAPER)
     FigureCanvasAgg(figure)
     _head(figure, shades, height)
     for title, (x, y, wide, high) in _places().items():
-        left, bottom = x / 24 * WIDTH, height - HEAD - (y + high) * UNIT
+        left, bottom = x / 24 * WIDTH, height - head - (y + high) * UNIT
         box = (left / WIDTH, bottom / height, wide / 24, high * UNIT / height)
         panel = next((one for one in PANELS if one.title == title), None)
         if panel is None:
@@ -125,7 +134,7 @@ def _head(figure: Figure, shades: Sequence[Shade], height: float) -> None:
     figure.text(0.008, 1 - 0.35 / height, say, color=INK, size=17, weight="bold")
     many = math.ceil(len(shades) / 4)
     for index, shade in enumerate(shades):
-        x, y = index // many * 0.25 + 0.008, 0.8 + index % many * 0.42
+        x, y = index // many * 0.25 + 0.008, 0.8 + index % many * LINE
         text = f"{shade.number}  {_clock(shade.start)}  {shade.name}"
         figure.text(x, 1 - y / height, text, color=INK, size=9.5)
 
@@ -138,14 +147,14 @@ def _panel(
     shades: Sequence[Shade],
 ) -> None:
     left, bottom, wide, high = box
-    inch = high / (_inches(panel))
-    stat = panel.kind == "stat"
+    inch = high / _inches(panel)
+    before, after, below, above = _MARGINS.get(panel.kind, (0.62, 0.55, 0.62, 0.42))
     axes = figure.add_axes(
         (
-            left + (0.004 if stat else 0.034),
-            bottom + inch * (0.24 if stat else 0.75),
-            wide - (0.008 if stat else 0.042),
-            high - inch * (1.2 if stat else 1.12),
+            left + before / WIDTH,
+            bottom + inch * below,
+            wide - (before + after) / WIDTH,
+            high - inch * (below + above),
         ),
         facecolor=PAPER,
     )
@@ -158,28 +167,35 @@ def _panel(
     axes.tick_params(colors=INK, labelsize=7.5, length=2)
     axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 1.8, 3.6, 7.2]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: _clock(value)))
-    for shade in shades[::2]:
-        axes.axvspan(shade.start, shade.end, color="#ffffff", alpha=0.05, lw=0)
-    if stat:
-        _stat(figure, axes, box, inch, panel, lines)
+    for shade in shades:
+        if shade.number % 2:
+            axes.axvspan(shade.start, shade.end, color="#ffffff", alpha=0.06, lw=0)
+        if panel.kind != "stat" and _is_wide(shade, shades):
+            axes.annotate(
+                str(shade.number),
+                ((shade.start + shade.end) / 2, 1.01),
+                xycoords=("data", "axes fraction"),
+                ha="center",
+                color=DIM,
+                size=6.5,
+            )
+    if panel.kind == "stat":
+        _stat(axes, panel, lines)
     elif panel.kind in ("states", "table"):
         _states(axes, panel, lines)
     else:
         _graph(axes, panel, lines)
 
 
+def _is_wide(shade: Shade, shades: Sequence[Shade]) -> bool:
+    return (shade.end - shade.start) * 50 > shades[-1].end - shades[0].start
+
+
 def _inches(panel: Panel) -> float:
     return dashboard.HEIGHTS[panel.kind] * UNIT
 
 
-def _stat(
-    figure: Figure,
-    axes: Axes,
-    box: tuple[float, float, float, float],
-    inch: float,
-    panel: Panel,
-    lines: Sequence[Line],
-) -> None:
+def _stat(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     """The value at the end, and its colour over the evening."""
     axes.set_yticks([])
     axes.set_ylim(0, 1)
@@ -189,19 +205,13 @@ def _stat(
         for at, value in line.points:
             color = _level(panel, value)
             axes.axvspan(at, at + SCRAPE_SECONDS / CLOCK.scale, color=color, lw=0)
-    said = [f"{_said(panel, line, line.points[-1][1])}" for line in lines if line.points]
-    worst = [f"{_said(panel, line, _worst(panel, line))}" for line in judged if line.points]
-    text = " · ".join(said) or panel.empty
-    figure.text(
-        box[0] + 0.005, box[1] + box[3] - inch * 0.72, text, color=INK, size=15, weight="bold"
-    )
-    figure.text(
-        box[0] + 0.005,
-        box[1] + inch * 0.06,
-        f"worst: {', '.join(worst)}",
-        color=INK,
-        size=7.5,
-    )
+    said = [_said(panel, line, line.points[-1][1]) for line in lines if line.points]
+    worst = [_said(panel, line, _worst(panel, line)) for line in judged if line.points]
+    for text, size, y in (
+        (" · ".join(said) or panel.empty, 15, 1.25),
+        (f"worst: {', '.join(worst)}", 7.5, -0.35),
+    ):
+        axes.text(0, y, text, color=INK, size=size, weight="bold", transform=axes.transAxes)
 
 
 def _worst(panel: Panel, line: Line) -> float:
@@ -259,26 +269,30 @@ def _graph(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     top = max(
         (_finite(v) for line in lines for _, v in line.points if line.unit == panel.unit), default=1
     )
-    if not stacked:
-        axes.set_ylim(0, max(top * 1.1, panel.top or 0, 1e-9))
+    highest = axes.get_ylim()[1] if stacked and top else top * 1.1
+    axes.set_ylim(0, max(highest, panel.top or 0) or 1)
     axes.yaxis.set_major_formatter(FuncFormatter(_unit(panel.unit)))
     axes.yaxis.set_major_locator(MaxNLocator(5))
     axes.grid(color=FAINT, lw=0.6)
-    _legend(axes, panel, lines, colors)
+    _legend(axes, lines, colors)
 
 
-def _legend(axes: Axes, panel: Panel, lines: Sequence[Line], colors: dict[str, str]) -> None:
+def _legend(axes: Axes, lines: Sequence[Line], colors: dict[str, str]) -> None:
     some = [line for line in lines if any(_finite(value) for _, value in line.points)]
-    x = 0.0
-    for line in some[:9]:
-        text = line.legend or "value"
-        axes.text(
-            x, -0.27, f"– {text}", color=colors[line.legend], size=7.5, transform=axes.transAxes
-        )
-        x += (len(text) + 4) * 0.0105 * 24 / _WIDTHS[panel.title]
-
-
-_WIDTHS: Final = {title: place[2] / 1.6 for title, place in _places().items()}
+    handles = [Line2D([], [], color=colors[line.legend], lw=2) for line in some[:8]]
+    axes.legend(
+        handles,
+        [line.legend or "value" for line in some],
+        loc="upper left",
+        bbox_to_anchor=(-0.02, -0.09),
+        ncols=8,
+        frameon=False,
+        fontsize=7,
+        labelcolor=INK,
+        handlelength=0.8,
+        handletextpad=0.4,
+        columnspacing=1.0,
+    )
 
 
 def _beside(axes: Axes, line: Line) -> Axes:

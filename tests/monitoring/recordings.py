@@ -11,10 +11,12 @@ from tests.monitoring.thresholds import SILENCE_QUANTILE
 
 INSTALLED: Final = f"group by ({BY}) (clerk_sync_build_info{{$selector}})"
 # In a plain rules file `process_start_time_seconds` is everybody's.
-_STARTED: Final = (
-    f"min by ({BY}) (process_start_time_seconds{{$selector}}"
-    f" and on ({BY}, instance) clerk_sync_build_info{{$selector}})"
-)
+LINE: Final = "\n"
+_STARTED: Final = f"""min by ({BY}) (
+    process_start_time_seconds{{$selector}}
+    and on ({BY}, instance)
+    clerk_sync_build_info{{$selector}}
+  )"""
 
 LAST_EVENT: Final = "job:clerk_sync_last_event_timestamp_seconds:max"
 LAST_PROBE: Final = "job:clerk_sync_last_probe_timestamp_seconds:max"
@@ -39,7 +41,7 @@ def failures_ratio(window: str) -> str:
 def deliveries(what: str) -> str:
     """All deliveries that were Clerk's; `what` is such as `rate … [5m]`, around each counter."""
     function, _, window = what.partition(" ")
-    return " + ".join(
+    return "\n+ ".join(
         f"sum by ({BY}) ({function}({counter}{window}))"
         for counter in (
             f'clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}',
@@ -52,7 +54,7 @@ def deliveries(what: str) -> str:
 def failures(what: str) -> str:
     """Those that had no effect at that attempt: 503, 500, or into quarantine."""
     function, _, window = what.partition(" ")
-    return " + ".join(
+    return "\n+ ".join(
         f"sum by ({BY}) ({function}({counter}{{$selector}}{window}))"
         for counter in (
             "clerk_sync_unavailable_total",
@@ -72,7 +74,7 @@ RECORDINGS: Final = (
     or
     last_over_time({LAST_EVENT}{{$selector}}[1d])
     or
-    {_STARTED}
+    {_STARTED.replace(LINE, LINE + "  ")}
   )
 )
 and on ({BY}) clerk_sync_build_info{{$selector}}""",

@@ -58,3 +58,5 @@ RESTARTS: Final = 2
 # Two runs of a daily reconcile.
 RECONCILE_SECONDS: Final = 2 * DAY
 DRIFT_ENTITIES: Final = 0
+# What changes while a reconcile looks is on its way: so much of the usual traffic is no drift.
+IN_FLIGHT_SECONDS: Final = 10

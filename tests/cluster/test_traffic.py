@@ -1,0 +1,108 @@
+"""Where containers run: a signed event, sent from outside, and the row that it becomes."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, Final
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import pytest
+
+from clerk_sync import samples
+from tests import tools
+from tests.chart.helm import FULLNAME
+from tests.cluster import database, ingress
+from tests.cluster.test_injection import INJECTING, LABEL, deployment
+from tests.cluster.test_sidecar import VALUES as SIDECAR
+from tests.deliveries import PATH, new_id, now_ms, signed
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from tests.cluster.space import Space
+
+_HOST: Final = "clerk-sync.example.test"
+
+
+@pytest.fixture(autouse=True)
+def _containers_run(nodes: list[str]) -> None:
+    if not nodes:
+        pytest.skip("no container runs on this cluster: it has no node that is ready")
+
+
+def test_a_deployment_takes_an_event(space: Space, database_space: str) -> None:
+    space.secrets()
+    space.install({}, "--wait")
+    with _forwarded(space, FULLNAME) as url:
+        assert _post(url, unsigned=True) == 401
+        _event_becomes_a_row(space, database_space, url)
+    said = space.cluster.helm("test", "events", f"-n={space.name}", "--timeout=120s")
+    assert "Succeeded" in said
+
+
+def test_an_included_sidecar_takes_an_event(space: Space, database_space: str) -> None:
+    space.secrets()
+    space.install_parent(SIDECAR)
+    with _forwarded(space, "shop-clerk-sync") as url:
+        _event_becomes_a_row(space, database_space, url)
+
+
+@pytest.mark.usefixtures("has_policies")
+def test_an_injected_sidecar_takes_an_event(space: Space, database_space: str) -> None:
+    space.secrets()
+    space.install(INJECTING, "--wait")
+    space.cluster.create(deployment(LABEL), f"-n={space.name}")
+    where = "deployment/shop", f"-n={space.name}", "--timeout=120s"
+    space.cluster.kubectl("rollout", "status", *where)
+    with _forwarded(space, FULLNAME) as url:
+        _event_becomes_a_row(space, database_space, url)
+
+
+def test_an_ingress_takes_an_event_and_nothing_else(space: Space, database_space: str) -> None:
+    space.secrets()
+    with ingress.running(space.cluster, space.name) as name:
+        tls = {"enabled": False}  # in front of it, as with many a load balancer
+        published = {"enabled": True, "className": name, "hosts": [_HOST], "tls": tls}
+        space.install({"ingress": published}, "--wait")
+        with _forwarded(space, "traefik") as url:
+            space.cluster.until("there is a route", lambda: _post(url, unsigned=True) == 401)
+            _event_becomes_a_row(space, database_space, url)
+            for path in ("/metrics", "/profiles", "/readyz", "/", f"{PATH}/more"):
+                assert _post(url, path=path) == 404
+
+
+def _event_becomes_a_row(space: Space, database_space: str, url: str) -> None:
+    user = f"user_{new_id().removeprefix('msg_')}"
+    assert _post(url, user) == 200
+    sql = f"SELECT username FROM clerk_users WHERE clerk_id = '{user}'"
+    assert len(database.query(space.cluster, database_space, sql)) == 1
+
+
+def _post(url: str, user: str = "user_1", *, path: str = PATH, unsigned: bool = False) -> int:
+    body = json.dumps(samples.event("user.created", clerk_id=user, now_ms=now_ms())).encode()
+    headers = {"Content-Type": "application/json", "Host": _HOST}
+    headers |= {} if unsigned else signed(body)
+    try:
+        with urlopen(Request(url + path, body, headers), timeout=20) as answer:
+            return int(answer.status)
+    except HTTPError as refusal:
+        return refusal.code
+
+
+@contextmanager
+def _forwarded(space: Space, service: str) -> Iterator[str]:
+    """Yield a URL on this machine that leads to one of the pods behind the Service."""
+    forward = "port-forward", f"service/{service}", ":80", f"--namespace={space.name}"
+    command: list[Any] = [tools.need("kubectl"), *forward]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline() if process.stdout else ""
+            found = re.match(r"Forwarding from (\S+) ->", line)
+            assert found, f"no port was forwarded: {line}"
+            yield f"http://{found[1]}"
+        finally:
+            process.terminate()
