@@ -134,6 +134,11 @@ def _told(error: Exception) -> str:
     hint = ""
     if "WRONG_VERSION_NUMBER" in str(cause) or "does not support SSL" in str(cause):
         hint = ": the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
+    elif "CERTIFICATE_VERIFY_FAILED" in str(cause) and "mismatch" not in str(cause):
+        hint = (
+            ": if its CA is your own, name it in ?tls_ca=/path/ca.pem or DATABASE_TLS_CA; if TLS "
+            "is not meant, ?tls=disable or DATABASE_TLS=disable"
+        )
     return f"{type(cause).__name__}: {cause}{hint}"
 
 

@@ -100,7 +100,7 @@ def _render(given: dict[str, Any], options: tuple[str, ...]) -> tuple[Object, ..
 
 def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
     tried = {
-        "helm": {"install", "upgrade", "rollback", "uninstall", "test", "dependency"},
+        "helm": {"install", "upgrade", "rollback", "uninstall", "test", "dependency", "list"},
         "kubectl": {
             *("create", "patch", "exec", "logs", "get", "describe"),
             *("rollout", "scale", "delete"),
@@ -131,7 +131,7 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
             rest = [
                 str(tmp_path / word) if word == "values.yaml" else word
                 for word in words[2:]
-                if word not in {"--version", ABOUT["version"], "--wait"}
+                if word not in {"--version", ABOUT["version"], "--wait", "--install"}
             ]
             rest = [
                 word.replace("=clerk-sync.yaml", f"={tmp_path}/clerk-sync.yaml") for word in rest
