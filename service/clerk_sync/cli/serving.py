@@ -13,11 +13,15 @@ from clerk_sync import logs, schema
 from clerk_sync.check import findings
 from clerk_sync.cli.frame import command, fail, run, settled
 from clerk_sync.database import engine_of
+from clerk_sync.database_errors import Unavailable
 from clerk_sync.settings import load as load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping as Environment
 
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.mapping import Mapping
     from clerk_sync.tracing import Tracing
 
 
@@ -50,7 +54,7 @@ def serve() -> None:
     run(work())
 
 
-def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
+def tracing_of(environ: Environment[str, str]) -> tuple[Tracing | None, list[str]]:
     """Tracing, if the standard's variables ask for it; and why there is none all the same.
 
     They may be in every pod of a cluster: none of them keeps the service from starting.
@@ -102,7 +106,12 @@ def migrate(*, print_: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
 
     async def work() -> int:
-        engine = engine_of(settings.locate, size=1)
+        try:
+            return await migrated(engine_of(settings.locate, size=1), mapping)
+        except Unavailable as error:
+            fail(f"{settings.locate().where}: {error}")
+
+    async def migrated(engine: AsyncEngine, mapping: Mapping) -> int:
         try:
             if print_:
                 sql = await schema.migration_sql(engine, mapping)
