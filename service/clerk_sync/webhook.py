@@ -232,7 +232,12 @@ class WebhookListener:
             seen.trace.answered(answer, seen.delivery, change)
             exemplar = seen.trace.exemplar
         self._metrics.answered(
-            answer, change.type if change else None, seconds, time.time(), exemplar
+            answer,
+            change.type if change else None,
+            seconds,
+            time.time(),
+            exemplar,
+            verified=seen.delivery is not None,
         )
         if shown:
             # With nobody left to read the log, Clerk still gets its answer.
