@@ -123,8 +123,7 @@ class Reconcile:
         report = self._report
         report.tallies = self._mending.tallies
         counted = await listed(self._clerk, self._mapping, report)
-        if self._breaker_percent < 100:  # noqa: PLR2004 -- switched off
-            await check_instance(self._clerk, self._mending)
+        await check_instance(self._clerk, self._mending)
         report.tallies |= {kind: Tally() for kind in counted}
         seen = await self._walked(counted)
         absent = {}
