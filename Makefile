@@ -63,7 +63,7 @@ test-image: install ## Build the image, and run it as a cluster would (TEST_IMAG
 	$(BIN)/python -m tests.provision
 	$(BIN)/python -m pytest tests/image $(ARGS)
 
-test-evening: install ## Watch the service through an evening of trouble: every alert, in some six minutes
+test-evening: install ## Watch the service through an evening of trouble: every alert, in some seven minutes
 	$(BIN)/python -m tests.provision
 	$(BIN)/python -m pytest --numprocesses 0 --capture no tests/monitoring/evening.py
 

@@ -260,8 +260,9 @@ LATE: Final = Row(
             f" Clerk. It pages when less than half are within {number(LATE_SECONDS)}.",
             (
                 Query(
-                    f"sum by (le) ({rate(f'{_AGE}_bucket', _STEPS)})"
-                    f" / ignoring (le) group_left () (sum ({rate(f'{_AGE}_count')}) > 0)",
+                    # Rates of two series are guessed at the edges of their window, each by itself.
+                    f"clamp_max(sum by (le) ({rate(f'{_AGE}_bucket', _STEPS)})"
+                    f" / ignoring (le) group_left () (sum ({rate(f'{_AGE}_count')}) > 0), 1)",
                     "within {{le}} s",
                 ),
             ),

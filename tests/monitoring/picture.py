@@ -28,6 +28,7 @@ DPI: Final = 100
 UNIT: Final = 0.42
 WIDTH: Final = 16.0
 LINE: Final = 0.3
+MORE: Final = 5
 
 PAPER, INK, DIM, FAINT = "#111217", "#d8d9da", "#8e9197", "#2c3035"
 # Inches left, right, below and above of what is drawn in a panel.
@@ -121,12 +122,18 @@ def draw(found: dict[str, list[Line]], shades: Sequence[Shade], path: Path) -> N
 
 
 def _places() -> dict[str, tuple[int, int, int, int]]:
-    """Where the dashboard has each row and panel: left, top, width, height."""
-    return {
-        one.title or "": (one.grid_pos.x, one.grid_pos.y, one.grid_pos.w, one.grid_pos.h)
-        for one in dashboard.dashboard().build().panels or ()
-        if one.grid_pos is not None
-    }
+    """Where the dashboard has each row and panel: left, top, width, height.
+
+    The table of alerts is a line for each that fired here, and needs more room.
+    """
+    found, below = {}, 0
+    for one in dashboard.dashboard().build().panels or ():
+        at = one.grid_pos
+        if at is not None:
+            more = MORE if one.type_val == "table" else 0
+            found[one.title or ""] = (at.x, at.y + below, at.w, at.h + more)
+            below += more
+    return found
 
 
 def _head(figure: Figure, shades: Sequence[Shade], height: float) -> None:
@@ -192,7 +199,7 @@ def _is_wide(shade: Shade, shades: Sequence[Shade]) -> bool:
 
 
 def _inches(panel: Panel) -> float:
-    return dashboard.HEIGHTS[panel.kind] * UNIT
+    return (dashboard.HEIGHTS[panel.kind] + (MORE if panel.kind == "table" else 0)) * UNIT
 
 
 def _stat(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
