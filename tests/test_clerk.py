@@ -64,7 +64,8 @@ class Asking:
     def requests(self) -> dict[str, float]:
         """How many requests were counted, by status."""
         (family,) = self.metrics.clerk_requests.collect()
-        return {s.labels["status"]: s.value for s in family.samples if s.value}
+        counts = [sample for sample in family.samples if sample.name.endswith("_total")]
+        return {count.labels["status"]: count.value for count in counts if count.value}
 
 
 @asynccontextmanager
