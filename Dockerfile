@@ -61,13 +61,14 @@ ENV PATH=/app/bin:/usr/local/bin:/usr/bin:/bin \
     PYTHONDONTWRITEBYTECODE=1 \
     PYTHONUNBUFFERED=1
 # The base comes without bytecode, and nobody could write it later: without this, half a second more
-# to start. pip goes, as nothing is ever installed here. /data is where the embedded database is, if
-# nothing else is set: all that the user owns.
+# to start. pip goes, as nothing is ever installed here. Of Debian's programs, none may make its caller
+# somebody else. /data is where the embedded database is, if nothing else is set: all that the user owns.
 RUN set -eu; \
     stdlib=$(python3 -c 'import sysconfig; print(sysconfig.get_path("stdlib"))'); \
     rm -rf "$stdlib/ensurepip" "$stdlib"/site-packages/pip* /usr/local/bin/pip*; \
     PYTHONHASHSEED=0 python3 -m compileall -q --invalidation-mode unchecked-hash \
       -x 'idlelib|turtledemo|tkinter|lib2to3' "$stdlib"; \
+    find / -xdev -type f -perm /6000 -exec chmod ug-s {} +; \
     install --directory --owner 65532 --group 65532 /data
 COPY --from=dependencies /app /app
 COPY --from=package /package /app

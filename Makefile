@@ -90,6 +90,7 @@ clean: ## Remove everything that the other verbs made here
 
 $(READY): pyproject.toml requirements-dev.lock tests/venv.sh
 	@sh tests/venv.sh .venv
+	@echo "Installing what requirements-dev.lock lists, once: some minutes, 600 MiB in .venv."
 	$(PIP) install --require-hashes --requirement requirements-dev.lock
 	$(PIP) install --no-deps --editable .
 	@touch $@

@@ -825,7 +825,7 @@ async def test_only_one_at_a_time_and_the_others_are_told_whose_turn_it_is(
             for done in await asyncio.gather(*ends):
                 assert (done.code, done.out) == (1, "")
                 assert re.fullmatch(
-                    r"clerk-sync: \w+ is held by backfill on .+ \(pid \d+\) until "
+                    r"clerk-sync: backfill on .+ \(pid \d+\) is at work, .+ until "
                     r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d UTC, .*\n",
                     done.err,
                 )

@@ -15,8 +15,8 @@ from clerk_sync import schema
 from clerk_sync.address import InvalidDatabase, target_of
 from clerk_sync.answers import Reason
 from clerk_sync.committer import AWAY_SECONDS
-from clerk_sync.database import CONNECT_SECONDS, Connection, Statement, connect
-from clerk_sync.database_errors import Refused, Unavailable
+from clerk_sync.database import CONNECT_SECONDS, Connection, Statement, connect, engine_of
+from clerk_sync.database_errors import Refused, Unavailable, engine_errors_told
 from tests.histories import Clerk, Committing, Database, Halting, mapped, told, until
 
 if TYPE_CHECKING:
@@ -414,6 +414,27 @@ async def test_tls_of_another_ca_or_host_is_unavailable_and_says_why(
     elsewhere = url.replace("127.0.0.1", "127.1")
     with pytest.raises(Unavailable, match=r"Hostname mismatch.*127\.1"):
         await cipher(f"{elsewhere}?tls_ca={mysql_server.ca_file}")
+
+
+async def test_a_ca_that_is_not_known_tells_how_to_name_it(mysql_server: Managed) -> None:
+    url = f"{mysql_server.create_database('tls')}?tls=verify"
+    ways = r"name it in \?tls_ca=/path/ca\.pem or DATABASE_TLS_CA; .* \?tls=disable"
+    with pytest.raises(Unavailable, match=ways):
+        await pooled(url)
+    elsewhere = url.replace("127.0.0.1", "127.1")
+    with pytest.raises(Unavailable, match="Hostname mismatch") as failed:
+        await pooled(f"{elsewhere}&tls_ca={mysql_server.ca_file}")
+    assert "DATABASE_TLS_CA" not in str(failed.value), "another CA mends no name"
+
+
+async def pooled(url: str) -> None:
+    engine = engine_of(lambda: target_of(url), size=1)
+    try:
+        with engine_errors_told():
+            async with engine.connect():
+                pass
+    finally:
+        await engine.dispose()
 
 
 async def test_wrong_password_is_unavailable_and_repeats_neither_name_nor_password(

@@ -446,6 +446,9 @@ async def test_slow_senders_hold_up_nobody_and_are_ended(
         assert {answer for _, answer in ends[:40]} == {b""}
         assert all(answer.startswith(b"HTTP/1.1 503 ") for _, answer in ends[40:])
         assert all(b'"deadline"' in answer for _, answer in ends[40:])
+        metrics = await at.metrics()
+        assert metrics("unread_total") == 20
+        assert metrics("unavailable_total", reason="deadline") == 0, "it is no event that failed"
 
 
 async def test_nothing_is_unpacked(at: At) -> None:

@@ -179,7 +179,7 @@ async def test_renewal_between_look_and_taking_is_not_missed(database: Database)
     there = await now_ms(database.engine)
     await database.execute(f"UPDATE clerk_sync_leases SET expires_ms = {there + 60_000}")
     line.go_on.set()
-    with pytest.raises(Held, match="held by slow"):
+    with pytest.raises(Held, match="slow is at work"):
         await contender
 
 
@@ -320,11 +320,13 @@ async def test_row_that_is_gone_is_a_loss(database: Database) -> None:
 
 
 def test_held_says_who_until_when_and_that_it_ends() -> None:
-    error = Held("backfill", "clerk-sync-7c9f (pid 1)", 1_700_000_015_400)
-    assert (error.holder, error.expires_ms) == ("clerk-sync-7c9f (pid 1)", 1_700_000_015_400)
+    holder = "backfill on clerk-sync-7c9f (pid 1)"
+    error = Held("walk", holder, 1_700_000_015_400)
+    assert (error.holder, error.expires_ms) == (holder, 1_700_000_015_400)
     assert str(error) == (
-        "backfill is held by clerk-sync-7c9f (pid 1) until 2023-11-14 22:13:35 UTC, and longer "
-        "while it works; if that process is dead, it ends by itself then"
+        "backfill on clerk-sync-7c9f (pid 1) is at work, and one at a time may be: wait for its "
+        "end, then try again. It holds the lease `walk` until 2023-11-14 22:13:35 UTC, and longer "
+        "while it lives"
     )
 
 

@@ -54,6 +54,22 @@ async def answering(
         await runner.cleanup()
 
 
+@asynccontextmanager
+async def saying(head: bytes) -> AsyncIterator[str]:
+    """Run what answers with these bytes, whatever they are; its URL."""
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(head)
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    async with server:
+        yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}{PATH}"
+
+
 async def met(
     status: int, body: str | bytes = HTML, *, type_: str = "text/html", **headers: str
 ) -> Found:
@@ -185,15 +201,16 @@ async def test_every_other_answer_of_clerk_sync_is_told(answer: Answer) -> None:
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (200, "something else than clerk-sync answers, with text/html (200)"),
-        (204, "something else than clerk-sync answers, with text/html (204)"),
+        (200, "something else than clerk-sync answers, with text/html: if it is a login, it has"),
+        (204, "something else than clerk-sync answers, with text/html: "),
         (401, "something in front of clerk-sync wants a login: it has to let this path through"),
         (403, "something in front of clerk-sync forbids it: a firewall, or a list of addresses"),
         (404, "nothing of clerk-sync's is there: compare host and path with the ingress"),
         (405, "what is there takes no POST, and is not clerk-sync"),
-        (418, "something else than clerk-sync answers, with text/html (418)"),
+        (413, "something in front of clerk-sync takes only smaller bodies"),
+        (418, "something else than clerk-sync answers, with text/html: "),
         (429, "something in front of clerk-sync limits the rate (429)"),
-        (500, "something else than clerk-sync answers, with text/html (500)"),
+        (500, "something else than clerk-sync answers, with text/html: "),
         (502, "the proxy in front is there, and reaches no clerk-sync behind it (502)"),
         (503, "the proxy in front is there, and has no ready clerk-sync behind it (503)"),
         (504, "the proxy in front is there, and gets no answer from clerk-sync (504)"),
@@ -213,7 +230,10 @@ async def test_whatever_else_answers_is_told(status: int, told: str) -> None:
 async def test_only_the_words_of_clerk_sync_are_taken_for_its_answer(body: bytes) -> None:
     found = await met(200, body, type_="application/json")
     assert (found.through, found.lasting) == (False, True)
-    assert found.text == "something else than clerk-sync answers, with application/json (200)"
+    assert found.text == (
+        "something else than clerk-sync answers, with application/json: compare host and path with "
+        "the ingress or route (200)"
+    )
 
 
 @pytest.mark.parametrize("status", [301, 302, 307, 308])
@@ -235,6 +255,49 @@ async def test_a_redirect_is_told_and_not_followed(status: int) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    ("location", "told"),
+    [
+        (b"/login", "/login"),
+        (b"https://ada:hunter2@sso.example.com/x#hunter2", "https://sso.example.com/x"),
+        (b"https://sso.example.com/\x1b[2J\x1b]0;hunter\x07", "https://sso.example.com/%1B"),
+        (b"https://[", "what is no URL"),
+        (b"https://sso.example.com/" + b"x" * 7000, "https://sso.example.com/xxx"),
+    ],
+    ids=["path", "token", "terminal", "broken", "long"],
+)
+async def test_where_a_redirect_leads_is_told_without_tokens_and_escapes(
+    location: bytes, told: str
+) -> None:
+    head = b"HTTP/1.1 302 Found\r\nContent-Length: 0\r\nLocation: " + location
+    async with saying(head + b"\r\n\r\n") as url:
+        text = (await probed(url)).text
+    assert text.startswith(f"redirects to {told}")
+    assert "hunter2" not in text
+    assert text.isprintable()
+    assert len(text) < 400
+
+
+async def test_a_type_that_a_terminal_would_obey_is_told_without_that() -> None:
+    head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nContent-Type: text/\x1b[2Jx\r\n\r\n"
+    async with saying(head) as url:
+        assert (await probed(url)).text == (
+            "something else than clerk-sync answers, with text/?[2jx: compare host and path with "
+            "the ingress or route (200)"
+        )
+
+
+@pytest.mark.parametrize(
+    "to", ["https://login.example.com/", "/signin", "https://sso.example.com/x"]
+)
+async def test_a_redirect_to_elsewhere_may_be_a_login(to: str) -> None:
+    found = await met(302, Location=f"{to}?token=hunter2")
+    assert found.text == (
+        f"redirects to {to}, where Clerk does not follow: if it is a login, it has to let this "
+        "path through, else give Clerk that URL (302)"
+    )
+
+
 async def test_no_name_no_port_no_answer() -> None:
     unknown = await probed("https://nowhere.invalid/webhooks/clerk", seconds=1)
     assert unknown.text == "the name nowhere.invalid is not found"
@@ -242,7 +305,7 @@ async def test_no_name_no_port_no_answer() -> None:
         bound.bind(("127.0.0.1", 0))
         port = bound.getsockname()[1]
         refused = await probed(f"http://127.0.0.1:{port}/", seconds=1)
-        assert refused.text.startswith(f"cannot connect to port {port} of 127.0.0.1: ")
+        assert refused.text == f"cannot connect to port {port} of 127.0.0.1: Connection refused"
 
         bound.listen()  # and never accept: the kernel does, nobody answers
         began = time.monotonic()

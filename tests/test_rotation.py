@@ -129,6 +129,33 @@ async def test_database_password_is_rotated_without_a_restart(
     mysql_server.execute(f"DROP USER {login}")
 
 
+async def test_a_password_that_no_new_connection_gets_in_with_is_told_by_readiness(
+    mysql_server: Managed,
+) -> None:
+    name, login = "clerk_sync_outdated", "outdated"
+    url = mysql_server.create_database(name)
+    await deliveries.migrate(url)
+    mysql_server.execute(f"DROP USER IF EXISTS {login}")
+    mysql_server.execute(f"CREATE USER {login} IDENTIFIED BY 'first'")
+    mysql_server.execute(f"GRANT ALL ON {name}.* TO {login}")
+    mine = f"mysql://{login}:first@{mysql_server.host}:{mysql_server.port}/{name}"
+    open_now = f"SELECT id FROM information_schema.processlist WHERE user = '{login}'"
+    async with deliveries.served(mine, CLERK_SYNC_WRITERS=1) as at:
+        await at.until_ready()
+        before = set(mysql_server.execute(open_now))
+        assert await statuses(at, SECRET) == [200]
+        (writing,) = set(mysql_server.execute(open_now)) - before
+        mysql_server.execute(f"ALTER USER {login} IDENTIFIED BY 'second'")
+        mysql_server.execute(f"KILL {writing[0]}")
+        assert (await at.post(event("user.updated", "user_a"))).status == 503
+        unready = await at.until_ready(ready=False)
+        assert "password is wrong" in unready.json["detail"]
+        mysql_server.execute(f"ALTER USER {login} IDENTIFIED BY 'first'")
+        await at.until_ready()
+        await until_statuses(at, [200], SECRET)
+    mysql_server.execute(f"DROP USER {login}")
+
+
 async def test_database_url_in_a_file_moves_to_another_server_or_database(
     mysql_server: Managed, tmp_path: Path
 ) -> None:

@@ -149,7 +149,7 @@ def test_every_word_of_code_is_one(page: Path) -> None:
 WORDS = {
     *("critical", "warning", "cluster", "namespace", "job", "kind", "reason", "threshold"),
     *("clerk_id", "svix_id", "age_seconds", "traceback", "preStop", "list", "OOMKilled"),
-    *("namespaceSelector", "clerk", "serve", "reconcile"),
+    *("namespaceSelector", "clerk", "serve", "reconcile", "RELEASE", "REVISION", "exec"),
 }
 
 

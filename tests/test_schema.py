@@ -208,6 +208,25 @@ async def test_migration_that_broke_off_is_resumed(database: Database, printed: 
     assert await schema.migrate(database.engine, MIRROR) == []
 
 
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+async def test_a_table_of_its_own_that_somebody_dropped_is_made_again(
+    database: Database,
+    printed: bool,  # noqa: FBT001
+) -> None:
+    await schema.migrate(database.engine, MIRROR)
+    await database.execute("DROP TABLE clerk_sync_leases", "DROP TABLE clerk_sync_events")
+    assert len(await faults(database, MIRROR)) == 2
+    if printed:
+        sql = await schema.migration_sql(database.engine, MIRROR)
+        await database.execute(*filter(str.strip, sql.split(";")))
+    else:
+        done = await schema.migrate(database.engine, MIRROR)
+        assert "made table clerk_sync_leases anew, as it was gone" in done
+    await assert_as_declared(database, MIRROR)
+    await database.store(MIRROR)
+    assert await schema.migrate(database.engine, MIRROR) == []
+
+
 async def test_printed_sql_run_by_hand_makes_the_same(database: Database) -> None:
     sql = await schema.migration_sql(database.engine, MIRROR)
     assert "clerk_sync_events" in sql

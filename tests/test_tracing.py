@@ -229,6 +229,18 @@ async def test_a_stranger_s_trace_is_not_followed(here: Traced) -> None:
     assert {span.parent for span in here.spans if span.name != "verify"} == {None}
 
 
+async def test_strangers_do_not_crowd_out_what_is_traced(here: Traced) -> None:
+    """A queue to a collector is short, and what is kept there is paid for."""
+    for _ in range(30):
+        await here.post(event("user.created", "user_a"), secret=OTHER_SECRET)
+    requests = [span for span in here.spans if span.name == f"POST {PATH}"]
+    assert len(requests) == 10  # as many as have a line in the log
+    kept = {f"{span.context.trace_id:032x}" for span in requests}
+    assert (await here.exemplars())["request"] <= kept, "none leads to a trace that is not there"
+    await here.post(event("user.created", "user_a"))
+    assert here.one("apply")
+
+
 @pytest.mark.parametrize(
     "traceparent", ["", "00", f"00-{'0' * 32}-{PARENT}-01", "\xe9", "x" * 9000]
 )
@@ -447,11 +459,40 @@ async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]
             | {"OTEL_EXPORTER_OTLP_PROTOCOL": "http/protobuf"},
             f"OTEL_EXPORTER_OTLP_TRACES_PROTOCOL is http/json: {ONLY_HTTP}",
         ),
+        (
+            ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Bearer%20hunter2%0Ax"},
+            "no traces: OTEL_EXPORTER_OTLP_HEADERS has a line break in it, as %0A or %0D",
+        ),
     ],
     ids=str,
 )
 def test_what_cannot_be_done_is_a_doubt(environment: dict[str, str], doubt: str) -> None:
     assert serving.tracing_of(environment) == (None, [doubt])
+
+
+@pytest.mark.parametrize(
+    "headers", ["Bearer hunter2", "Authorization: Basic aHVudGVyMg==", "a=hunter2\nb=c"]
+)
+async def test_headers_that_would_be_left_out_are_a_doubt(headers: str) -> None:
+    tracing, doubts = serving.tracing_of(ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": headers})
+    assert doubts == ["OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"]
+    assert tracing is not None
+    await tracing.close()
+
+
+async def test_headers_may_stand_on_lines_of_their_own() -> None:
+    headers = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Basic aHVudGVyMg==,\n  b=c\n"}
+    tracing, doubts = serving.tracing_of(ENDPOINT | headers)
+    assert doubts == []
+    assert tracing is not None
+    await tracing.close()
+
+
+async def test_a_provider_that_is_not_there_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "theirs")
+    tracing, (doubt,) = serving.tracing_of(ENDPOINT)
+    assert tracing is None
+    assert doubt.startswith("no traces: Requested component 'theirs' not found")
 
 
 async def test_faulty_variables_are_told_without_a_token_and_stop_nothing(tmp_path: Path) -> None:

@@ -8,13 +8,15 @@ import socket
 import sqlite3
 import time
 from collections import Counter
-from typing import TYPE_CHECKING
-from urllib.parse import quote, urlsplit
+from typing import TYPE_CHECKING, Final
+from urllib.parse import urlsplit
 
 import pytest
+from click.testing import CliRunner
 
-from clerk_sync import probe, signature, webhook
-from tests import deliveries
+from clerk_sync import check, probe, signature, webhook
+from clerk_sync.cli import cli
+from tests import deliveries, servers
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows, served, serving, settings_of
 
 if TYPE_CHECKING:
@@ -23,17 +25,61 @@ if TYPE_CHECKING:
     from tests.servers import Managed
 
 
+PLAIN: Final = "plain"
+
+
+def login_of(server: Managed, name: str, *, may: str) -> str:
+    """Return the URL of a user who has these rights on the database and no others."""
+    server.execute(f"DROP USER IF EXISTS {name}")
+    server.execute(f"CREATE USER {name} IDENTIFIED BY '{PLAIN}'")
+    server.execute(f"GRANT {may} ON {name}.* TO {name}")
+    return servers.url_of((name, PLAIN), server.host, server.port, name)
+
+
+async def found_by_check(url: str) -> list[str]:
+    """Return what `clerk-sync check` finds wrong."""
+    looked = check.findings(settings_of(url), [], [])
+    return [str(one) async for one in looked if one.verdict == "FAIL"]
+
+
+@pytest.mark.parametrize("lacking", ["INSERT", "UPDATE", "DELETE"])
+async def test_check_finds_a_right_that_serving_needs_and_its_user_lacks(
+    mysql_server: Managed, lacking: str
+) -> None:
+    name = "clerk_sync_rights"
+    await deliveries.migrate(mysql_server.create_database(name))
+    rights = [right for right in ("SELECT", "INSERT", "UPDATE", "DELETE") if right != lacking]
+    (found,) = await found_by_check(login_of(mysql_server, name, may=", ".join(rights)))
+    assert f"{lacking} command denied" in found
+    assert "needs the rights SELECT, INSERT, UPDATE, DELETE" in found
+    mysql_server.execute(f"DROP USER {name}")
+
+
+async def test_a_migration_that_may_not_says_what_it_lacks_and_where(mysql_server: Managed) -> None:
+    name = "clerk_sync_ddl"
+    mysql_server.create_database(name)
+    url = login_of(mysql_server, name, may="SELECT, INSERT, UPDATE, DELETE")
+    address = f"clerk-sync: mysql {mysql_server.host}:{mysql_server.port}/{name}: "
+    for wrong, told in (
+        ({}, "`migrate` CREATE, ALTER, INDEX as well; `clerk-sync migrate --print` prints"),
+        ({"DATABASE_URL": url.replace(PLAIN, "other")}, "the password is wrong"),
+        ({"DATABASE_URL": f"{url}?tls=verify"}, "or DATABASE_TLS_CA; if TLS is not meant"),
+    ):
+        environment = {"DATABASE_URL": url, **wrong}
+        done = await asyncio.to_thread(CliRunner().invoke, cli, ["migrate"], env=environment)
+        assert done.exit_code == 1
+        assert done.stderr.startswith(address), done.stderr
+        assert told in done.stderr
+        assert "Traceback" not in done.stderr
+    mysql_server.execute(f"DROP USER {name}")
+
+
 async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
     mysql_server: Managed,
 ) -> None:
-    name, login = "clerk_sync_failover", "writer"
-    admin = mysql_server.create_database(name)
-    await deliveries.migrate(admin)
-    mysql_server.execute(f"DROP USER IF EXISTS {login}")
-    mysql_server.execute(f"CREATE USER {login} IDENTIFIED BY 'plain'")
-    mysql_server.execute(f"GRANT SELECT, INSERT, UPDATE, DELETE ON {name}.* TO {login}")
-    address = urlsplit(admin)
-    url = f"mysql://{login}:{quote('plain')}@{address.hostname}:{address.port}/{name}"
+    name = "clerk_sync_failover"
+    await deliveries.migrate(mysql_server.create_database(name))
+    url = login_of(mysql_server, name, may="SELECT, INSERT, UPDATE, DELETE")
     async with serving(settings_of(url)) as at:
         await at.until_ready()
         assert (await at.post(deliveries.event("user.created", "user_a"))).status == 200
@@ -45,12 +91,14 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
             probed = await probe.probe(probe.address(at.url + PATH), signers, seconds=1)
             assert "is away, or takes no writes" in probed.text
             unready = await at.until_ready(ready=False)
-            assert "read-only" in unready.json["detail"] or "1290" in unready.json["detail"]
+            assert "has to lead to the primary" in unready.json["detail"]
+            (found,) = await found_by_check(url)
+            assert "has to lead to the primary" in found
         finally:
             mysql_server.execute("SET GLOBAL read_only = 0")
         await at.until_ready()
         assert (await at.post(deliveries.event("user.updated", "user_a"))).status == 200
-    mysql_server.execute(f"DROP USER {login}")
+    mysql_server.execute(f"DROP USER {name}")
 
 
 @pytest.mark.past_vitess

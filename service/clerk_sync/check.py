@@ -9,7 +9,7 @@ from typing import Final, Literal
 
 import aiohttp
 
-from clerk_sync import mapping_file, schema, signature
+from clerk_sync import housekeeping, mapping_file, schema, signature
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import Mapping
@@ -95,6 +95,10 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
     engine = engine_of(settings.locate, size=1)
     try:
         live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
+        # After a failover the old primary answers every SELECT. Without tables there is nothing
+        # to write to yet.
+        if not schema.lacks_own(live):
+            await housekeeping.probe_rights(engine)
     except Unavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return

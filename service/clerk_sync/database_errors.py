@@ -110,10 +110,12 @@ _WORDS: Final[dict[int, str]] = {
     1045: ": access denied, the username or the password is wrong",
     1054: ": a column is not there",
     1114: ": the table is full",
-    1142: ": the user may not do this",
+    1142: ": the user may not do this: it needs SELECT, INSERT, UPDATE, DELETE",
     1146: ": a table is not there",
+    1203: ": the user has too many connections",
     1205: ": a row is locked by another transaction",
     1213: ": deadlock",
+    1226: ": the user has too many connections, or is limited otherwise",
     1290: ": the server is read-only",
     1792: ": the transaction is read-only",
     2003: ": cannot connect",
@@ -128,13 +130,56 @@ _VITESS_TRANSIENT: Final = re.compile(
 )
 
 
+_NO_TLS: Final = "the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
+_CREDENTIALS: Final = "the username or the password is wrong, or the user may not come from here"
+_RIGHTS: Final = (
+    "`serve` needs the rights SELECT, INSERT, UPDATE, DELETE, and `migrate` CREATE, ALTER, INDEX "
+    "as well; `clerk-sync migrate --print` prints the SQL for somebody who has them"
+)
+_DATABASE: Final = "is the database's name right, and has its user any right on it?"
+_PRIMARY: Final = "it takes no writes: the address has to lead to the primary, not to a replica"
+_CONNECTIONS: Final = (
+    "each process needs CLERK_SYNC_WRITERS + CLERK_SYNC_POOL_SIZE connections, and 7 more while "
+    "it reconciles: allow more, or lower them, or run fewer replicas"
+)
+# What to do about what the driver says, by number, and by what is in its text.
+_ADVICE: Final[dict[int, str]] = {
+    1040: _CONNECTIONS,
+    1044: _DATABASE,
+    1045: _CREDENTIALS,
+    1049: _DATABASE,
+    1130: _CREDENTIALS,
+    1142: _RIGHTS,
+    1143: _RIGHTS,
+    1203: _CONNECTIONS,
+    1226: _CONNECTIONS,
+    1227: _RIGHTS,
+    1290: _PRIMARY,
+    1698: _CREDENTIALS,
+    1792: _PRIMARY,
+    1836: _PRIMARY,
+}
+_ADVICE_BY_TEXT: Final[dict[str, str]] = {
+    "WRONG_VERSION_NUMBER": _NO_TLS,
+    "does not support SSL": _NO_TLS,
+    "mismatch, certificate": "the host has to be one that the certificate names",
+    "CERTIFICATE_VERIFY_FAILED": "if its CA is your own, name it in ?tls_ca=/path/ca.pem or "
+    "DATABASE_TLS_CA; if TLS is not meant, ?tls=disable or DATABASE_TLS=disable",
+    "refused": "is the server up, and are host and port right?",
+    "Name or service not known": "is the host right?",
+    "did not let us in": "is the server well, and does a firewall or network policy let this out?",
+}
+
+
 def _told(error: Exception) -> str:
-    """An error of SQLAlchemy's, for people: what it means, or the driver's own words."""
+    """An error of SQLAlchemy's, for people: the driver's own words, and what to do."""
     cause = error.orig if isinstance(error, sa.exc.DBAPIError) and error.orig else error
-    hint = ""
-    if "WRONG_VERSION_NUMBER" in str(cause) or "does not support SSL" in str(cause):
-        hint = ": the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
-    return f"{type(cause).__name__}: {cause}{hint}"
+    said = f"{type(cause).__name__}: {cause}"
+    number = cause.args[0] if isinstance(cause, MySQLError) and cause.args else None
+    advice = _ADVICE.get(number) if isinstance(number, int) else None
+    for words, meant in _ADVICE_BY_TEXT.items():
+        advice = advice or (meant if words in said else None)
+    return f"{said}: {advice}" if advice else said
 
 
 @contextmanager

@@ -41,8 +41,9 @@ class Held(Exception):  # noqa: N818
     def __init__(self, name: str, holder: str, expires_ms: int) -> None:
         until = datetime.fromtimestamp(expires_ms // 1000, UTC)
         super().__init__(
-            f"{name} is held by {holder} until {until:%Y-%m-%d %H:%M:%S} UTC, and longer while it "
-            "works; if that process is dead, it ends by itself then"
+            f"{holder} is at work, and one at a time may be: wait for its end, then try again. It "
+            f"holds the lease `{name}` until {until:%Y-%m-%d %H:%M:%S} UTC, and longer while it "
+            "lives"
         )
         self.holder = holder
         self.expires_ms = expires_ms

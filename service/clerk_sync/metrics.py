@@ -76,9 +76,14 @@ class Metrics:
         )
         self.unavailable = self._counter(
             "unavailable",
-            "Requests answered 503 for the sender to retry.",
+            "Deliveries with a good signature answered 503, for the sender to retry.",
             "requests",
             reason=UNAVAILABILITIES,
+        )
+        self.unread = self._counter(
+            "unread",
+            "Requests answered 503 before their signature was looked at. Anybody can make such.",
+            "requests",
         )
         self.errors = self._counter(
             "errors", "Requests answered 500: a defect of clerk-sync.", "requests"
@@ -297,6 +302,8 @@ class Metrics:
         seconds: float,
         now: float,
         exemplar: dict[str, str] | None = None,
+        *,
+        verified: bool = True,
     ) -> None:
         """Count one answered delivery; the exemplar is of its trace, if that is kept."""
         self.request_seconds.observe(seconds, exemplar)
@@ -309,6 +316,9 @@ class Metrics:
                 self._quarantined[answer.reason].inc()
         elif answer.outcome is Outcome.REJECTED and answer.reason is not None:
             self._rejected[answer.reason].inc()
+        elif answer.outcome is Outcome.UNAVAILABLE and not verified:
+            # Strangers who begin requests and never end them are not to use up the error budget.
+            self.unread.inc()
         elif answer.outcome is Outcome.UNAVAILABLE and answer.reason is not None:
             self._unavailable[answer.reason].inc()
         else:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import secrets
 import time
 from dataclasses import dataclass
@@ -61,6 +62,8 @@ _THEIRS: Final = {
     "ingress or route",
     HTTPStatus.METHOD_NOT_ALLOWED: "what is there takes no POST, and is not clerk-sync: "
     "compare host and path with the ingress or route",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "something in front of clerk-sync takes only smaller "
+    "bodies: Clerk's are up to 1 MiB",
     HTTPStatus.TOO_MANY_REQUESTS: "something in front of clerk-sync limits the rate",
     HTTPStatus.BAD_GATEWAY: "the proxy in front is there, and reaches no clerk-sync behind it",
     HTTPStatus.SERVICE_UNAVAILABLE: "the proxy in front is there, and has no ready clerk-sync "
@@ -94,7 +97,9 @@ def address(url: str) -> yarl.URL:
 
 def shown(url: yarl.URL) -> str:
     """The URL without what may be secret in it."""
-    return str(url.with_user(None).with_query(None).with_fragment(None))
+    if url.raw_authority:
+        url = url.with_user(None)
+    return str(url.with_query(None).with_fragment(None))
 
 
 async def probe(url: yarl.URL, signers: Sequence[Webhook], *, seconds: float) -> Found:
@@ -159,10 +164,14 @@ def _unconnected(url: yarl.URL, error: Exception) -> Found:
             text = f"no TLS is spoken on port {url.port}, or none that this side knows"
             lasting = True
         case aiohttp.ClientConnectorError():
-            why = error.os_error.strerror or "no connection"
+            # What asyncio makes of it repeats the address, and not what happened.
+            number = error.os_error.errno
+            why = os.strerror(number) if number else error.os_error.strerror or "no connection"
             text = f"cannot connect to port {url.port} of {url.host}: {why}"
         case _:
             text = f"the connection ended without an answer ({type(error).__name__})"
+            if url.scheme == "http":
+                text += ": is it https?"
     return Found(through=False, text=text, lasting=lasting)
 
 
@@ -180,11 +189,41 @@ def _read(response: aiohttp.ClientResponse, body: bytes, ms: int) -> Found:
     elif status in _THEIRS:
         text = _THEIRS[HTTPStatus(status)]
     elif HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
-        to = response.headers.get("Location", "nowhere").partition("?")[0]
-        text = f"redirects to {to}, where Clerk does not follow: give Clerk that URL instead"
+        text = _redirected(response)
     else:
-        text = f"something else than clerk-sync answers, with {response.content_type}"
+        text = f"something else than clerk-sync answers, with {_printable(response.content_type)}"
+        if response.content_type == "text/html":
+            text += ": if it is a login, it has to let this path through, else"
+        else:
+            text += ":"
+        text += " compare host and path with the ingress or route"
     return Found(through=False, text=f"{text} ({said})", lasting=lasting)
+
+
+def _redirected(response: aiohttp.ClientResponse) -> str:
+    """A redirect: to the URL that is meant, or away from it, as to a login."""
+    given = response.headers.get("Location", "")
+    told = f"redirects to {_location(given)}, where Clerk does not follow"
+    try:
+        path = yarl.URL(given).path
+    except ValueError:
+        path = ""
+    if path.strip("/") == response.url.path.strip("/"):
+        return f"{told}: give Clerk that URL instead"
+    return f"{told}: if it is a login, it has to let this path through, else give Clerk that URL"
+
+
+def _location(given: str) -> str:
+    """Where a redirect leads. Whoever answers wrote it, and logs and terminals get to see it."""
+    try:
+        return _printable(shown(yarl.URL(given))) if given else "nowhere"
+    except ValueError:
+        return "what is no URL"
+
+
+def _printable(text: str) -> str:
+    """The beginning of a stranger's text, without what a terminal would obey."""
+    return "".join(letter if letter.isprintable() else "?" for letter in text[:200])
 
 
 def _ours(body: bytes) -> tuple[Outcome | None, Reason | None]:

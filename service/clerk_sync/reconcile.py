@@ -123,8 +123,7 @@ class Reconcile:
         report = self._report
         report.tallies = self._mending.tallies
         counted = await listed(self._clerk, self._mapping, report)
-        if self._breaker_percent < 100:  # noqa: PLR2004 -- switched off
-            await check_instance(self._clerk, self._mending)
+        await check_instance(self._clerk, self._mending)
         report.tallies |= {kind: Tally() for kind in counted}
         seen = await self._walked(counted)
         absent = {}
@@ -219,7 +218,8 @@ class Reconcile:
                 f"{len(absent.ids)} of {absent.rows} {kind}s are not in Clerk any more, which "
                 f"the breaker ({self._breaker_percent:g} %, at least {BREAKER_LEAST}) takes for a "
                 "mistake: nothing was deleted. Is CLERK_SECRET_KEY the key of this database's "
-                "instance? If they were deleted on purpose, run it again with --breaker 100"
+                "instance? `clerk-sync reconcile --dry-run --breaker 100` lists them. If they were "
+                "deleted on purpose, run it again with --breaker 100"
             )
 
     async def _absent(self, kind: str, seen: _Seen) -> _Absent:

@@ -92,7 +92,8 @@ async def check_instance(clerk: Clerk, mending: Mending) -> None:
     if len(some) >= BREAKER_LEAST and not await clerk.known_users(some):
         raise Stopped(
             f"Clerk knows none of {len(some)} users of this table: nothing was changed. Is "
-            "CLERK_SECRET_KEY the key of this database's instance?"
+            "CLERK_SECRET_KEY the key of this database's instance? If all of them were deleted on "
+            "purpose, `clerk-sync erase` removes each"
         )
 
 

@@ -65,6 +65,11 @@ async def own_faults(engine: AsyncEngine) -> list[str]:
     return list(_own_faults(await _inspected(engine, set(tables.metadata.tables))))
 
 
+def lacks_own(live: Live) -> bool:
+    """Whether anything of clerk-sync's own tables is missing."""
+    return any(_own_faults(live))
+
+
 def store_of(mapping: Mapping, live: Live) -> Store:
     """Bind the mapping to the live tables. Raises SchemaFaults with every fault."""
     faults = [*_own_faults(live), *_mapping_faults(mapping, live)]

@@ -96,6 +96,7 @@ class Watch:
         self._metrics = metrics
         self._settings = settings
         self._bound = 0.0
+        self._troubled = False
 
     @property
     def users(self) -> Target | None:
@@ -113,6 +114,7 @@ class Watch:
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds - LOOK_SECONDS_UNREADY):
                     await self._committer.trouble.wait()
+            self._troubled = self._committer.trouble.is_set()
             self._committer.trouble.clear()
 
     async def _found(self) -> Readiness:
@@ -123,6 +125,10 @@ class Watch:
         seconds = BINDING_SECONDS if bind else PING_SECONDS
         try:
             async with asyncio.timeout(seconds):
+                if self._troubled:
+                    # A connection from before may still be good where a new one, with the
+                    # credentials of now, is not let in.
+                    await self._engine.dispose()
                 if bind:
                     self._committer.store = await schema.bound(self._engine, self._mapping)
                     self._bound = now

@@ -224,23 +224,28 @@ class WebhookListener:
 
     def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None
-        if seen.trace is not None:
+        outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
+        # Anybody can be refused as often as they like: log and traces are not theirs to fill.
+        strange = answer.outcome is Outcome.REJECTED or seen.delivery is None
+        shown = not strange or self._ration.allows(outcome=outcome, reason=reason)
+        if seen.trace is not None and shown:
             seen.trace.answered(answer, seen.delivery, change)
             exemplar = seen.trace.exemplar
         self._metrics.answered(
-            answer, change.type if change else None, seconds, time.time(), exemplar
+            answer,
+            change.type if change else None,
+            seconds,
+            time.time(),
+            exemplar,
+            verified=seen.delivery is not None,
         )
-        # With nobody left to read the log, Clerk still gets its answer.
-        with contextlib.suppress(OSError, ValueError):
-            self._log(answer, seen, round(seconds * 1000, 1), exemplar)
+        if shown:
+            # With nobody left to read the log, Clerk still gets its answer.
+            with contextlib.suppress(OSError, ValueError):
+                self._log(answer, seen, round(seconds * 1000, 1), exemplar)
 
     def _log(self, answer: Answer, seen: _Seen, ms: float, exemplar: dict[str, str] | None) -> None:
         delivery, change = seen.delivery, seen.change
-        outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
-        # Anybody can be refused as often as they like: the log is not theirs to fill.
-        strange = answer.outcome is Outcome.REJECTED or delivery is None
-        if strange and not self._ration.allows(outcome=outcome, reason=reason):
-            return
         if answer.reason is Reason.EXPIRED and delivery is not None:
             age = round(time.time()) - delivery.sent_at
             log.warning("clock_skew", svix_id=delivery.id, age_seconds=age)
@@ -249,8 +254,8 @@ class WebhookListener:
             svix_id=delivery.id if delivery else None,
             type=change.type if change else None,
             clerk_id=change.clerk_id if change else None,
-            outcome=outcome,
-            reason=reason,
+            outcome=answer.outcome.value,
+            reason=answer.reason.value if answer.reason else None,
             status=answer.status,
             ms=ms,
             **(exemplar or {}),

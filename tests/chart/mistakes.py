@@ -310,6 +310,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`podLabels` sets app.kubernetes.io/name",
         {"podLabels": {"app.kubernetes.io/name": "x"}},
     ),
+    (
+        "`probe.podLabels` sets app.kubernetes.io/component",
+        {"probe": {"podLabels": {"app.kubernetes.io/component": "webhook"}}},
+    ),
     ("`extraEnv.LOG_LEVEL` is a setting of clerk-sync", {"extraEnv": {"LOG_LEVEL": "debug"}}),
     (
         "`extraEnv.DATABASE_URL_FILE` is a setting of clerk-sync",

@@ -100,7 +100,10 @@ def _render(given: dict[str, Any], options: tuple[str, ...]) -> tuple[Object, ..
 
 def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
     tried = {
-        "helm": {"install", "upgrade", "rollback", "uninstall", "test", "dependency"},
+        "helm": {
+            *("install", "upgrade", "rollback", "history", "uninstall", "test"),
+            *("dependency", "list"),
+        },
         "kubectl": {
             *("create", "patch", "exec", "logs", "get", "describe"),
             *("rollout", "scale", "delete"),
@@ -131,7 +134,7 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
             rest = [
                 str(tmp_path / word) if word == "values.yaml" else word
                 for word in words[2:]
-                if word not in {"--version", ABOUT["version"], "--wait"}
+                if word not in {"--version", ABOUT["version"], "--wait", "--install"}
             ]
             rest = [
                 word.replace("=clerk-sync.yaml", f"={tmp_path}/clerk-sync.yaml") for word in rest
@@ -212,9 +215,38 @@ def test_commands_name_what_is_there() -> None:
             if slash and kind in {"deployment", "job", "service"}:
                 assert name in there[kind], words
         if verb_of(words) == "delete":
-            assert words[-2:] == ["secret", "clerk-sync"]
+            named = words[-2:] == ["secret", "clerk-sync"]
+            assert named or words[-2] == "-l", words
     for words in of("helm", "test", "uninstall"):
         assert words[-1] == "clerk-sync" or words[-2:] == ["clerk-sync", "--logs"]
+
+
+def test_what_hooks_have_left_is_deleted_by_labels_that_nothing_else_has() -> None:
+    (words,) = (words for words in of("kubectl", "delete") if "-l" in words)
+    kinds = words[words.index("delete") + 1].split(",")
+    deleted = re.fullmatch(
+        r"app\.kubernetes\.io/instance=clerk-sync,app\.kubernetes\.io/component in \((.*)\)",
+        words[-1],
+    )
+    assert deleted
+    written_down = {
+        "database": {"url": "mysql://u:p@h/d"},
+        "clerk": {"signingSecret": {"value": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}},
+        "config": {"mapping": "tables: {user: {table: users, key: clerk_id}}"},
+    }
+    objects = _render(written_down, ("--kube-version=1.37", "--name-template=clerk-sync"))
+    hooks = 0
+    for one in objects:
+        metadata = one["metadata"]
+        hook = "helm.sh/hook" in metadata.get("annotations", {})
+        labels = metadata["labels"]
+        component = labels.get("app.kubernetes.io/component")
+        assert (component in deleted[1].split(",")) == hook, one
+        if hook:
+            hooks += 1
+            assert labels["app.kubernetes.io/instance"] == "clerk-sync"
+            assert f"{one['kind'].lower()}s" in kinds
+    assert hooks >= 4
 
 
 def test_commands_inside_of_pods_are_those_of_the_service() -> None:

@@ -21,6 +21,7 @@ from clerk_sync.settings import Secret, Settings
 from tests.chart import rules, values
 from tests.chart.helm import (
     CHART,
+    HELMS,
     LEAST,
     ROOT,
     VERSIONS,
@@ -151,20 +152,19 @@ def test_each_container_gets_what_it_needs_and_no_more() -> None:
     given = LEAST | {"clerk": LEAST["clerk"] | {"secretKey": {"existingSecret": "clerk"}}}
     objects = render(given | {"reconcile": {"mode": "cronJob"}})
     secrets = {
-        one["command"][1]: {
+        one["command"][1] if one["command"][0] == "clerk-sync" else one["name"]: {
             variable["name"].removesuffix("_FILE")
             for variable in one["env"]
             if variable["name"].removesuffix("_FILE") in HIDDEN
         }
         for pod in rules.pods(objects)
         for one in pod.containers
-        if one["command"][0] == "clerk-sync"
     }
     assert secrets == {
         "serve": {"DATABASE_URL", "CLERK_WEBHOOK_SIGNING_SECRET", "CLERK_SECRET_KEY"},
         "migrate": {"DATABASE_URL"},
         "reconcile": {"DATABASE_URL", "CLERK_SECRET_KEY"},
-        "trigger": {"CLERK_WEBHOOK_SIGNING_SECRET"},
+        "test": {"CLERK_WEBHOOK_SIGNING_SECRET"},
     }
 
 
@@ -176,6 +176,28 @@ def test_mappings_of_scenarios_are_mappings() -> None:
                 assert mapping_file.read(one["data"]["mapping.yaml"], source=str(scenario))
                 found += 1
     assert found >= 2
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "  # indented by whoever wrote it\ntables:\n  user: {}\n",
+        "\n\n   \ntables: {user: {}}\n\n",
+        "tables: {user: {}}\r\n# of Windows\r\n",
+        "tables: {user: {}}\r---\rapiVersion: v1\rkind: Secret\rmetadata: {name: theirs}\r",
+        "tables: {user: {}} #\x85kind: Secret\n",
+        "tables: {user: {}} #\u2028---\u2028kind: Secret\n",
+    ],
+    ids=["indented", "blank", "windows", "document", "next-line", "separator"],
+)
+@pytest.mark.parametrize("by", HELMS)
+def test_a_mapping_s_text_stays_in_its_config_map(text: str, by: str) -> None:
+    """Whoever writes the mapping may be somebody else than who installs."""
+    plain = render(LEAST | {"config": {"mapping": "tables: {user: {}}"}}, by=by)
+    objects = render(LEAST | {"config": {"mapping": text}}, by=by)
+    assert [one["kind"] for one in objects] == [one["kind"] for one in plain]
+    held = [one["data"] for one in rules.of_kind(objects, "ConfigMap")]
+    assert held == [{"mapping.yaml": text}] * 2
 
 
 @pytest.mark.parametrize("name", STANDS_FOR)
@@ -262,40 +284,46 @@ def test_paths_of_probes_and_monitors_are_there() -> None:
 
 async def test_helm_test_tells_a_service_that_works(tmp_path: Path) -> None:
     async with served(f"sqlite:///{tmp_path}/clerk-sync.db") as at:
-        assert await helm_test(tmp_path, f"{at.url}/webhooks/clerk", SECRET) == [0, 0]
+        code, printed = await helm_test(tmp_path, f"{at.url}/webhooks/clerk", SECRET)
+    assert code == 0, printed
+    assert re.fullmatch(r"unsigned event: 401\nemail\.created .*: 200 .*\n", printed)
 
 
 async def test_helm_test_tells_one_with_another_secret(tmp_path: Path) -> None:
     async with served(f"sqlite:///{tmp_path}/clerk-sync.db") as at:
         wrong = "whsec_" + "d3Jvbmcgd3Jvbmcgd3Jvbmcgd3Jvbmc="
-        assert await helm_test(tmp_path, f"{at.url}/webhooks/clerk", wrong) == [0, 1]
+        code, printed = await helm_test(tmp_path, f"{at.url}/webhooks/clerk", wrong)
+    assert code == 1
+    assert re.match(r"unsigned event: 401\n.*401.*wrong", printed)
 
 
 async def test_helm_test_tells_one_that_is_not_there(tmp_path: Path) -> None:
-    assert await helm_test(tmp_path, "http://127.0.0.1:9/webhooks/clerk", SECRET) == [1, 1]
+    code, printed = await helm_test(tmp_path, "http://127.0.0.1:9/webhooks/clerk", SECRET)
+    assert (code, "are there pods behind the Service" in printed) == (1, True)
 
 
-async def helm_test(folder: Path, url: str, secret: str) -> list[int]:
-    """Run the containers of the test pod, here, and return their exit codes."""
+async def helm_test(folder: Path, url: str, secret: str) -> tuple[int, str]:
+    """Run the container of the test pod, here; its exit code, and what Helm would show."""
     spec = rules.the(render(LEAST), "Pod", "-test")["spec"]
     (folder / "secret").write_text(secret, "utf-8")
-    codes = []
-    for container in (*spec["initContainers"], *spec["containers"]):
-        program, *arguments = container["command"]
-        start = [sys.executable] if program == "python" else [sys.executable, "-m", "clerk_sync"]
-        arguments = [url if one.startswith("http://events-") else one for one in arguments]
-        assert url in arguments
-        environment = {
-            one["name"]: str(folder / "secret") if one["name"].endswith("_FILE") else one["value"]
-            for one in container["env"]
-        }
-        process = await asyncio.create_subprocess_exec(
-            *start,
-            *arguments,
-            env=environment,
-            cwd=folder,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=asyncio.subprocess.DEVNULL,
-        )
-        codes.append(await asyncio.wait_for(process.wait(), 60))
-    return codes
+    # Helm names no container when it asks for the log, which only a pod of one answers.
+    assert "initContainers" not in spec
+    (container,) = spec["containers"]
+    program, *arguments = container["command"]
+    assert program == "python"
+    arguments = [url if one.startswith("http://events-") else one for one in arguments]
+    assert url in arguments
+    environment = {
+        one["name"]: str(folder / "secret") if one["name"].endswith("_FILE") else one["value"]
+        for one in container["env"]
+    }
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, *arguments),
+        env=environment,
+        cwd=folder,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.STDOUT,
+    )
+    printed, _ = await asyncio.wait_for(process.communicate(), 60)
+    assert process.returncode is not None
+    return process.returncode, printed.decode()

@@ -35,6 +35,12 @@ class Cluster:
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
         return self._run([str(tools.need("kubectl")), *arguments], stdin).stdout
 
+    def version(self) -> str:
+        """Return the server's version as the chart may see it: `1.37.0`."""
+        said = json.loads(self.kubectl("get", "--raw=/version"))
+        # A vendor's build has a minor version such as `33+`.
+        return f"{said['major']}.{said['minor'].rstrip('+')}.0"
+
     def get(self, kind: str, name: str, namespace: str = "") -> Object:
         found: Object = json.loads(self.kubectl("get", kind, name, "-o=json", *_in(namespace)))
         return found

@@ -12,19 +12,18 @@ if TYPE_CHECKING:
     from tests.chart.helm import Object
     from tests.cluster.access import Cluster
 
-_IMAGE: Final = os.environ.get("TEST_TRAEFIK_IMAGE") or "traefik:v3.6"
+_IMAGE: Final = os.environ.get("TEST_TRAEFIK_IMAGE") or "traefik:v3.7"
 _PORT: Final = 8000
 _READ: Final = ["get", "list", "watch"]
-# What Traefik asks for, so that it reads nothing but its own kind of routes:
-# https://doc.traefik.io/traefik/reference/install-configuration/providers/kubernetes/kubernetes-ingress/
-_RULES: Final = [
-    {"apiGroups": [""], "resources": ["services", "nodes"], "verbs": _READ},
+# What it asks for, which is less than its manual says when it looks at one namespace only.
+_EVERYWHERE: Final = [
+    {"apiGroups": [""], "resources": ["nodes"], "verbs": _READ},
+    {"apiGroups": ["networking.k8s.io"], "resources": ["ingressclasses"], "verbs": _READ},
+]
+_HERE: Final = [
+    {"apiGroups": [""], "resources": ["services", "secrets"], "verbs": _READ},
     {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": _READ},
-    {
-        "apiGroups": ["networking.k8s.io"],
-        "resources": ["ingresses", "ingressclasses"],
-        "verbs": _READ,
-    },
+    {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses"], "verbs": _READ},
     {"apiGroups": ["networking.k8s.io"], "resources": ["ingresses/status"], "verbs": ["update"]},
 ]
 
@@ -46,34 +45,30 @@ def running(cluster: Cluster, namespace: str) -> Iterator[str]:
 
 
 def _things(name: str, namespace: str) -> list[Object]:
-    rbac = "rbac.authorization.k8s.io"
     inside = {"namespace": namespace, "name": "traefik"}
     labels = {"app": "traefik"}
-    account = {"kind": "ServiceAccount", **inside}
-    role = {"apiGroup": rbac, "kind": "ClusterRole", "name": name}
-    ports = [{"port": 80, "targetPort": _PORT}]
+    service = {"selector": labels, "ports": [{"port": 80, "targetPort": _PORT}]}
+    template = {"metadata": {"labels": labels}, "spec": _pod(name, namespace)}
+    deployment = {"selector": {"matchLabels": labels}, "template": template}
+    controller = {"controller": "traefik.io/ingress-controller"}
     return [
         _thing("v1", "ServiceAccount", inside),
-        _thing(f"{rbac}/v1", "ClusterRole", {"name": name}, rules=_RULES),
-        _thing(
-            f"{rbac}/v1", "ClusterRoleBinding", {"name": name}, roleRef=role, subjects=[account]
-        ),
-        _thing(
-            "networking.k8s.io/v1",
-            "IngressClass",
-            {"name": name},
-            spec={"controller": "traefik.io/ingress-controller"},
-        ),
-        _thing("v1", "Service", inside, spec={"selector": labels, "ports": ports}),
-        _thing(
-            "apps/v1",
-            "Deployment",
-            inside,
-            spec={
-                "selector": {"matchLabels": labels},
-                "template": {"metadata": {"labels": labels}, "spec": _pod(name)},
-            },
-        ),
+        *_rights("ClusterRole", {"name": name}, _EVERYWHERE, inside),
+        *_rights("Role", inside, _HERE, inside),
+        _thing("networking.k8s.io/v1", "IngressClass", {"name": name}, spec=controller),
+        _thing("v1", "Service", inside, spec=service),
+        _thing("apps/v1", "Deployment", inside, spec=deployment),
+    ]
+
+
+def _rights(kind: str, metadata: Object, rules: list[Any], account: Object) -> list[Object]:
+    """Return a role, and what gives it to the account."""
+    group = "rbac.authorization.k8s.io"
+    role = {"apiGroup": group, "kind": kind, "name": metadata["name"]}
+    subjects = [{"kind": "ServiceAccount", **account}]
+    return [
+        _thing(f"{group}/v1", kind, metadata, rules=rules),
+        _thing(f"{group}/v1", f"{kind}Binding", metadata, roleRef=role, subjects=subjects),
     ]
 
 
@@ -81,7 +76,7 @@ def _thing(version: str, kind: str, metadata: Object, **more: Any) -> Object:
     return {"apiVersion": version, "kind": kind, "metadata": metadata, **more}
 
 
-def _pod(ingress_class: str) -> Object:
+def _pod(ingress_class: str, namespace: str) -> Object:
     container: dict[str, Any] = {
         "name": "traefik",
         "image": _IMAGE,
@@ -89,6 +84,7 @@ def _pod(ingress_class: str) -> Object:
             f"--entrypoints.web.address=:{_PORT}",
             "--providers.kubernetesingress",
             f"--providers.kubernetesingress.ingressclass={ingress_class}",
+            f"--providers.kubernetesingress.namespaces={namespace}",
             "--ping",
             "--ping.entrypoint=web",
             "--global.checknewversion=false",

@@ -16,7 +16,7 @@ from clerk_sync import samples
 from tests import tools
 from tests.chart.helm import FULLNAME
 from tests.cluster import database, ingress
-from tests.cluster.test_injection import INJECTING, LABEL, deployment
+from tests.cluster.test_injection import INJECTING, LABEL, deployment, is_injected
 from tests.cluster.test_sidecar import VALUES as SIDECAR
 from tests.deliveries import PATH, new_id, now_ms, signed
 
@@ -37,29 +37,27 @@ def _containers_run(nodes: list[str]) -> None:
 def test_a_deployment_takes_an_event(space: Space, database_space: str) -> None:
     space.secrets()
     space.install({}, "--wait")
-    with _forwarded(space, FULLNAME) as url:
-        assert _post(url, unsigned=True) == 401
-        _event_becomes_a_row(space, database_space, url)
-    said = space.cluster.helm("test", "events", f"-n={space.name}", "--timeout=120s")
-    assert "Succeeded" in said
+    assert _post(space, FULLNAME, unsigned=True) == 401
+    _event_becomes_a_row(space, FULLNAME, database_space)
+    where = f"-n={space.name}", f"--timeout={space.patience}"
+    assert "Succeeded" in space.cluster.helm("test", "events", *where)
 
 
 def test_an_included_sidecar_takes_an_event(space: Space, database_space: str) -> None:
     space.secrets()
     space.install_parent(SIDECAR)
-    with _forwarded(space, "shop-clerk-sync") as url:
-        _event_becomes_a_row(space, database_space, url)
+    _event_becomes_a_row(space, "shop-clerk-sync", database_space)
 
 
 @pytest.mark.usefixtures("has_policies")
 def test_an_injected_sidecar_takes_an_event(space: Space, database_space: str) -> None:
     space.secrets()
     space.install(INJECTING, "--wait")
+    space.cluster.until("the policy is at work", lambda: is_injected(space))
     space.cluster.create(deployment(LABEL), f"-n={space.name}")
-    where = "deployment/shop", f"-n={space.name}", "--timeout=120s"
+    where = "deployment/shop", f"-n={space.name}", f"--timeout={space.patience}"
     space.cluster.kubectl("rollout", "status", *where)
-    with _forwarded(space, FULLNAME) as url:
-        _event_becomes_a_row(space, database_space, url)
+    _event_becomes_a_row(space, FULLNAME, database_space)
 
 
 def test_an_ingress_takes_an_event_and_nothing_else(space: Space, database_space: str) -> None:
@@ -68,34 +66,44 @@ def test_an_ingress_takes_an_event_and_nothing_else(space: Space, database_space
         tls = {"enabled": False}  # in front of it, as with many a load balancer
         published = {"enabled": True, "className": name, "hosts": [_HOST], "tls": tls}
         space.install({"ingress": published}, "--wait")
-        with _forwarded(space, "traefik") as url:
-            space.cluster.until("there is a route", lambda: _post(url, unsigned=True) == 401)
-            _event_becomes_a_row(space, database_space, url)
-            for path in ("/metrics", "/profiles", "/readyz", "/", f"{PATH}/more"):
-                assert _post(url, path=path) == 404
+
+        def unsigned() -> int:
+            return _post(space, "traefik", unsigned=True)
+
+        space.cluster.until("there is a route", lambda: unsigned() == 401)
+        _event_becomes_a_row(space, "traefik", database_space)
+        for path in ("/metrics", "/profiles", "/readyz", "/", f"{PATH}/more"):
+            assert _post(space, "traefik", path=path) == 404
 
 
-def _event_becomes_a_row(space: Space, database_space: str, url: str) -> None:
+def _event_becomes_a_row(space: Space, service: str, database_space: str) -> None:
     user = f"user_{new_id().removeprefix('msg_')}"
-    assert _post(url, user) == 200
+    assert _post(space, service, user) == 200
     sql = f"SELECT username FROM clerk_users WHERE clerk_id = '{user}'"
     assert len(database.query(space.cluster, database_space, sql)) == 1
 
 
-def _post(url: str, user: str = "user_1", *, path: str = PATH, unsigned: bool = False) -> int:
+def _post(
+    space: Space, service: str, user: str = "user_1", *, path: str = PATH, unsigned: bool = False
+) -> int:
+    """Post an event to a pod behind the Service, and return the answer's status."""
     body = json.dumps(samples.event("user.created", clerk_id=user, now_ms=now_ms())).encode()
     headers = {"Content-Type": "application/json", "Host": _HOST}
     headers |= {} if unsigned else signed(body)
-    try:
-        with urlopen(Request(url + path, body, headers), timeout=20) as answer:
-            return int(answer.status)
-    except HTTPError as refusal:
-        return refusal.code
+    with _forwarded(space, service) as url:
+        try:
+            with urlopen(Request(url + path, body, headers), timeout=20) as answer:
+                return int(answer.status)
+        except HTTPError as refusal:
+            return refusal.code
 
 
 @contextmanager
 def _forwarded(space: Space, service: str) -> Iterator[str]:
-    """Yield a URL on this machine that leads to one of the pods behind the Service."""
+    """Yield a URL on this machine that leads to a pod behind the Service.
+
+    For one request: kubectl gives up when a server closes a connection without reading all of it.
+    """
     forward = "port-forward", f"service/{service}", ":80", f"--namespace={space.name}"
     command: list[Any] = [tools.need("kubectl"), *forward]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:

@@ -15,7 +15,6 @@ if TYPE_CHECKING:
     from tests.cluster.space import Space
 
 _CHANGES: Final[dict[str, dict[str, Any]]] = {
-    "digest": {"image": {"digest": "sha256:" + "a" * 64}},
     "replicas": {"replicas": 3},
     "autoscaling": {"autoscaling": {"type": "hpa", "maxReplicas": 4}},
     "labels": {"commonLabels": {"team": "platform"}, "podLabels": {"tier": "edge"}},
@@ -42,6 +41,21 @@ def test_an_upgrade_and_the_way_back(space: Space, change: dict[str, Any]) -> No
     space.cluster.helm("rollback", *where)
     _is_as_rendered(space)
     assert _live(space).keys() == first.keys()
+
+
+def test_a_digest_and_the_way_back(space: Space) -> None:
+    """Without waiting: nowhere is there such an image."""
+    space.secrets()
+    space.install({}, "--wait")
+    digest = f"sha256:{'a' * 64}"
+    space.upgrade({"image": {"digest": digest}, "migrations": {"enabled": False}})
+
+    _is_as_rendered(space)
+    (container,) = space.get("deployment", FULLNAME)["spec"]["template"]["spec"]["containers"]
+    assert container["image"].endswith(f"@{digest}")
+    where = "events", "1", f"--namespace={space.name}", "--wait", f"--timeout={space.patience}"
+    space.cluster.helm("rollback", *where)
+    _is_as_rendered(space)
 
 
 def test_helm_4_takes_over_from_helm_3(space: Space) -> None:

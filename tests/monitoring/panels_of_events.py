@@ -201,9 +201,10 @@ ARRIVES: Final = Row(
             "stacked",
             "cpm",
             "Deliveries answered 503 by reason, which Clerk sends again, and those answered 500,"
-            " which are a defect.",
+            " which are a defect. Of `unread` ones nobody knows whose they were.",
             (
                 Query(a_minute("reason", rate("clerk_sync_unavailable_total")), "503 {{reason}}"),
+                Query(a_minute("", rate("clerk_sync_unread_total")), "503 unread"),
                 Query(a_minute("", rate("clerk_sync_errors_total")), "500"),
             ),
             alerts=(
@@ -217,6 +218,7 @@ ARRIVES: Final = Row(
                 "503 queue_full": "purple",
                 "503 deadline": "yellow",
                 "503 draining": "blue",
+                "503 unread": "gray",
                 "500": "dark-red",
             },
         ),

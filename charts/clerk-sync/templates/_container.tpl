@@ -114,6 +114,8 @@ imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- $values := .root.Values -}}
 {{- include "clerk-sync.image.fields" . }}
 command: {{ toJson .command }}
+{{- /* The last sentence, which says what is wrong, is in the pod's status as well. */}}
+terminationMessagePolicy: FallbackToLogsOnError
 env:
   {{- include "clerk-sync.env" . | trim | nindent 2 }}
 {{- with $values.extraEnvFrom }}

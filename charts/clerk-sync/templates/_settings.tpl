@@ -272,3 +272,16 @@ volumes; but only clerk-sync's container mounts them.
 {{- $mapping := .Values.config.mapping -}}
 {{- kindIs "string" $mapping | ternary $mapping (toYaml $mapping) -}}
 {{- end -}}
+
+{{/*
+The same as a ConfigMap's data. A file's first line may be indented; and YAML has more line breaks than
+`indent` knows, behind which the text would go on as the manifest.
+*/}}
+{{- define "clerk-sync.mapping.data" -}}
+{{- $text := include "clerk-sync.mapping" . -}}
+{{- if regexMatch "[\\x{85}\\x{2028}\\x{2029}]" $text -}}
+mapping.yaml: {{ quote $text }}
+{{- else -}}
+{{ dict "mapping.yaml" $text | toYaml }}
+{{- end -}}
+{{- end -}}

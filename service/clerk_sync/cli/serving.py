@@ -13,11 +13,15 @@ from clerk_sync import logs, schema
 from clerk_sync.check import findings
 from clerk_sync.cli.frame import command, fail, run, settled
 from clerk_sync.database import engine_of
+from clerk_sync.database_errors import Unavailable
 from clerk_sync.settings import load as load_settings
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping as Environment
 
+    from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.mapping import Mapping
     from clerk_sync.tracing import Tracing
 
 
@@ -50,7 +54,7 @@ def serve() -> None:
     run(work())
 
 
-def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
+def tracing_of(environ: Environment[str, str]) -> tuple[Tracing | None, list[str]]:
     """Tracing, if the standard's variables ask for it; and why there is none all the same.
 
     They may be in every pod of a cluster: none of them keeps the service from starting.
@@ -73,14 +77,18 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
         from clerk_sync.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
     except ImportError:
         return None, ["OTEL_… asks for traces, but clerk-sync[otel] is not installed: no traces"]
-    doubts = [
-        f"{name} is no list of name=value, separated by commas"
-        for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS")
-        if any("=" not in part for part in environ.get(name, "").split(",") if part.strip())
-    ]
+    doubts = []
+    for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"):
+        headers = environ.get(name, "")
+        # It would be refused at each attempt, in words that quote it, and it holds a token.
+        if re.search("%0[ad]", headers, re.IGNORECASE):
+            return None, [f"no traces: {name} has a line break in it, as %0A or %0D"]
+        parts = (part for part in headers.split(",") if part.strip())
+        if not all(re.fullmatch(r"\s*[^\s:=]+\s*=.*\s*", part) for part in parts):
+            doubts.append(f"{name} is no list of name=value, separated by commas")
     try:
         return Tracing.by_environment(), doubts
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return None, [*doubts, f"no traces: {error}"]
 
 
@@ -98,7 +106,12 @@ def migrate(*, print_: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
 
     async def work() -> int:
-        engine = engine_of(settings.locate, size=1)
+        try:
+            return await migrated(engine_of(settings.locate, size=1), mapping)
+        except Unavailable as error:
+            fail(f"{settings.locate().where}: {error}")
+
+    async def migrated(engine: AsyncEngine, mapping: Mapping) -> int:
         try:
             if print_:
                 sql = await schema.migration_sql(engine, mapping)

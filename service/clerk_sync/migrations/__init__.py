@@ -58,6 +58,7 @@ class Migration:
         if current != recorded and self._print_to is None:
             self._context(lambda _, __: []).stamp(self._script, str(current))
             done.append(f"recorded version {current}, whose tables were there")
+        done += self._restored(recorded, there)
         if current == head:
             return done
         context = self._context(
@@ -74,6 +75,20 @@ class Migration:
             else:
                 context.run_migrations()
         return [*done, f"clerk-sync's own tables: from {current or 'nothing'} to version {head}"]
+
+    def _restored(self, recorded: str | None, there: set[str]) -> list[str]:
+        """Make those tables anew, and empty, that a recorded version has made, and that are gone.
+
+        A backup may have left them out, or somebody dropped them.
+        """
+        made = self._script.iterate_revisions(recorded, "base") if recorded else ()
+        lost = [version for version in made if version.module.TABLES - there]
+        context = self._context(lambda _, __: [])
+        with Operations.context(context):
+            for version in lost[::-1]:
+                version.module.upgrade()
+        gone = sorted(name for version in lost for name in version.module.TABLES - there)
+        return [f"made table {name} anew, as it was gone" for name in gone]
 
     def _versions(self, since: str | None = None) -> list[Script]:
         return list(self._script.iterate_revisions("head", since or "base"))[::-1]
