@@ -231,7 +231,10 @@ PROCESS: Final = Row(
                     "count by (version) (clerk_sync_build_info{$selector})", "version {{version}}"
                 ),
                 Query(
-                    f"max({of_clerk_sync('changes(process_start_time_seconds{$selector}[1h])')})",
+                    # Also of one that is down just now.
+                    "max(changes(process_start_time_seconds{$selector}[1h])"
+                    f" and on ({BY}, instance)"
+                    " last_over_time(clerk_sync_build_info{$selector}[1h]))",
                     "starts of one",
                 ),
             ),
