@@ -15,6 +15,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from tests.monitoring import dashboard
+from tests.monitoring.alerts import ALERTS
 from tests.monitoring.installation import CLOCK, DAYS_CLOCK, SCRAPE_SECONDS, legend_of, query_of
 from tests.monitoring.panel import Panel
 from tests.monitoring.panels import PANELS
@@ -50,6 +51,7 @@ COLORS: Final = {
     "transparent": FAINT,
 }
 PALETTE: Final = ("#73bf69", "#5794f2", "#ff9830", "#b877d9", "#fade2a", "#8ab8ff", "#ff7383")
+PAGING: Final = {alert.name for alert in ALERTS if alert.severity == "critical"}
 # Their rule looks back over days: they are on its clock.
 ON_DAYS: Final = {"Last reconcile", "Since the last reconcile"}
 
@@ -245,7 +247,7 @@ def _states(axes: Axes, panel: Panel, lines: Sequence[Line]) -> None:
     axes.set_yticks(range(len(shown)), [line.legend.removeprefix("ClerkSync") for line in shown])
     for row, line in enumerate(shown):
         for at, value in line.points:
-            color = COLORS["red"]
+            color = COLORS["red" if line.legend in PAGING else "orange"]
             if panel.texts:
                 color = COLORS[panel.texts[int(value)][1]]
                 if value and line.legend in panel.colors:
