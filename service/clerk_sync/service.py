@@ -96,7 +96,6 @@ class Watch:
         self._metrics = metrics
         self._settings = settings
         self._bound = 0.0
-        self._troubled = False
 
     @property
     def users(self) -> Target | None:
@@ -106,18 +105,19 @@ class Watch:
 
     async def look(self) -> None:
         """Look, again and again, until cancelled."""
+        troubled = False
         while True:
-            self._say(await self._found())
+            self._say(await self._found(troubled=troubled))
             self.looked.set()
             seconds = LOOK_SECONDS_READY if self.readiness.ready else LOOK_SECONDS_UNREADY
             await asyncio.sleep(LOOK_SECONDS_UNREADY)  # trouble may come many times a second
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds - LOOK_SECONDS_UNREADY):
                     await self._committer.trouble.wait()
-            self._troubled = self._committer.trouble.is_set()
+            troubled = self._committer.trouble.is_set()
             self._committer.trouble.clear()
 
-    async def _found(self) -> Readiness:
+    async def _found(self, *, troubled: bool) -> Readiness:
         now = asyncio.get_running_loop().time()
         # Bound anew every now and then: a column that was widened takes longer values.
         doubtful, self._committer.doubtful = self._committer.doubtful, False
@@ -125,7 +125,7 @@ class Watch:
         seconds = BINDING_SECONDS if bind else PING_SECONDS
         try:
             async with asyncio.timeout(seconds):
-                if self._troubled:
+                if troubled:
                     # A connection from before may still be good where a new one, with the
                     # credentials of now, is not let in.
                     await self._engine.dispose()
