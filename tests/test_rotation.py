@@ -83,15 +83,21 @@ async def test_signing_secret_is_rotated_without_a_restart(tmp_path: Path) -> No
         assert "oops" not in process.log
 
 
+async def owned_database(server: Managed, name: str, login: str, password: str) -> str:
+    """Make a migrated database, and a user who may do all on it; the URL is the server's own."""
+    url = server.create_database(name)
+    await deliveries.migrate(url)
+    server.execute(f"DROP USER IF EXISTS {login}")
+    server.execute(f"CREATE USER {login} IDENTIFIED BY '{password}'")
+    server.execute(f"GRANT ALL ON {name}.* TO {login}")
+    return url
+
+
 async def test_database_password_is_rotated_without_a_restart(
     mysql_server: Managed, tmp_path: Path
 ) -> None:
     name, login = "clerk_sync_rotated", "rotated"
-    url = mysql_server.create_database(name)
-    await deliveries.migrate(url)
-    mysql_server.execute(f"DROP USER IF EXISTS {login}")
-    mysql_server.execute(f"CREATE USER {login} IDENTIFIED BY 'first p@ss'")
-    mysql_server.execute(f"GRANT ALL ON {name}.* TO {login}")
+    url = await owned_database(mysql_server, name, login, "first p@ss")
     mounted = Mounted(tmp_path / "secret", username=login, password="first p@ss")
     pieces = {
         "DATABASE_URL": None,
@@ -133,11 +139,7 @@ async def test_a_password_that_no_new_connection_gets_in_with_is_told_by_readine
     mysql_server: Managed,
 ) -> None:
     name, login = "clerk_sync_outdated", "outdated"
-    url = mysql_server.create_database(name)
-    await deliveries.migrate(url)
-    mysql_server.execute(f"DROP USER IF EXISTS {login}")
-    mysql_server.execute(f"CREATE USER {login} IDENTIFIED BY 'first'")
-    mysql_server.execute(f"GRANT ALL ON {name}.* TO {login}")
+    await owned_database(mysql_server, name, login, "first")
     mine = f"mysql://{login}:first@{mysql_server.host}:{mysql_server.port}/{name}"
     open_now = f"SELECT id FROM information_schema.processlist WHERE user = '{login}'"
     async with deliveries.served(mine, CLERK_SYNC_WRITERS=1) as at:

@@ -145,23 +145,27 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
     assert tried > 4
 
 
+def kubectl(*words: str, folder: Path) -> Object:
+    """What kubectl would send to a cluster, of which it has none."""
+    done = subprocess.run(
+        [tools.need("kubectl"), *words, "--dry-run=client", "--output=yaml"],
+        cwd=folder,
+        env={"KUBECONFIG": "/dev/null", "HOME": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    made: Object = yaml.safe_load(done.stdout)
+    return made
+
+
 def test_the_secret_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
     (env,) = [text for text in blocks("") if text.startswith("url=")]
     (tmp_path / "clerk-sync.env").write_text(env)
-    made: list[Object] = []
-    for words in of("kubectl", "create"):
-        done = subprocess.run(
-            [tools.need("kubectl"), *words[1:], "--dry-run=client", "--output=yaml"],
-            cwd=tmp_path,
-            env={"KUBECONFIG": "/dev/null", "HOME": str(tmp_path)},
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        made.append(yaml.safe_load(done.stdout))
-    namespace, secret = made
+    created = of("kubectl", "create")
+    namespace, secret = (kubectl(*words[1:], folder=tmp_path) for words in created)
     assert rules.name_of(namespace) == secret["metadata"]["namespace"]
     first = files()[0]
     asked = [
@@ -189,19 +193,8 @@ def test_the_patch_gives_pods_the_label_that_is_asked_for(tmp_path: Path) -> Non
     }
     (tmp_path / "app.yaml").write_text(yaml.safe_dump(app))
     patch = words[words.index("--patch") + 1]
-    done = subprocess.run(
-        [
-            *(tools.need("kubectl"), "patch", "--local", "--dry-run=client", "--output=yaml"),
-            *(f"--filename={tmp_path}/app.yaml", f"--patch={patch}"),
-        ],
-        env={"KUBECONFIG": "/dev/null", "HOME": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-    )
-    assert done.returncode == 0, done.stderr
-    labels = yaml.safe_load(done.stdout)["spec"]["template"]["metadata"]["labels"]
+    given = "--local", "--filename=app.yaml", f"--patch={patch}"
+    labels = kubectl("patch", *given, folder=tmp_path)["spec"]["template"]["metadata"]["labels"]
     assert labels == {"app": "shop", **wanted}
 
 
