@@ -131,7 +131,11 @@ async def test_of_two_replicas_one_walks_and_both_tell(database_url: str, tmp_pa
             async def held() -> float:
                 return sum([(await at.metrics())("lease_held") for at in (one, two)])
 
+            async def asked() -> int:
+                return pages(here)
+
             await deliveries.until(held, lambda seen: seen > 0, seconds=15)
+            await deliveries.until(asked, lambda seen: seen > 0, seconds=15)
             for _ in range(5):  # longer than both of their intervals
                 await asyncio.sleep(0.3)
                 assert await held() == 1
