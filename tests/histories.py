@@ -14,7 +14,7 @@ from clerk_sync import mapping_file, schema, tables
 from clerk_sync.address import target_of
 from clerk_sync.committer import Committer
 from clerk_sync.database import connect, engine_of
-from clerk_sync.database_errors import Contention
+from clerk_sync.database_errors import Contention, Refused, SchemaChanged
 from clerk_sync.mapping import Change, change_of
 from clerk_sync.metrics import Metrics
 from clerk_sync.signature import Delivery
@@ -195,11 +195,10 @@ class Committing:
     def __init__(self, database: Database, store: Store | None, **options: Any) -> None:
         self.metrics = Metrics()
         self.seconds = options.pop("seconds", 5)
-        limits = {"writers": 1, "batch_limit": 256, "queue_limit": 1000, **options}
         target = target_of(database.url)
-        self.committer = Committer(
-            lambda: connect(target, seconds=self.seconds), metrics=self.metrics, **limits
-        )
+        opened = options.pop("connect", lambda: connect(target, seconds=self.seconds))
+        limits = {"writers": 1, "batch_limit": 256, "queue_limit": 1000, **options}
+        self.committer = Committer(opened, metrics=self.metrics, **limits)
         self.committer.store = store
 
     async def __aenter__(self) -> Self:
@@ -236,6 +235,9 @@ class Halting:
             await self.go_on.wait()
         self._trips += 1
         return await self._connection.run(steps)
+
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        return await self._connection.try_each(steps)
 
     async def rollback(self) -> None:
         await self._connection.rollback()

@@ -188,8 +188,8 @@ async def test_changed_schema_is_retried_and_never_quarantined(
             async with asyncio.timeout(10):
                 answers = await committing.commit(*changes)
                 assert answers == ["unavailable: schema"] * 2
-                assert committing.committer.doubtful
-                assert committing.committer.trouble.is_set()
+                assert committing.committer.status.doubtful
+                assert committing.committer.status.trouble.is_set()
                 assert await committing.commit(changes[0]) == ["unavailable: schema"]
         finally:
             await database.execute(heal)
@@ -274,12 +274,12 @@ async def test_database_that_is_away_is_not_asked_for_every_event(mysql_server: 
         raise Unavailable("no connection")
 
     clerk = Clerk(PEOPLE)
-    async with on(mysql_server) as (database, store):
-        committing = Committing(database, store)
-        committing.committer._connect = refused  # noqa: SLF001
-        async with committing:
-            for number in range(50):
-                assert await committing.commit(clerk.user(f"user_{number}")) == DATABASE
+    async with (
+        on(mysql_server) as (database, store),
+        Committing(database, store, connect=refused) as committing,
+    ):
+        for number in range(50):
+            assert await committing.commit(clerk.user(f"user_{number}")) == DATABASE
     assert attempts <= 2
     assert AWAY_SECONDS <= 2
 
@@ -347,7 +347,7 @@ async def test_an_event_larger_than_the_server_takes_stands_alone(mysql_server: 
             big = replace(clerk.user("user_9"), reason=Reason.REFUSED, payload=payload)
             big = replace(big, action=None, row=None)
             answers = await committing.commit(clerk.user("user_1"), big, clerk.user("user_2"))
-            assert answers == ["applied", "quarantined: too_long", "applied"]
+            assert answers == ["applied", "quarantined: refused", "applied"]
             assert await database.value("SELECT payload FROM clerk_sync_quarantine") is None
     finally:
         mysql_server.execute("SET GLOBAL max_allowed_packet = 67108864")

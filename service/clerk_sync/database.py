@@ -59,6 +59,14 @@ class Connection(Protocol):
         """
         ...
 
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        """Run all statements in order, past those that are refused; which these are, by place.
+
+        Each step is one statement. One that is refused changes nothing, and the transaction
+        stays open. Raises what `run` raises for everything else.
+        """
+        ...
+
     async def rollback(self) -> None:
         """Forget the open transaction. Raises Unavailable."""
         ...
@@ -69,6 +77,8 @@ class Connection(Protocol):
 
 
 COMMIT: Final[Step] = (Statement("COMMIT"), NO_PARAMETERS)
+# Statements that are tried in one packet: behind one that is refused, the rest are sent again.
+_TRIED_TOGETHER: Final = 16
 
 
 async def connect(target: Target, *, seconds: float) -> Connection:
@@ -92,6 +102,26 @@ class _MySQLConnection:
         return cls(connection, seconds, await translated(_largest_packet(connection), seconds))
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
+        results: list[Result] = []
+        await self._guarded(self._query(self._text(steps), results))
+        return results
+
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        refused: dict[int, Refused | SchemaChanged] = {}
+        place = 0
+        while place < len(steps):
+            some = steps[place : place + _TRIED_TOGETHER]
+            results: list[Result] = []
+            try:
+                await self._guarded(self._query(self._text(some), results))
+            except (Refused, SchemaChanged) as error:
+                refused[place + len(results)] = error
+                place += 1
+            place += len(results)
+        return refused
+
+    def _text(self, steps: Sequence[Step]) -> str:
+        """The statements as one packet. Raises Refused when the server would not take it."""
         literal = self._connection.literal
         texts: list[str] = []
         for statement, rows in steps:
@@ -104,17 +134,17 @@ class _MySQLConnection:
         # The server would hang up on a larger one, which looks like any lost connection.
         if 4 * len(text) > self._largest_packet and len(text.encode()) >= self._largest_packet:
             raise Refused(Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}")
-        return await self._guarded(self._query(text))
+        return text
 
-    async def _query(self, text: str) -> list[Result]:
+    async def _query(self, text: str, results: list[Result]) -> None:
+        """Fill in the results one by one: where a statement fails, those before it are there."""
         cursor = self._connection.cursor()
         await cursor.execute(text)
-        results = []
         while True:
             rows = await cursor.fetchall() if cursor.description else ()
             results.append(Result(cursor.rowcount, rows))
             if not await cursor.nextset():
-                return results
+                return
 
     async def rollback(self) -> None:
         await self._guarded(self._connection.rollback())
@@ -241,6 +271,15 @@ class _SQLiteConnection:
             return results
 
         return await self._in_thread(ran)
+
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        refused: dict[int, Refused | SchemaChanged] = {}
+        for place, step in enumerate(steps):
+            try:
+                await self.run([step])
+            except (Refused, SchemaChanged) as error:
+                refused[place] = error
+        return refused
 
     async def rollback(self) -> None:
         await self._in_thread(self._connection.rollback)

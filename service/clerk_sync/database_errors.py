@@ -34,14 +34,17 @@ class SchemaChanged(Unavailable):
 
 
 class Refused(Exception):  # noqa: N818
-    """The database refuses this data and always will; `reason` is for the quarantine.
+    """The database refuses this data; `reason` is for the quarantine.
 
     `reason` None marks an error that we do not know: it may be the data, and may be not.
+    `depends` says that other rows are why, so that another event may lift it: a parent that is
+    not there yet, a unique value that is not free yet.
     """
 
-    def __init__(self, reason: Reason | None, message: str) -> None:
+    def __init__(self, reason: Reason | None, message: str, *, depends: bool = False) -> None:
         super().__init__(message)
         self.reason = reason
+        self.depends = depends
 
 
 # https://dev.mysql.com/doc/mysql-errors/9.4/en/server-error-reference.html
@@ -74,6 +77,9 @@ _REFUSALS: Final[dict[int, Reason]] = {
     4025: Reason.REFUSED,  # MariaDB's ER_CONSTRAINT_FAILED
     1644: Reason.REFUSED,  # ER_SIGNAL_EXCEPTION, a trigger's own words
 }
+# An AUTO_INCREMENT column that is used up: MariaDB's words for what is 1062 on MySQL.
+_NUMBERS_USED_UP: Final = frozenset({167, 1467})
+_DEPENDS: Final = frozenset({1062, 1586, 1451, 1452, 1216, 1217})
 _CONTENTION: Final = frozenset({1213, 3101})
 _LOCK_WAIT: Final = frozenset({1205, 3572})
 _SCHEMA: Final = frozenset({1054, 1146, 1136, 1049})
@@ -103,6 +109,7 @@ _UNAVAILABLE: Final = frozenset(
     | {1161, 1184, 1203, 1226, 1227, 1290, 1317, 1836, 1927, 3024, 3159, 4031, 1969, 1114}
 )
 _WORDS: Final[dict[int, str]] = {
+    167: ": the AUTO_INCREMENT column has no number left, it needs a larger type",
     1021: ": the disk is full",
     1030: ": the storage engine failed, as when the disk is full",
     1036: ": the table is read-only",
@@ -117,6 +124,7 @@ _WORDS: Final[dict[int, str]] = {
     1213: ": deadlock",
     1226: ": the user has too many connections, or is limited otherwise",
     1290: ": the server is read-only",
+    1467: ": the AUTO_INCREMENT column has no number left, it needs a larger type",
     1792: ": the transaction is read-only",
     2003: ": cannot connect",
     2006: ": the connection is gone",
@@ -228,7 +236,9 @@ def _mysql_error(error: MySQLError) -> Exception:
     if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
         return Unavailable(str(error.args[1]))
     if number in _REFUSALS:
-        return Refused(_REFUSALS[number], text)
+        return Refused(_REFUSALS[number], text, depends=number in _DEPENDS)
+    if number in _NUMBERS_USED_UP:
+        return Refused(Reason.CONFLICT, text, depends=True)
     if number in _CONTENTION:
         return Contention(text)
     if number in _LOCK_WAIT:
@@ -254,9 +264,10 @@ def _sqlite_error(error: sqlite3.Error) -> Exception:
     if name == "SQLITE_CONSTRAINT_NOTNULL":
         return Refused(Reason.NOT_NULL, text)
     if name in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
-        return Refused(Reason.CONFLICT, text)
+        return Refused(Reason.CONFLICT, text, depends=True)
     if name.startswith("SQLITE_CONSTRAINT"):
-        return Refused(Reason.REFUSED, text)
+        foreign = name == "SQLITE_CONSTRAINT_FOREIGNKEY"
+        return Refused(Reason.REFUSED, text, depends=foreign)
     if name == "SQLITE_TOOBIG":
         return Refused(Reason.TOO_LONG, text)
     if name == "SQLITE_MISMATCH" or isinstance(error, sqlite3.InterfaceError):

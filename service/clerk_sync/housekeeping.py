@@ -1,8 +1,7 @@
-"""What expires, and what is counted, on clerk-sync's own tables."""
+"""What expires on clerk-sync's own tables, and whether the database takes writes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,60 +12,10 @@ from clerk_sync.events import PROBE, PROBE_IDS
 from clerk_sync.tables import entities, events, quarantine
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 PROBES_KEPT: Final = timedelta(hours=1)
 _CHUNK: Final = 1000
-
-
-@dataclass(frozen=True, slots=True)
-class Quarantined:
-    """One event in quarantine. `payload` is None where it was never kept."""
-
-    svix_id: str
-    type: str
-    kind: str | None
-    clerk_id: str | None
-    reason: str
-    detail: str | None
-    payload: str | None
-    quarantined_at: datetime
-
-
-async def quarantined(
-    engine: AsyncEngine, ids: Sequence[str] = (), *, payloads: bool = True
-) -> list[Quarantined]:
-    """The events in quarantine, oldest first; only these ids, if any are given.
-
-    Payloads may be a MiB each: without them there is a null in their place.
-    """
-    columns = [
-        column if payloads or column is not quarantine.c.payload else sa.null().label("payload")
-        for column in quarantine.c
-    ]
-    query = sa.select(*columns).order_by(quarantine.c.quarantined_at, quarantine.c.svix_id)
-    if ids:
-        query = query.where(quarantine.c.svix_id.in_(ids))
-    rows = await _run(engine, query)
-    return [Quarantined(**row) for row in rows]
-
-
-async def quarantine_size(engine: AsyncEngine) -> int:
-    """How many events are in quarantine."""
-    (row,) = await _run(engine, sa.select(sa.func.count().label("size")).select_from(quarantine))
-    return int(row["size"])
-
-
-async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
-    """Forget these events in quarantine; how many were there. The ledger keeps its rows."""
-    with engine_errors_told():
-        async with engine.begin() as connection:
-            gone = await connection.execute(
-                sa.delete(quarantine).where(quarantine.c.svix_id.in_(ids))
-            )
-            return gone.rowcount
 
 
 async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:

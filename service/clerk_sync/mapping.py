@@ -99,7 +99,8 @@ class Change:
     latter those by which it may adopt an existing row; `fitted` is the row as the table's
     columns take it, where that is known already. `delivery_id` is None for facts that
     come from Clerk's API instead of a delivery. `payload` is kept only if the event ends in
-    quarantine; `detail` then says where it failed, such as the column, and holds no data.
+    quarantine; `detail` then says where it failed, such as the column, and holds no data;
+    `retry_at_ms` when it is tried again by itself, None where that would not help.
     """
 
     delivery_id: str | None
@@ -115,6 +116,7 @@ class Change:
     payload: str | None = None
     detail: str | None = None
     fitted: list[Any] | None = None
+    retry_at_ms: int | None = None
 
 
 def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:

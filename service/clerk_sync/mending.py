@@ -27,10 +27,11 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from clerk_sync.answers import Answer
-    from clerk_sync.committer import Committer, Connect
+    from clerk_sync.committer import Committer
     from clerk_sync.database import Connection, Step
     from clerk_sync.mapping import Change, Mapping
     from clerk_sync.store import Store
+    from clerk_sync.writer import Connect
 
 log = structlog.get_logger()
 
@@ -222,7 +223,7 @@ class Mending:
         deadline = time.monotonic() + _PATIENCE_SECONDS
         wait = _FIRST_WAIT
         while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
-            if self._committer.fenced or self._lost.is_set():
+            if self._committer.status.fenced or self._lost.is_set():
                 raise Lost("another process has taken over the lease")
             if time.monotonic() > deadline:
                 raise Unavailable("the database took no writes; the log says why")

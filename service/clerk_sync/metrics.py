@@ -89,7 +89,15 @@ class Metrics:
             "errors", "Requests answered 500: a defect of clerk-sync.", "requests"
         )
         self.quarantine_size = self._gauge(
-            "quarantine_events", "Events in quarantine now, counted once a minute.", "events"
+            "quarantine_events",
+            "Events in quarantine that want somebody's look, counted once a minute: without those"
+            " that are tried again by themselves, for their first ten minutes.",
+            "events",
+        )
+        self.quarantine_retried = self._gauge(
+            "quarantine_retried_events",
+            "Events in quarantine that are tried again by themselves, counted once a minute.",
+            "events",
         )
         self.batch_size = self._histogram(
             "batch_events",

@@ -14,14 +14,16 @@ from typing import TYPE_CHECKING, Final
 import structlog
 from aiohttp import web
 
-from clerk_sync import __version__, housekeeping, schema
+from clerk_sync import __version__, housekeeping, quarantine, schema
 from clerk_sync.answers import UNREADINESSES, Reason
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Ensure
+from clerk_sync.held import HOLD_SECONDS
 from clerk_sync.internal import InternalListener, Readiness
 from clerk_sync.metrics import Metrics
+from clerk_sync.retries import Retries
 from clerk_sync.schedule import Schedule
 from clerk_sync.settings import InvalidSettings, Secret, Settings
 from clerk_sync.signature import InvalidSecret, signers
@@ -96,6 +98,8 @@ class Watch:
         self._metrics = metrics
         self._settings = settings
         self._bound = 0.0
+        # What nobody foresaw is told once, not with every look.
+        self._surprise: type[Exception] | None = None
 
     @property
     def users(self) -> Target | None:
@@ -113,40 +117,59 @@ class Watch:
             await asyncio.sleep(LOOK_SECONDS_UNREADY)  # trouble may come many times a second
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(seconds - LOOK_SECONDS_UNREADY):
-                    await self._committer.trouble.wait()
-            troubled = self._committer.trouble.is_set()
-            self._committer.trouble.clear()
+                    await self._committer.status.trouble.wait()
+            troubled = self._committer.status.trouble.is_set()
+            self._committer.status.trouble.clear()
 
     async def _found(self, *, troubled: bool) -> Readiness:
-        now = asyncio.get_running_loop().time()
-        # Bound anew every now and then: a column that was widened takes longer values.
-        doubtful, self._committer.doubtful = self._committer.doubtful, False
-        bind = doubtful or self._committer.store is None or now - self._bound > BIND_SECONDS
-        seconds = BINDING_SECONDS if bind else PING_SECONDS
+        status = self._committer.status
+        doubtful, status.doubtful = status.doubtful, False
+        if troubled:
+            # A connection from before may still be good where a new one, with the credentials of
+            # now, is not let in.
+            await self._engine.dispose()
+        if status.store is None or doubtful:
+            return await self._bind()
+        commits = status.commits
         try:
-            async with asyncio.timeout(seconds):
-                if troubled:
-                    # A connection from before may still be good where a new one, with the
-                    # credentials of now, is not let in.
-                    await self._engine.dispose()
-                if bind:
-                    self._committer.store = await schema.bound(self._engine, self._mapping)
-                    self._bound = now
-                else:
-                    await housekeeping.probe(self._engine)
-        except schema.SchemaFaults as error:
-            self._committer.store, self._committer.storeless = None, Reason.SCHEMA
-            return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
-        except (Unavailable, InvalidSettings) as error:
-            return Readiness(ready=False, reason=Reason.DATABASE, detail=str(error))
-        except TimeoutError:
-            detail = f"the database did not answer within {seconds:.0f} s"
-            return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
+            async with asyncio.timeout(PING_SECONDS):
+                await housekeeping.probe(self._engine)
+        except (Unavailable, InvalidSettings, TimeoutError) as error:
+            if status.commits > commits:
+                return self.readiness  # what is written shows more than a look that failed
+            # Nobody has to wait for a deadline to hear it.
+            self._committer.suspend()
+            return _unready(error, PING_SECONDS)
         except Exception as error:
-            log.exception("look_failed")
-            detail = type(error).__name__
-            return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
-        return Readiness(ready=True)
+            if type(error) is not self._surprise:
+                self._surprise = type(error)
+                log.exception("look_failed")
+            return self.readiness
+        # Bound anew every now and then: a column that was widened takes longer values.
+        now = asyncio.get_running_loop().time()
+        return await self._bind() if now - self._bound > BIND_SECONDS else Readiness(ready=True)
+
+    async def _bind(self) -> Readiness:
+        """Look at the schema, and bind the store to it as it is.
+
+        Where the look fails, the schema that is known serves on.
+        """
+        status = self._committer.status
+        self._bound = asyncio.get_running_loop().time()
+        unready = Readiness(ready=False, reason=Reason.DATABASE, detail="the look at it failed")
+        try:
+            async with asyncio.timeout(BINDING_SECONDS):
+                status.store = await schema.bound(self._engine, self._mapping)
+        except schema.SchemaFaults as error:
+            status.store, status.storeless = None, Reason.SCHEMA
+            return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
+        except (Unavailable, InvalidSettings, TimeoutError) as error:
+            unready = _unready(error, BINDING_SECONDS)
+        except Exception as error:
+            if type(error) is not self._surprise:
+                self._surprise = type(error)
+                log.exception("look_failed")
+        return Readiness(ready=True) if status.store is not None else unready
 
     def _say(self, readiness: Readiness) -> None:
         if readiness != self.readiness:
@@ -180,7 +203,17 @@ class Watch:
         )
         if gone:
             log.info("expired", rows=gone)
-        self._metrics.quarantine_size.set(await housekeeping.quarantine_size(self._engine))
+        size = await quarantine.size(self._engine)
+        self._metrics.quarantine_size.set(size.stuck)
+        self._metrics.quarantine_retried.set(size.retried)
+
+
+def _unready(error: Exception, seconds: float) -> Readiness:
+    """What a failed look says about the database."""
+    detail = str(error)
+    if isinstance(error, TimeoutError):
+        detail = f"the database did not answer within {seconds:.0f} s"
+    return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
 
 
 def database_committer(settings: Settings, metrics: Metrics) -> Committer:
@@ -199,6 +232,8 @@ def database_committer(settings: Settings, metrics: Metrics) -> Committer:
         writers=1 if settings.locate().path is not None else settings.writers,
         batch_limit=settings.batch_limit,
         queue_limit=settings.queue_limit,
+        # Who waits has to hear of it within the deadline.
+        hold_seconds=min(HOLD_SECONDS, settings.deadline_seconds / 4),
     )
 
 
@@ -283,8 +318,16 @@ async def running(
             ensure=ensure,
         )
         committer.start()
+        retries = Retries(
+            engine,
+            mapping,
+            committer,
+            instance_id=settings.instance_id,
+            ready=lambda: readiness().ready,
+        )
         tasks = [
-            asyncio.create_task(work) for work in (watch.look(), watch.keep(), schedule.keep())
+            asyncio.create_task(work)
+            for work in (watch.look(), watch.keep(), schedule.keep(), retries.keep())
         ]
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(committer.close)

@@ -141,6 +141,7 @@ QUARANTINE: Final = (
     "detail",
     "payload",
     "quarantined_at",
+    "retry_at",
 )
 
 
@@ -163,6 +164,8 @@ class OwnStatements:
             kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS
         }
         self.states = {kind: compiler.for_ids(functools.partial(_state, kind)) for kind in KINDS}
+        self.present = {kind: compiler.for_ids(functools.partial(_there, kind)) for kind in KINDS}
+        self.free = {kind: compiler.for_ids(functools.partial(_free, kind)) for kind in KINDS}
         self.known = compiler.for_ids(_known)
         # Locked against whoever would take the lease over: what is written under it comes first.
         self.lease = compiler.plain(
@@ -207,7 +210,7 @@ class OwnStatements:
             quarantine,
             QUARANTINE,
             ("svix_id",),
-            lambda new: [(name, new[name]) for name in ("reason", "detail", "payload")],
+            lambda new: [(name, new[name]) for name in ("reason", "detail", "payload", "retry_at")],
         )
         self.release = compiler.for_ids(
             lambda ids: sa.delete(quarantine).where(quarantine.c.svix_id.op("IN")(ids))
@@ -228,6 +231,18 @@ def _settled(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
 
 def _state(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
     return _settled(kind, ids).add_columns(entities.c.synced_at)
+
+
+def _there(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    name: sa.ColumnElement[str] = sa.literal_column(f"'{kind}'")
+    return sa.select(entities.c.clerk_id).where(
+        entities.c.kind == name, entities.c.clerk_id.op("IN")(ids)
+    )
+
+
+def _free(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+    """Those whose state nobody has locked."""
+    return _there(kind, ids).with_for_update(skip_locked=True)
 
 
 def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:

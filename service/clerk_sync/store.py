@@ -9,7 +9,7 @@ the ledger, and COMMIT.
 from __future__ import annotations
 
 import functools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from copy import copy
 from dataclasses import dataclass, field, replace
 from datetime import datetime
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.columns import Unfit, as_text, time_text
 from clerk_sync.database import COMMIT, Connection, Result, Step
-from clerk_sync.database_errors import Refused, Unavailable
+from clerk_sync.database_errors import Refused, SchemaChanged, Unavailable
 from clerk_sync.events import Action
 from clerk_sync.statements import Compiler, OwnStatements, Read, union
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
     from clerk_sync.mapping import Change
+    from clerk_sync.statements import ForIds
     from clerk_sync.targets import Target
 
 Key = tuple[str, str]
@@ -80,6 +81,36 @@ class _Batch:
         self.references[kind, place] = [value for (value,) in result.rows if value is not None]
 
 
+class _Probes:
+    """Which values are in a column, and which of their rows nobody has locked."""
+
+    def __init__(self) -> None:
+        self._asked: dict[tuple[ForIds, ForIds], dict[Any, list[int]]] = {}
+
+    def add(self, there: ForIds, free: ForIds, value: object, place: int) -> None:
+        """The change at this place needs the row with this value."""
+        self._asked.setdefault((there, free), {}).setdefault(value, []).append(place)
+
+    def steps(self) -> list[Step]:
+        return [one.of(list(values)) for pair, values in self._asked.items() for one in pair]
+
+    def locked(self, results: Sequence[Result]) -> set[int]:
+        """The places of the changes whose rows are there and not free."""
+        found = [Counter(_folded(value) for (value,) in result.rows) for result in results]
+        locked: set[int] = set()
+        for values, there, free in zip(self._asked.values(), found[::2], found[1::2], strict=False):
+            taken = there - free
+            for value, places in values.items():
+                if _folded(value) in taken:
+                    locked.update(places)
+        return locked
+
+
+def _folded(value: object) -> str:
+    """A value for comparison with what the database found, whose collation may ignore case."""
+    return as_text(value).casefold()
+
+
 class Fenced(Unavailable):
     """The lease under which this was to be written is somebody else's now."""
 
@@ -91,6 +122,10 @@ class Store:
         self.targets = targets
         self.own = OwnStatements(compiler)
         self._fence: tuple[str, int] | None = None
+        # SQLite locks the whole file.
+        self._locks_rows = not compiler.sqlite
+        self._parents_first = _parents_first(targets)
+        self._tables = {target.table.name for target in targets.values()}
 
     def fenced(self, lease: str, token: int) -> Store:
         """The same store, whose transactions fail once the lease has another token.
@@ -102,12 +137,18 @@ class Store:
         return store
 
     async def apply(
-        self, connection: Connection, changes: Sequence[Change], *, now_ms: int
+        self,
+        connection: Connection,
+        changes: Sequence[Change],
+        *,
+        now_ms: int,
+        vacating: bool = False,
     ) -> list[Answer]:
         """Commit all changes in one transaction; their answers, in order.
 
-        Raises Refused when the database refuses some of the data, Unavailable when it cannot
-        take it now; nothing is kept then.
+        With `vacating`, rows give up their unique values before they get the new ones, so that
+        two may swap them. Raises Refused when the database refuses some of the data, Unavailable
+        when it cannot take it now; nothing is kept then.
         """
         now = time_text(now_ms)
         checked = [self._checked(change) for change in changes]
@@ -115,11 +156,76 @@ class Store:
         batch = self._reduced(checked)
         await self._decide(connection, batch, changes, now)
         answers = self._answers(batch, changes)
-        steps = await self._writes(connection, batch, changes, answers)
+        won = [change for change, answer in zip(changes, answers, strict=True) if answer is APPLIED]
+        steps = self._vacated(won) if vacating else []
+        steps += await self._writes(connection, batch, won)
         steps += self._ledger(changes, answers, batch.known, now)
         steps.append(COMMIT)
         await connection.run(steps)
         return answers
+
+    async def refusals(
+        self,
+        connection: Connection,
+        changes: Sequence[Change],
+        *,
+        now_ms: int,
+        vacating: bool = False,
+    ) -> dict[int, Refused | SchemaChanged]:
+        """Which of these changes the database refuses, by their place, and why. Nothing is kept.
+
+        It costs a round trip for each refusal, and one for some changes: halving a batch until
+        each refused change stands alone would cost a transaction for nearly each change where
+        half of them are refused.
+        """
+        checked = [self._checked(change) for change in changes]
+        changes = [change for change, _ in checked]
+        batch = self._reduced(checked)
+        await self._decide(connection, batch, changes, time_text(now_ms))
+        answers = self._answers(batch, changes)
+        won = [place for place, answer in enumerate(answers) if answer is APPLIED]
+        if vacating:
+            for step in self._vacated([changes[place] for place in won]):
+                await connection.try_each([step])
+        steps: list[Step] = []
+        places: list[int] = []
+        for place in sorted(won, key=lambda place: self._turn(changes[place])):
+            of_one = await self._writes(connection, batch, [changes[place]])
+            steps += of_one
+            places += [place] * len(of_one)
+        refused = await connection.try_each(steps)
+        await connection.rollback()
+        return {places[step]: error for step, error in refused.items()}
+
+    async def locked(self, connection: Connection, changes: Sequence[Change]) -> set[int]:
+        """The places of those changes whose rows are locked by somebody else's transaction.
+
+        It waits for no lock, and holds none afterwards: one that is taken a moment later is met
+        by `apply`. Not seen are locks on what is in no mapped table, and on unique values.
+        """
+        if not self._locks_rows:
+            return set()
+        probes = _Probes()
+        for place, (change, row) in enumerate(self._checked(change) for change in changes):
+            if change.action is None or change.kind is None or change.clerk_id is None:
+                continue
+            target = self.targets[change.kind]
+            owners = target.owners_of(row) if row is not None else ()
+            for kind, clerk_id in ((change.kind, change.clerk_id), *owners):
+                probes.add(self.own.present[kind], self.own.free[kind], clerk_id, place)
+            probes.add(target.present, target.free, change.clerk_id, place)
+            for column, table, there, free in target.referred if row is not None else ():
+                if table in self._tables and row is not None and row[column] is not None:
+                    probes.add(there, free, row[column], place)
+            for there, free in target.owned_free if row is None else ():
+                probes.add(there, free, change.clerk_id, place)
+        results = await connection.run([*probes.steps(), COMMIT])
+        return probes.locked(results)
+
+    def _turn(self, change: Change) -> tuple[int, int]:
+        """When this change's row is written, in the order of `_writes`."""
+        depth = self._parents_first.index(change.kind or "")
+        return (0, -depth) if change.action is Action.DELETE else (1, depth)
 
     async def insert(
         self, connection: Connection, kind: str, changes: Sequence[Change], *, now_ms: int
@@ -287,28 +393,35 @@ class Store:
         return version_ms == REMOVED[0] or (deleted and self.targets[kind].mapping.mark is None)
 
     async def _writes(
-        self,
-        connection: Connection,
-        batch: _Batch,
-        changes: Sequence[Change],
-        answers: Sequence[Answer],
+        self, connection: Connection, batch: _Batch, won: Sequence[Change]
     ) -> list[Step]:
         """The target rows of the changes that won."""
         saves: dict[str, list[Change]] = defaultdict(list)
         deletes: dict[str, list[str]] = defaultdict(list)
-        for change, answer in zip(changes, answers, strict=True):
-            if answer is not APPLIED or change.kind is None or change.clerk_id is None:
-                continue
+        for change in won:
             if change.action is Action.SAVE:
-                saves[change.kind].append(change)
+                saves[change.kind or ""].append(change)
             else:
-                deletes[change.kind].append(change.clerk_id)
+                deletes[change.kind or ""].append(change.clerk_id or "")
         steps: list[Step] = []
-        for kind, of_kind in saves.items():
-            steps += await self._saves(connection, batch, self.targets[kind], of_kind)
-        for kind, ids in deletes.items():
-            steps += self._deletes(batch, self.targets[kind], ids)
+        # What is deleted frees what is saved, as a unique value. Foreign keys want children to
+        # be deleted before their parents, and saved after them.
+        for kind in reversed(self._parents_first):
+            if kind in deletes:
+                steps += self._deletes(batch, self.targets[kind], deletes[kind])
+        for kind in self._parents_first:
+            if kind in saves:
+                steps += await self._saves(connection, batch, self.targets[kind], saves[kind])
         return steps
+
+    def _vacated(self, won: Sequence[Change]) -> list[Step]:
+        """What takes their unique values from the rows that are going to get others."""
+        ids: dict[str, list[str]] = defaultdict(list)
+        for change in won:
+            if change.action is Action.SAVE:
+                ids[change.kind or ""].append(change.clerk_id or "")
+        vacate = ((self.targets[kind].vacate, of_kind) for kind, of_kind in ids.items())
+        return [statement.of(of_kind) for statement, of_kind in vacate if statement is not None]
 
     async def _saves(
         self, connection: Connection, batch: _Batch, target: Target, saves: Sequence[Change]
@@ -393,7 +506,8 @@ class Store:
             event_at = time_text(change.event_ms) if change.event_ms else None
             recorded.append((*about, answer.outcome.value, reason, event_at, now))
             if answer.outcome is Outcome.QUARANTINED:
-                detained.append((*about, reason, change.detail, change.payload, now))
+                again = time_text(change.retry_at_ms) if change.retry_at_ms else None
+                detained.append((*about, reason, change.detail, change.payload, now, again))
             elif known.get(svix_id) == Outcome.QUARANTINED:
                 released.append(svix_id)
         steps: list[Step] = []
@@ -404,6 +518,25 @@ class Store:
         if released:
             steps.append(self.own.release.of(released))
         return steps
+
+
+def _parents_first(targets: Mapping[str, Target]) -> tuple[str, ...]:
+    """The kinds in an order in which each comes after those that its foreign keys lead to."""
+    kinds = {target.table.name: kind for kind, target in targets.items()}
+    order: dict[str, None] = {}
+    under_way: set[str] = set()
+
+    def add(kind: str) -> None:
+        if kind in order or kind in under_way:  # in a circle: where it was entered comes last
+            return
+        under_way.add(kind)
+        for parent in sorted(targets[kind].parents & kinds.keys()):
+            add(kinds[parent])
+        order[kind] = None
+
+    for kind in targets:
+        add(kind)
+    return tuple(order)
 
 
 def _clerk_id(change: Change) -> str:
@@ -421,6 +554,8 @@ def _time_read(value: object) -> str | None:
     return None if value is None else str(value)
 
 
-def quarantined(change: Change, reason: Reason, detail: str) -> Change:
-    """The same delivery, to be kept aside for this reason."""
-    return replace(change, action=None, reason=reason, detail=detail)
+def quarantined(
+    change: Change, reason: Reason, detail: str, *, retry_at_ms: int | None = None
+) -> Change:
+    """The same delivery, to be kept aside for this reason, and tried again at this time."""
+    return replace(change, action=None, reason=reason, detail=detail, retry_at_ms=retry_at_ms)

@@ -69,7 +69,10 @@ quarantine: Final = sa.Table(
     # Null where even the envelope was unreadable: it could be a mail with a one-time code.
     sa.Column("payload", _LONG),
     sa.Column("quarantined_at", _TIME, nullable=False),
+    # When it is tried again by itself: null where only somebody's work can help.
+    sa.Column("retry_at", _TIME),
     sa.Index("clerk_sync_quarantine_quarantined_at", "quarantined_at"),
+    sa.Index("clerk_sync_quarantine_retry_at", "retry_at"),
     **_EXACT,
 )
 

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from clerk_sync.mapping import Owned, TableMapping
 
 IDS_LIMIT: Final = 2000
+# Clerk's ids have some 32 characters.
+_ID_LENGTH: Final = 40
 
 
 class Target:
@@ -23,7 +25,8 @@ class Target:
 
     `shared` says that upserts may not rely on its key alone: the table has unique keys
     besides, and MySQL could update another's row. `names` are the columns of a written row,
-    the key among them, in the order of every statement's parameters.
+    the key among them, in the order of every statement's parameters. `parents` are the tables
+    to which foreign keys of this one lead.
     """
 
     def __init__(
@@ -46,7 +49,9 @@ class Target:
             written.append(mapping.mark)
         self.names = (mapping.key, *written)
         self._owners = [(kind, self.names.index(column)) for kind, column in self.owners]
-        self.shared = not compiler.sqlite and _has_other_unique_keys(table, mapping.key)
+        others = [one for one in unique_keys(table) if one != {mapping.key}]
+        self.shared = not compiler.sqlite and bool(others)
+        self.parents = {_referred(one) for one in table.foreign_keys} - {table.name}
         self._fits = self._fits_of(compiler)
         self._column_fits = [self._fits[column.name] for column in mapping.columns]
         self._sames = [self._same_of(column.name, column.type) for column in mapping.columns]
@@ -70,6 +75,14 @@ class Target:
             [*new, "old_key"],
         )
         self.present = compiler.for_ids(lambda ids: sa.select(key).where(key.op("IN")(ids)))
+        self.vacate = _vacating(table, key, others, set(written), compiler)
+        # What a save needs to lock: its own row, and the rows to which its foreign keys lead.
+        self.free = compiler.for_ids(lambda ids: _unlocked(sa.select(key), key.op("IN")(ids)))
+        self.referred = tuple(
+            (self.names.index(one.parent.name), _referred(one), *_lockable(one, compiler))
+            for one in sorted(table.foreign_keys, key=lambda one: one.parent.name)
+            if one.parent.name in self.names and one.parent.name != mapping.mark
+        )
         self.read = compiler.for_ids(
             lambda ids: sa.select(*(table.c[name] for name in self.names)).where(key.op("IN")(ids))
         )
@@ -106,6 +119,11 @@ class Target:
         # Rows of other tables that go with ours: how to find what they refer to, and the delete.
         self.owned: tuple[tuple[Owned, ForIds, ForIds], ...] = tuple(
             (owned_, *_owned_statements(table, key, owned_, other, compiler))
+            for owned_, other in self.owned_tables
+        )
+        # The keys whose owned rows are there, once for each; and those that nobody has locked.
+        self.owned_free = tuple(
+            _owned_lockable(table, key, owned_, other, compiler)
             for owned_, other in self.owned_tables
         )
 
@@ -197,14 +215,65 @@ def unique_keys(table: sa.Table) -> list[set[str]]:
     ]
 
 
-def _has_other_unique_keys(table: sa.Table, key: str) -> bool:
-    """Whether a new row may collide with another's: by a written column, or by a default.
+def _referred(foreign_key: sa.ForeignKey) -> str:
+    """The name of the table to which a reflected foreign key leads."""
+    return foreign_key.target_fullname.rpartition(".")[0]
 
-    Only a number that the database itself gives out cannot.
+
+def _unlocked(query: sa.Select[Any], which: sa.ColumnElement[bool]) -> sa.Select[Any]:
+    return query.where(which).with_for_update(skip_locked=True)
+
+
+def _lockable(foreign_key: sa.ForeignKey, compiler: Compiler) -> tuple[ForIds, ForIds]:
+    """Which of these values the referred column has, and which of them nobody has locked."""
+    name, _, column_name = foreign_key.target_fullname.rpartition(".")
+    column: sa.ColumnClause[Any] = sa.column(column_name)
+    query = sa.select(column).select_from(sa.table(name, column))
+    return (
+        compiler.for_ids(lambda ids: query.where(column.op("IN")(ids))),
+        compiler.for_ids(lambda ids: _unlocked(query, column.op("IN")(ids))),
+    )
+
+
+def _holds_id(type_: sa.types.TypeEngine[Any]) -> bool:
+    return isinstance(type_, sa.String) and (type_.length or 0) >= _ID_LENGTH
+
+
+def _vacating(
+    table: sa.Table,
+    key: sa.Column[Any],
+    unique: Sequence[set[str]],
+    written: set[str],
+    compiler: Compiler,
+) -> ForIds | None:
+    """An UPDATE by which rows give up their values in unique keys, for the moment of a swap.
+
+    Null collides with nothing. Where no column of a key may be null, a text stands in that is in
+    no other row: one made of the row's own Clerk id. None where there is nothing to give up.
     """
-    numbered = {column.name for column in table.columns if column.autoincrement is True}
-    # An index over an expression names no column.
-    return any(not names or names not in ({key}, numbered) for names in unique_keys(table))
+    given_up: dict[str, Any] = {}
+    for names in unique:
+        columns = [table.c[name] for name in sorted(names & written)]
+        nullable = next((one for one in columns if one.nullable), None)
+        text = next((one for one in columns if _holds_id(one.type)), None)
+        if nullable is not None:
+            given_up[nullable.name] = sa.null()
+        elif text is not None:
+            given_up[text.name] = sa.literal_column("'~'").concat(key)
+    if not given_up:
+        return None
+    return compiler.for_ids(lambda ids: sa.update(table).values(given_up).where(key.op("IN")(ids)))
+
+
+def _owned_lockable(
+    table: sa.Table, key: sa.Column[Any], owned: Owned, other: sa.Table, compiler: Compiler
+) -> tuple[ForIds, ForIds]:
+    joined = table.join(other, other.c[owned.column] == table.c[owned.references])
+    query = sa.select(key).select_from(joined)
+    return (
+        compiler.for_ids(lambda ids: query.where(key.op("IN")(ids))),
+        compiler.for_ids(lambda ids: _unlocked(query, key.op("IN")(ids))),
+    )
 
 
 def _owned_statements(

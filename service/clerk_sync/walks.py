@@ -16,7 +16,7 @@ from clerk_sync import progress, schema
 from clerk_sync.answers import Ending
 from clerk_sync.backfill import backfill
 from clerk_sync.clerk import Clerk, ClerkUnavailable
-from clerk_sync.committer import Committer, Connect
+from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Lease, held, holder_name
@@ -26,6 +26,7 @@ from clerk_sync.reconcile import Reconcile
 from clerk_sync.report import Report, Stopped, listed
 from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.walk import AT_ONCE
+from clerk_sync.writer import Connect
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine

@@ -179,7 +179,13 @@ QUARANTINE: Final = Row(
             "lines",
             "none",
             "Counted once a minute. `clerk-sync quarantine list` tells which, and why.",
-            (Query(f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}})", "{{job}}"),),
+            (
+                Query(f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}})", "{{job}}"),
+                Query(
+                    f"max by ({BY}) (clerk_sync_quarantine_retried_events{{$selector}})",
+                    "{{job}}, tried again by themselves",
+                ),
+            ),
             levels=(Level(thresholds.QUARANTINED_EVENTS + 1, TICKET),),
             alerts=("ClerkSyncQuarantineNotEmpty",),
         ),

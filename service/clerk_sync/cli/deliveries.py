@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import aiohttp
 import click
 
-from clerk_sync import housekeeping, logs, samples, schema, signature
+from clerk_sync import logs, samples, schema, signature
+from clerk_sync import quarantine as dead_letters
 from clerk_sync.answers import Answer, Outcome, Reason
 from clerk_sync.cli.frame import cli, command, fail, run, settled
 from clerk_sync.database import engine_of
@@ -249,15 +250,16 @@ def quarantine_list(*, as_json: bool) -> None:
     """Show what is in quarantine, oldest first, and why."""
 
     async def work(engine: AsyncEngine) -> int:
-        kept = await housekeeping.quarantined(engine, payloads=as_json)
+        kept = await dead_letters.listed(engine, payloads=as_json)
         for one in kept:
             if as_json:
                 click.echo(json.dumps(dataclasses.asdict(one), default=str, ensure_ascii=False))
             else:
                 at = one.quarantined_at.isoformat(sep=" ", timespec="seconds")
+                again = f"  next try {one.retry_at:%H:%M:%S} UTC" if one.retry_at else ""
                 click.echo(
                     f"{at}  {one.reason:<14} {one.detail or '-':<20} "
-                    f"{one.type:<30} {one.clerk_id or '-'}  {one.svix_id}"
+                    f"{one.type:<30} {one.clerk_id or '-'}  {one.svix_id}{again}"
                 )
         if not kept and not as_json:
             click.echo("the quarantine is empty")
@@ -282,13 +284,13 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
     async def work() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
-            kept = await housekeeping.quarantined(engine, svix_ids, payloads=False)
+            kept = await dead_letters.listed(engine, svix_ids, payloads=False)
             missing = set(svix_ids) - {one.svix_id for one in kept}
             for svix_id in sorted(missing):
                 click.echo(f"{svix_id}: is not in quarantine")
             ids = [one.svix_id for one in kept]
             failed = await _applied(settings, mapping, _kept(engine, ids))
-            left = ids and await housekeeping.quarantined(engine, ids, payloads=False)
+            left = ids and await dead_letters.listed(engine, ids, payloads=False)
             return 1 if failed or missing or left else 0
         finally:
             await engine.dispose()
@@ -299,7 +301,7 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
 async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]:
     """The deliveries in quarantine; those whose payload was never kept stay as they are."""
     for start in range(0, len(ids), AT_ONCE):
-        some = await housekeeping.quarantined(engine, ids[start : start + AT_ONCE])
+        some = await dead_letters.listed(engine, ids[start : start + AT_ONCE])
         yield [
             (
                 one.svix_id,
@@ -317,7 +319,7 @@ def quarantine_drop(svix_ids: tuple[str, ...]) -> None:
     """Forget events in quarantine for good. Exit code 1 if one was not there."""
 
     async def work(engine: AsyncEngine) -> int:
-        gone = await housekeeping.drop(engine, svix_ids)
+        gone = await dead_letters.drop(engine, svix_ids)
         click.echo(f"dropped {gone} of {len(set(svix_ids))}")
         return 0 if gone == len(set(svix_ids)) else 1
 
