@@ -80,7 +80,8 @@ _UNBUILT: Final = frozenset(
 
 
 def bytes_of(value: Any) -> bytes:
-    return json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":"))
+    return text.encode(errors="backslashreplace")  # half of a surrogate pair, as JSON escapes it
 
 
 def _errors(code: str, message: str, long_message: str, meta: Mapping[str, Any]) -> bytes:

@@ -87,7 +87,10 @@ def signed(
 
 
 def bytes_of(event: Event | bytes) -> bytes:
-    return event if isinstance(event, bytes) else json.dumps(event, ensure_ascii=False).encode()
+    if isinstance(event, bytes):
+        return event
+    # Half of a surrogate pair goes as JSON's own escape: no other way is left to it.
+    return json.dumps(event, ensure_ascii=False).encode(errors="backslashreplace")
 
 
 def event(

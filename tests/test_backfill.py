@@ -440,6 +440,23 @@ async def test_what_does_not_fit_is_told_and_the_rest_is_written(
         await here.in_step()
 
 
+async def test_half_a_character_stops_no_walk(database_url: str, tmp_path: Path) -> None:
+    """As a name is that was cut in the middle of an emoji."""
+    api = people(20, 1, 3)
+    api.users["user_00003"]["first_name"] = "cut \ud83d"
+    api.users["user_00004"]["unsafe_metadata"] = {"cut \ud83d": "\ud83d"}
+    api.users["user_00019"]["public_metadata"] = {"cut": "\ud83d"}
+    async with site(api, database_url, tmp_path) as here:
+        done = await here.run("backfill")
+        assert (done.code, len(await here.ids("clerk_users"))) == (1, 18)
+        told = {line["clerk_id"]: line["reason"] for line in done.logged("unfit")}
+        assert told == {"user_00003": "wrong_type", "user_00019": "wrong_type"}
+        for arguments in (("--dry-run", "--show-values"), ()):
+            done = await here.run("reconcile", *arguments)
+            assert done.code == 2, done.err
+            assert {line["clerk_id"] for line in done.logged("unfit")} == told.keys()
+
+
 async def test_an_instance_without_organizations(embedded_url: str, tmp_path: Path) -> None:
     async with site(people(3, organizations_enabled=False), embedded_url, tmp_path) as here:
         done = await here.run("backfill")

@@ -680,6 +680,24 @@ def test_quarantine_list_as_json_has_the_payloads() -> None:
     assert kept["msg_1"]["reason"] == "too_long"
 
 
+def test_half_a_character_is_told_and_listed_and_stays() -> None:
+    run("migrate")
+    lines = [line_of(user(first_name="cut \ud83d"), "msg_1"), line_of(user(x="\ud83d"), "msg_2")]
+    done = run("replay", "-", stdin="\n".join(lines))
+    assert sorted(done.stdout.splitlines()) == [
+        "1 applied, 1 quarantined",
+        "line 1: quarantined wrong_type",
+        "line 2: applied",
+    ]
+    (kept,) = listed()
+    assert (kept["type"], kept["clerk_id"]) == ("user.created", "user_1")
+    assert (kept["reason"], kept["detail"]) == ("wrong_type", "column first_name")
+    assert json.loads(kept["payload"])["data"]["first_name"] == "cut \ud83d"
+    assert "user_1  msg_1" in run("quarantine", "list").stdout
+    assert run("quarantine", "replay", "--all").exit_code == 1
+    assert len(listed()) == 1
+
+
 @pytest.mark.usefixtures("too_short")
 def test_quarantine_replay_of_what_is_not_mended_keeps_it() -> None:
     result = run("quarantine", "replay", "--all")

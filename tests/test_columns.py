@@ -57,6 +57,18 @@ def named(part: object) -> str | None:
         (sa.String(), "x" * 100_000, "x" * 100_000),
         (mysql.CHAR(2), "abc", "!too_long"),
         (mysql.VARCHAR(2), "ab", "ab"),
+        # Half of a surrogate pair: JSON can say it, UTF-8 cannot.
+        (sa.String(9), "cut \ud83d", "!wrong_type"),
+        (sa.String(9), "\udc00", "!wrong_type"),
+        (sa.String(9), "\ud83d\ude00", "!wrong_type"),  # two halves are not a whole
+        (sa.String(9), ["\ud83d"], "!wrong_type"),
+        (sa.String(0), "\ud83d", "!wrong_type"),
+        (mysql.TINYTEXT(), "\ud83d", "!wrong_type"),
+        (mysql.ENUM("a"), "\ud83d", "!wrong_type"),
+        (sa.types.NullType(), "\ud83d", "!wrong_type"),
+        (sa.JSON(), "\ud83d", "!wrong_type"),
+        (sa.JSON(), {"a": ["cut \ud83d"]}, "!wrong_type"),
+        (sa.JSON(), {"\ud83d": 1}, "!wrong_type"),
         # What is no text becomes some.
         (sa.String(5), True, "true"),
         (sa.String(5), False, "false"),
@@ -99,7 +111,7 @@ def named(part: object) -> str | None:
         (sa.Integer(), 3.0, 3),
         (sa.Integer(), 3.5, "!wrong_type"),
         (sa.Integer(), "3", "!wrong_type"),
-        (sa.Integer(), math.inf, "!wrong_type"),
+        (sa.Integer(), math.inf, "!out_of_range"),
         (sa.Integer(), math.nan, "!wrong_type"),
         (sa.Integer(), 1e300, "!out_of_range"),
         (sa.Integer(), [], "!wrong_type"),
@@ -137,8 +149,8 @@ def named(part: object) -> str | None:
         (mysql.JSON(), [], "[]"),
         (sa.JSON(), "text", '"text"'),
         (sa.JSON(), False, "false"),
-        (sa.JSON(), {"a": math.nan}, "!wrong_type"),
-        (sa.JSON(), [math.inf], "!wrong_type"),
+        (sa.JSON(), {"a": math.nan}, "!out_of_range"),
+        (sa.JSON(), [math.inf], "!out_of_range"),
         (sa.JSON(), [object()], "!wrong_type"),
         # Types that are not known here
         (sa.LargeBinary(), "x", "x"),

@@ -189,6 +189,17 @@ async def test_what_the_table_cannot_take_is_told(database_url: str, api: ClerkA
         assert await names(database_url) == {}
 
 
+async def test_half_a_character_is_told_where_it_matters(database_url: str, api: ClerkApi) -> None:
+    api.update("user_ada", last_name="cut \ud83d", unsafe_metadata={"\ud83d": "\ud83d"})
+    async with served(database_url, api) as at:
+        reply = await ensure(at)
+        assert (reply.status, reply.json["reason"]) == (422, "wrong_type")
+        assert (await at.post(api.events[-1])).said == (200, "quarantined", "wrong_type")
+        api.update("user_ada", last_name="whole")
+        reply = await ensure(at)
+        assert (reply.status, reply.json["last_name"]) == (200, "whole")
+
+
 async def test_without_a_key_it_is_not_there(embedded_url: str, api: ClerkApi) -> None:
     async with served(embedded_url, api, CLERK_SECRET_KEY=None) as at:
         reply = await ensure(at)

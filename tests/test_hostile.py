@@ -289,6 +289,59 @@ async def test_odd_json_is_taken_or_put_aside(at: At, written: bytes, outcome: s
     assert (await at.metrics())("errors_total") == 0
 
 
+async def test_who_sent_strange_json_is_told_and_what_fits_is_written(database_url: str) -> None:
+    """Valid JSON that hardly any parser reads: whose it is, and which column it is about."""
+    strange = {
+        "half": (b'"cut \\ud83d"', "wrong_type"),
+        "name": (b'{"\\ud83d": 1}', "wrong_type"),
+        "digits": (b"9" * 5000, "out_of_range"),
+        "double": (b"1e400", "out_of_range"),
+        "levels": (b"[" * 5000 + b"]" * 5000, "wrong_type"),
+    }
+    async with deliveries.served(database_url, CLERK_SYNC_DEADLINE_SECONDS=10) as at, unharmed(at):
+
+        async def post(name: str, field: str) -> tuple[int, str, str | None]:
+            made = event("user.updated", f"user_{name}")
+            made["data"][field] = "@@"
+            body = deliveries.bytes_of(made).replace(b'"@@"', strange[name][0])
+            return (await at.post(body, svix_id=f"msg_{name}_{field}")).said
+
+        for field in ("first_name", "public_metadata"):
+            said = await asyncio.gather(*(post(name, field) for name in strange))
+            assert said == [(200, "quarantined", reason) for _, reason in strange.values()]
+        said = await asyncio.gather(*(post(name, "not_mapped") for name in strange))
+        assert set(said) == {(200, "applied", None)}
+        kept = await rows(
+            database_url,
+            "SELECT svix_id, type, clerk_id, reason, detail, payload FROM clerk_sync_quarantine",
+        )
+        assert {row[:5] for row in kept} == {
+            (f"msg_{name}_{field}", "user.updated", f"user_{name}", reason, f"column {field}")
+            for name, (_, reason) in strange.items()
+            for field in ("first_name", "public_metadata")
+        }
+        assert all(strange[svix_id.split("_")[1]][0].decode() in text for svix_id, *_, text in kept)
+        ids = await rows(database_url, "SELECT clerk_id FROM clerk_users")
+        assert {one for (one,) in ids if "good" not in one} == {f"user_{name}" for name in strange}
+
+
+@pytest.mark.parametrize("levels", [30, 150, 900])
+async def test_json_deeper_than_the_database_takes_is_one_events_trouble(
+    database_url: str, levels: int
+) -> None:
+    """MySQL reads 100 levels, MariaDB 32, SQLite all: refused or written, but never a 503."""
+    async with deliveries.served(database_url, CLERK_SYNC_DEADLINE_SECONDS=10) as at, unharmed(at):
+        made = event("user.updated", "user_deep", public_metadata="@@")
+        written = b"[" * levels + b"]" * levels
+        reply = await at.post(deliveries.bytes_of(made).replace(b'"@@"', written), svix_id="msg_d")
+        assert reply.status == 200
+        kept = await rows(
+            database_url, "SELECT type, clerk_id FROM clerk_sync_quarantine WHERE svix_id = 'msg_d'"
+        )
+        assert kept == ([] if reply.outcome == "applied" else [("user.updated", "user_deep")])
+        assert levels > 32 or reply.outcome == "applied"
+
+
 async def test_nul_and_four_byte_characters_arrive_as_they_are(database_url: str) -> None:
     name = "a\x00b\U0001f600\u202e'\"\\%s\u00e9\n;--"
     svix_id = "msg'\"\\%s;--`{}"

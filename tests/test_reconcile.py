@@ -218,6 +218,50 @@ async def test_each_verdict_is_found_and_mended(world: Walking) -> None:
     }
 
 
+@pytest.mark.parametrize("by", ["reconcile", "insert"])
+async def test_json_that_hardly_any_parser_reads_is_one_objects_trouble(
+    shared_url: str, stores: Mapping[bool, Store], by: str
+) -> None:
+    """In three pages, of which one is read as rows that are there, or all as rows that are new."""
+    deep: Any = "the innermost"
+    for _ in range(250):
+        deep = [deep]
+    async with walking(shared_url, store=stores[False], most=10) as world:
+        api = world.api
+        api.put_organization("org_1", name="one")
+        for number in range(30):
+            api.put_user(f"user_{number:02}", username="ada", public_metadata={})
+            api.put_membership(f"m_{number:02}", f"user_{number:02}", "org_1", role="admin")
+        if by == "reconcile":
+            await world.reconcile()
+            await world.database.execute("UPDATE people SET username = 'drifted'")
+            await world.database.execute("UPDATE members SET role = 'drifted'")
+        broken: dict[str, dict[str, Any]] = {
+            "user_03": {"username": "cut \ud83d"},
+            "user_05": {"public_metadata": {"a": ["\ud83d"]}},
+            "user_15": {"public_metadata": {"\ud83d": 1}},
+            "user_25": {"updated_at": "\ud83d"},
+        }
+        for clerk_id, fields in broken.items():
+            api.users[clerk_id] |= fields
+        api.users["user_17"] |= {"last_name": "\udc00", "unsafe_metadata": deep, "x": 10**4000}
+        api.memberships["m_07"]["role"] = "\ud83d"
+        api.organizations["org_1"]["public_metadata"] = {"\ud83d": deep}
+        report, told = await world.look()
+        assert report.tallies["user"].unfit == 4
+        assert len(told) == 26 + 29 + (by == "insert")
+        ending, report = await world.reconcile()
+        assert ending is Ending.UNMENDED
+        unfit = {kind: tally.unfit for kind, tally in report.tallies.items()}
+        assert unfit == {"user": 4, "organization": 0, "organizationMembership": 1}
+        rows = await names(world)
+        assert {one for one, name in rows.items() if name == "ada"} == {
+            f"user_{number:02}" for number in range(30)
+        } - broken.keys()
+        members = await world.database.rows("SELECT clerk_id FROM members WHERE role = 'admin'")
+        assert len(members) == 29
+
+
 async def test_endings_and_the_table_of_runs(world: Walking) -> None:
     api, engine = world.api, world.database.engine
     await users(world, 2, gone=1)

@@ -632,6 +632,17 @@ async def test_profiles_hide_the_users_that_are_marked_deleted(database_url: str
         assert (json.loads(extra) if isinstance(extra, str) else extra) == {"k": [1, None]}
 
 
+async def test_profiles_give_back_half_a_character_of_the_apps_own(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    marking = mapping_file.read(MARKED.format(name="login", value="username"), source="test")
+    async with deliveries.served(url, marking) as at:
+        await at.post(event("user.created", "user_ada", username="ada"))
+        await rows(url, """UPDATE people SET extra = '"caf\u00e9 \\ud83d"'""")
+        reply = await at.inside("/profiles?username=ada")
+        assert reply.json["extra"] == "caf\u00e9 \ud83d"
+        assert "caf\u00e9" in reply.text
+
+
 async def test_profiles_without_a_username_column_are_a_400(tmp_path: Path) -> None:
     nameless = mapping_file.read(MARKED.format(name="first", value="first_name"), source="test")
     async with deliveries.served(f"sqlite:///{tmp_path}/x.db", nameless) as at:

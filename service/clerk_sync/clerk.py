@@ -20,6 +20,8 @@ import structlog
 import yarl
 from pydantic_core import from_json
 
+from clerk_sync.decoding import decoded
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
@@ -259,7 +261,7 @@ class Clerk:
         if response.status != 200:  # noqa: PLR2004
             raise _refused(response.status, url.path, body.replace(key.encode(), b"[key]"))
         try:
-            return Read(from_json(body, cache_strings="keys"), began_ms)
+            return Read(decoded(body), began_ms)
         except ValueError:
             raise _Again("the answer is no JSON") from None
 

@@ -153,14 +153,24 @@ def _json_integer(digits: str) -> int | float:
 
 def _text(length: int | None, octets: int | None) -> Fit:
     def fit(value: Any) -> str:
-        text = value if type(value) is str else _written(value)
+        text = _utf8(value if type(value) is str else _written(value))
         if length is not None and len(text) > length:
             raise Unfit(Reason.TOO_LONG)
-        if octets is not None and len(text.encode(errors="surrogatepass")) > octets:
+        if octets is not None and len(text.encode()) > octets:
             raise Unfit(Reason.TOO_LONG)
         return text
 
     return fit
+
+
+def _utf8(text: str) -> str:
+    """The text, unless half of a surrogate pair is in it, which JSON can say and UTF-8 cannot."""
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise Unfit(Reason.WRONG_TYPE) from None
+    return text
 
 
 def _written(value: object) -> str:
@@ -194,6 +204,8 @@ def _integer(least: int, most: int) -> Fit:
 def _whole(value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
+    if isinstance(value, float) and math.isinf(value):  # a number of too many digits, or 1e400
+        raise Unfit(Reason.OUT_OF_RANGE)
     if not isinstance(value, int):
         raise Unfit(Reason.WRONG_TYPE)
     return int(value)
@@ -218,8 +230,10 @@ def _time(value: Any) -> str:
 
 def _json(value: Any) -> str:
     try:
-        return _encode(value)
-    except (TypeError, ValueError, RecursionError):
+        return _utf8(_encode(value))
+    except ValueError:  # a number that is infinite, or of more digits than Python writes
+        raise Unfit(Reason.OUT_OF_RANGE) from None
+    except (TypeError, RecursionError):
         raise Unfit(Reason.WRONG_TYPE) from None
 
 
@@ -231,4 +245,4 @@ def _scalar(value: Any) -> Any:
         raise Unfit(Reason.WRONG_TYPE)
     if isinstance(value, float) and not math.isfinite(value):
         raise Unfit(Reason.OUT_OF_RANGE)
-    return value
+    return _utf8(value) if isinstance(value, str) else value

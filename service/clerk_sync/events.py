@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from pydantic_core import from_json
-
 from clerk_sync.answers import Reason
+from clerk_sync.decoding import NotJson, decoded
 from clerk_sync.signature import Delivery, Rejected
 
 # Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
@@ -135,8 +134,8 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
     An event that names no instance passes: Clerk's older ones do not.
     """
     try:
-        envelope = from_json(delivery.body, allow_inf_nan=False, cache_strings="keys")
-    except ValueError:
+        envelope = decoded(delivery.body)
+    except NotJson:
         raise Unusable(Reason.BAD_JSON) from None
     if not isinstance(envelope, dict):
         raise Unusable(Reason.BAD_ENVELOPE)

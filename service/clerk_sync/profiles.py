@@ -68,7 +68,10 @@ def _present(users: Target) -> sa.Select[Any]:
 
 def to_json(value: object) -> str:
     """JSON for whatever a table may hold; times are UTC."""
-    return json.dumps(value, default=_plain, ensure_ascii=False)
+    text = json.dumps(value, default=_plain, ensure_ascii=False)
+    # Half of a surrogate pair, as the app's own JSON may hold, has no UTF-8. This writes it as
+    # `\\ud83d`, which is how JSON escapes it.
+    return text.encode(errors="backslashreplace").decode()
 
 
 def _plain(value: object) -> object:

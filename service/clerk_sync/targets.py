@@ -201,7 +201,8 @@ def _same(same: Same, fitted: object, stored: object) -> bool:
         return fitted is stored
     try:
         return same(fitted, stored)
-    except (ValueError, TypeError):  # somebody wrote what is no such value, as SQLite allows
+    # Somebody wrote what is no such value, as SQLite allows, or JSON that is too deep to be read.
+    except (ValueError, TypeError, RecursionError):
         return False
 
 

@@ -1,0 +1,137 @@
+r"""JSON as values: whatever RFC 8259 allows, in bounded time, and nothing besides.
+
+pydantic's parser is the fast one, and refuses what is valid all the same: half of a surrogate
+pair (`\ud83d`, as a name has that was cut in the middle of an emoji), integers of more than 4300
+digits, more than 200 levels (https://docs.rs/jiter). One such value in a place that nobody maps
+must not cost the event its type and id. So what it refuses is read again: by Python's own
+parser; and without recursion where even that ends, at some 1000 levels.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, Final
+
+from pydantic_core import from_json
+
+# Python reads and writes no longer ones, as that takes quadratic time
+# (https://docs.python.org/3/library/stdtypes.html#integer-string-conversion-length-limitation).
+_DIGITS: Final = 4300
+# What the parser without recursion takes half a second for, while everything else waits. A page
+# of 500 users has fewer than half as many.
+_VALUES: Final = 500_000
+
+_SPACE: Final = r"[ \t\n\r]*+"
+_START: Final = re.compile(_SPACE + r"(?:\[(?:" + _SPACE + r"\])?|\{(?:" + _SPACE + r"\})?)?")
+_NAME: Final = re.compile(_SPACE + '(?=")')
+_COLON: Final = re.compile(_SPACE + ":")
+_NEXT: Final = re.compile(_SPACE + r"([,\]}])")
+_END: Final = re.compile(_SPACE + r"\Z")
+
+
+class NotJson(ValueError):  # noqa: N818
+    """The text is no JSON; or more of it than is read, in values or in levels."""
+
+
+def decoded(text: str | bytes) -> Any:
+    """The value of a JSON text; bytes are UTF-8. Raises NotJson.
+
+    Of equal names the last counts. A number beyond what a double or 4300 digits can say is
+    infinite. Text may hold lone surrogates, which no encoding of Unicode takes.
+    """
+    try:
+        return from_json(text, allow_inf_nan=False, cache_strings="keys")
+    except ValueError:
+        pass
+    try:
+        characters = text.decode() if isinstance(text, bytes) else text
+    except UnicodeDecodeError:
+        raise NotJson from None
+    try:
+        return _slow.decode(characters)
+    except RecursionError:
+        return _walked(characters)
+    except ValueError:
+        raise NotJson from None
+
+
+def _integer(digits: str) -> int | float:
+    # Of more digits, float() makes an infinity.
+    return int(digits) if len(digits) <= _DIGITS else float(digits)
+
+
+def _constant(_: str) -> None:
+    raise NotJson  # NaN and Infinity, which Python takes for JSON
+
+
+_slow: Final = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
+
+
+def _walked(text: str) -> Any:
+    """The value of a JSON text of any depth, but not of any size. Raises NotJson."""
+    whole: list[Any] = []
+    opened: list[list[Any] | dict[str, Any]] = [whole]
+    name = ""
+    at = 0
+    for _ in range(_VALUES):
+        found, at = _met(_START, text, at)
+        value, at, ended = _begun(text, at, found[0][-1:])
+        here = opened[-1]
+        if isinstance(here, dict):
+            here[name] = value
+        else:
+            here.append(value)
+        if ended:
+            at = _closed(text, at, opened)
+        else:
+            opened.append(value)
+        if len(opened) == 1:
+            _met(_END, text, at)
+            return whole[0]
+        if isinstance(opened[-1], dict):
+            _, at = _met(_NAME, text, at)
+            name, at = _plain(text, at)
+            _, at = _met(_COLON, text, at)
+    raise NotJson
+
+
+def _begun(text: str, at: int, last: str) -> tuple[Any, int, bool]:
+    """A value, empty if it is a list or an object; where it, or its beginning, ends."""
+    match last:
+        case "[":
+            return [], at, False
+        case "{":
+            return {}, at, False
+        case "]":
+            return [], at, True
+        case "}":
+            return {}, at, True
+    return *_plain(text, at), True
+
+
+def _closed(text: str, at: int, opened: list[list[Any] | dict[str, Any]]) -> int:
+    """Close what ends here, and take the comma before what does not."""
+    while len(opened) > 1:
+        found, at = _met(_NEXT, text, at)
+        if found[1] == ",":
+            break
+        if (found[1] == "}") is not isinstance(opened.pop(), dict):
+            raise NotJson
+    return at
+
+
+def _met(pattern: re.Pattern[str], text: str, at: int) -> tuple[re.Match[str], int]:
+    """What has to come here, and where it ends."""
+    found = pattern.match(text, at)
+    if found is None:
+        raise NotJson
+    return found, found.end()
+
+
+def _plain(text: str, at: int) -> tuple[Any, int]:
+    """A text, a number or a word, and where it ends."""
+    try:
+        return _slow.raw_decode(text, at)
+    except ValueError:
+        raise NotJson from None
