@@ -748,6 +748,27 @@ def test_quarantine_replay_of_what_was_never_kept_leaves_it() -> None:
     assert len(listed()) == 1
 
 
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("quarantine", "drop", "\udcff"),
+        ("quarantine", "replay", "msg_1", "\udcff"),
+        ("ensure", "user_\udcff"),
+        ("erase", "user_\udcff"),
+        ("trigger", "user.\udcff"),
+        ("trigger", "user.created", "--id", "\udcff"),
+        ("trigger", "user.created", "--url", "http://\udcff/"),
+        ("probe", "--url", "http://\udcff/"),
+    ],
+    ids=lambda arguments: " ".join(arguments[:2]),
+)
+def test_arguments_that_are_not_utf_8_are_told(arguments: tuple[str, ...]) -> None:
+    """So the shell's raw bytes come to a command."""
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert "is not UTF-8" in result.stderr
+
+
 @pytest.mark.parametrize("arguments", [(), ("msg_1", "--all")])
 def test_quarantine_replay_needs_either_names_or_all(arguments: tuple[str, ...]) -> None:
     result = run("quarantine", "replay", *arguments)

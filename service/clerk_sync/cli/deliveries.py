@@ -20,7 +20,7 @@ import click
 from clerk_sync import logs, samples, schema, signature
 from clerk_sync import quarantine as dead_letters
 from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.cli.frame import cli, command, fail, run, settled
+from clerk_sync.cli.frame import cli, command, fail, run, settled, text
 from clerk_sync.database import engine_of
 from clerk_sync.mapping import Mapping, change_of
 from clerk_sync.settings import Settings
@@ -45,9 +45,9 @@ def _signers(settings: Settings) -> tuple[Webhook, ...]:
 
 
 @command("clerk-sync trigger user.created --id user_ada --url http://127.0.0.1:8080/webhooks/clerk")
-@click.argument("type_", metavar="TYPE")
-@click.option("--url", help="Where to post. Default: the service on this machine.")
-@click.option("--id", "clerk_id", help="The Clerk id of the object. Default: a new one.")
+@click.argument("type_", metavar="TYPE", type=text)
+@click.option("--url", type=text, help="Where to post. Default: the service on this machine.")
+@click.option("--id", "clerk_id", type=text, help="The Clerk id of the object. Default: a new one.")
 @click.option(
     "--file",
     "file",
@@ -97,7 +97,9 @@ def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None
 
 
 @command("clerk-sync probe --url https://hooks.example.com/webhooks/clerk")
-@click.option("--url", help="The webhook's public URL. Default: the service on this machine.")
+@click.option(
+    "--url", type=text, help="The webhook's public URL. Default: the service on this machine."
+)
 @click.option(
     "--seconds",
     type=click.FloatRange(min=1),
@@ -269,7 +271,7 @@ def quarantine_list(*, as_json: bool) -> None:
 
 
 @quarantine.command("replay", epilog="\b\nExample:\n  clerk-sync quarantine replay --all")
-@click.argument("svix_ids", nargs=-1, metavar="[SVIX_ID]…")
+@click.argument("svix_ids", nargs=-1, metavar="[SVIX_ID]…", type=text)
 @click.option("--all", "everything", is_flag=True, help="All that is in quarantine.")
 def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
     """Apply events again, after the column or the mapping was mended.
@@ -314,7 +316,7 @@ async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]
 
 
 @quarantine.command("drop", epilog="\b\nExample:\n  clerk-sync quarantine drop msg_2x…")
-@click.argument("svix_ids", nargs=-1, required=True, metavar="SVIX_ID…")
+@click.argument("svix_ids", nargs=-1, required=True, metavar="SVIX_ID…", type=text)
 def quarantine_drop(svix_ids: tuple[str, ...]) -> None:
     """Forget events in quarantine for good. Exit code 1 if one was not there."""
 

@@ -20,6 +20,7 @@ from clerk_sync.settings import load as load_settings
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+
 INTERRUPTED = 130  # as shells tell of SIGINT
 TERMINATED = 143  # and of SIGTERM
 
@@ -46,6 +47,15 @@ def command(example: str, **options: Any) -> Callable[[Callable[..., None]], cli
         return cli.command(epilog=epilog, **options)(function)
 
     return decorate
+
+
+def text(argument: str) -> str:
+    """The type of an argument that is UTF-8, as all that is stored: a shell passes on any bytes."""
+    try:
+        argument.encode()
+    except UnicodeEncodeError:
+        raise click.BadParameter("is not UTF-8") from None
+    return argument
 
 
 def fail(*faults: str) -> NoReturn:

@@ -15,7 +15,7 @@ import structlog
 
 from clerk_sync import logs, profiles
 from clerk_sync.answers import Ending
-from clerk_sync.cli.frame import TERMINATED, command, fail, run, settled, unnamed
+from clerk_sync.cli.frame import TERMINATED, command, fail, run, settled, text, unnamed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine, Iterator
@@ -161,7 +161,7 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended
 
 
 @command("clerk-sync ensure user_2x…")
-@click.argument("user_id", metavar="USER_ID")
+@click.argument("user_id", metavar="USER_ID", type=text)
 def ensure(user_id: str) -> None:
     """Ask Clerk for one user, write the row, and print it.
 
@@ -196,7 +196,7 @@ def ensure(user_id: str) -> None:
 
 
 @command("clerk-sync erase user_2x…")
-@click.argument("user_id", metavar="USER_ID")
+@click.argument("user_id", metavar="USER_ID", type=text)
 def erase(user_id: str) -> None:
     """Remove a person from every mapped table and from clerk-sync's own. It cannot be undone.
 
