@@ -440,6 +440,45 @@ async def test_what_does_not_fit_is_told_and_the_rest_is_written(
         await here.in_step()
 
 
+async def test_who_comes_back_with_the_name_of_a_deleted_one_is_written(
+    database_url: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "m.yaml"
+    file.write_text(
+        """
+tables:
+  user:
+    table: people
+    create: true
+    key: clerk_id
+    columns:
+      username: {value: username, type: string(64)}
+    on_delete: {mark: deleted_at, set: {username: null}}
+"""
+    )
+    api = people(3)
+    name = api.users["user_00001"]["username"]
+    async with site(api, database_url, tmp_path) as here:
+
+        async def run(*arguments: str) -> int:
+            return (await here.run(*arguments, CLERK_SYNC_CONFIG=str(file))).code
+
+        assert await run("migrate") == 0
+        await here.rows("CREATE UNIQUE INDEX people_username ON people (username)")
+        assert await run("backfill") == 0
+        api.delete("user_00001")
+        assert await run("reconcile", "--mended-ok") == 0
+        api.put_user("user_back", username=name)
+        assert await run("backfill", "--restart") == 0
+        found = await here.rows("SELECT clerk_id, username FROM people WHERE clerk_id <> 'x'")
+        assert dict(found) == {
+            "user_00000": api.users["user_00000"]["username"],
+            "user_00001": None,
+            "user_00002": api.users["user_00002"]["username"],
+            "user_back": name,
+        }
+
+
 async def test_half_a_character_stops_no_walk(database_url: str, tmp_path: Path) -> None:
     """As a name is that was cut in the middle of an emoji."""
     api = people(20, 1, 3)

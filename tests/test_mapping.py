@@ -128,6 +128,31 @@ def test_a_delete_removes_or_marks_and_purges_later(
     assert (user.mark, user.purge_after_ms) == wanted
 
 
+def test_a_delete_sets_columns_to_constants() -> None:
+    constants = """{mark: deleted_at, purge_after: 30d, set: {
+      email: null, c: ~, name: gone, empty: '', number: 7, ratio: -1.5, yes: true, no: false,
+      digits: '7', word: "null"
+    }}"""
+    user = read(table(rest=f", on_delete: {constants}"), source="m.yaml").tables["user"]
+    assert (user.mark, user.purge_after_ms) == ("deleted_at", 2_592_000_000)
+    sets = {one.name: one.value for one in user.sets}
+    assert sets == {
+        "email": None,
+        "c": None,
+        "name": "gone",
+        "empty": "",
+        "number": 7,
+        "ratio": -1.5,
+        "yes": True,
+        "no": False,
+        "digits": "7",
+        "word": "null",
+    }
+    assert user.sets[2].at == Place("m.yaml", 2)
+    plain = read(table(rest=", on_delete: {mark: d}"), source="m.yaml").tables["user"]
+    assert plain.sets == ()
+
+
 def test_a_file_is_loaded_by_its_path(tmp_path: Path) -> None:
     path = tmp_path / "m.yaml"
     path.write_text("# Müller & Söhne\n" + GOOD)
@@ -240,6 +265,38 @@ def table(columns: str = "{c: id}", rest: str = "", *, kind: str = "user") -> st
             for text in ("30", "0d", "-1d", "1.5d", "30 d", "d", "30m", "1d12h", "100000d", "٣d")
         ),
         (table(rest=", on_delete: {mark: c}"), "1: `c` is filled by clerk-sync already"),
+        (table(rest=", on_delete: {set: {c: null}}"), "1: `on_delete` needs `mark:`: only what"),
+        (table(rest=", on_delete: {mark: d, set: c}"), "1: `set` must be `name: value` pairs"),
+        (table(rest=", on_delete: {mark: d, set: {c: 1, c: 2}}"), "1: `set`: `c` is there twice"),
+        *(
+            (
+                table(rest=f", on_delete: {{mark: d,\n  set: {{\n c: {text}}}}}"),
+                "3: `c` must be set to null, true, false, a number, or text in quotes",
+            )
+            for text in (
+                *("[1]", "{a: 1}", ".inf", "-.inf", ".nan", "2026-01-05", "!!int x", "!a b"),
+                *(
+                    "no",
+                    "off",
+                    "Yes",
+                    "TRUE",
+                    "012",
+                    "0x1f",
+                    "1_000",
+                    "1:30",
+                    "+1",
+                    "1." + "0" * 40,
+                ),
+                "1" * 5000,
+            )
+        ),
+        *(
+            (
+                table(rest=f", on_delete: {{mark: d,\n  set: {{{name}: null}}}}"),
+                f"2: `{name}` is filled by clerk-sync already",
+            )
+            for name in "kd"
+        ),
         # owns
         (table(rest=", owns: blocks"), "1: `owns` must be a list of `{table: …, column: …, refe"),
         (
@@ -289,6 +346,37 @@ def table(columns: str = "{c: id}", rest: str = "", *, kind: str = "user") -> st
 def test_a_fault_is_told_with_its_line_and_what_was_meant(text: str, fault: str) -> None:
     (found,) = faults(text)
     assert found.startswith(f"m.yaml:{fault}")
+
+
+def test_what_says_whose_a_row_is_cannot_be_set() -> None:
+    found = faults(
+        """\
+tables:
+  user:
+    table: users
+    key: clerk_id
+    columns: {username: username}
+    on_delete: {mark: deleted_at, set: {id: 0, username: null}}
+    owns:
+      - {table: blocks, column: user_id, references: id}
+      - {table: members, column: whose, references: clerk_id}
+  organizationMembership:
+    table: members
+    key: clerk_id
+    columns: {user: public_user_data.user_id, whose: role, other: "public_user_data.user_id or 0"}
+    on_delete:
+      mark: deleted_at
+      set:
+        user: null
+        other: null
+        whose: null
+"""
+    )
+    assert found == [
+        "m.yaml:6: `set` may not change `id`: `owns` at m.yaml:8 refers to it",
+        "m.yaml:17: `set` may not change `user`: `erase` finds a user's rows by it",
+        "m.yaml:19: `set` may not change `whose`: `owns` at m.yaml:9 finds rows by it",
+    ]
 
 
 def test_a_misspelt_key_is_told_and_so_is_that_it_is_missing() -> None:

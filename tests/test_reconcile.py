@@ -98,6 +98,19 @@ tables:
 """
 ODD: Final = mapped(_ODD % "odd")
 BYTES: Final = mapped(_ODD % "bytes")
+# A table of the app's with a unique name, and what a delete frees there.
+UNIQUE: Final = """CREATE TABLE unique_people (
+    clerk_id VARCHAR(128) EXACT PRIMARY KEY, username VARCHAR(8) UNIQUE, name VARCHAR(8),
+    deleted_at DATETIME, active INTEGER DEFAULT 1
+) OPTIONS"""
+SETTING: Final = mapped("""
+tables:
+  user:
+    table: unique_people
+    key: clerk_id
+    columns: {username: username, name: first_name}
+    on_delete: {mark: deleted_at, set: {username: null, active: 0}}
+""")
 # Another value of each, as close as the column can tell.
 BY_HAND: Final = {
     "text": "'Text'",
@@ -933,6 +946,70 @@ async def reconciled(world: Walking, lease: Any) -> None:
     finally:
         mending.close()
         await committer.close()
+
+
+@pytest.fixture(scope="module")
+def setting(shared_url: str, stores: Mapping[bool, Store]) -> Store:
+    async def make() -> Store:
+        async with Database.at(shared_url) as database:
+            await database.ddl(UNIQUE)
+            return await database.store(SETTING)
+
+    assert stores  # which the same tables of our own are made for
+    return asyncio.run(make())
+
+
+async def unique_people(world: Walking) -> list[tuple[Any, ...]]:
+    return await world.database.rows(
+        "SELECT clerk_id, username, name, active, deleted_at IS NULL FROM unique_people"
+        " ORDER BY clerk_id"
+    )
+
+
+@pytest.mark.parametrize("by", ["webhook", "reconcile"])
+async def test_who_comes_back_with_a_unique_name_is_written(
+    shared_url: str, setting: Store, by: str
+) -> None:
+    async with walking(shared_url, SETTING, store=setting) as world:
+        api = world.api
+        await world.deliver(api.put_user("user_1", username="ada", first_name="Ada"))
+        gone = api.delete("user_1")
+        if by == "webhook":
+            await world.deliver(gone)
+        elif by == "reconcile":
+            assert (await world.reconcile())[0] is Ending.MENDED
+        marked = ("user_1", None, "Ada", 0, 0)
+        assert await unique_people(world) == [marked]
+        api.put_user("user_2", username="ada", first_name="Ada")
+        report, told = await world.look()
+        assert [(one.clerk_id, one.verdict) for _, one in told] == [("user_2", Verdict.MISSING)]
+        assert (await world.reconcile())[0] is Ending.MENDED
+        assert await unique_people(world) == [marked, ("user_2", "ada", "Ada", 1, 1)]
+        # Neither is out of step now; nor is the first one where Clerk lists it all the same.
+        api.users["user_1"] = api.users["user_2"] | {"id": "user_1"}
+        ending, report = await world.reconcile()
+        assert (ending, verdicts(report)) == (
+            Ending.IN_STEP,
+            {Verdict.SAME: 1, Verdict.NEWER: 1},
+        )
+        assert await unique_people(world) == [marked, ("user_2", "ada", "Ada", 1, 1)]
+
+
+async def test_who_came_back_while_nobody_listened_is_written_in_the_end(
+    shared_url: str, setting: Store
+) -> None:
+    async with walking(shared_url, SETTING, store=setting) as world:
+        api = world.api
+        await world.deliver(api.put_user("user_1", username="ada", first_name="Ada"))
+        api.delete("user_1")
+        api.put_user("user_2", username="ada", first_name="Ada")
+        for _ in range(2):  # what is gone goes last
+            await world.reconcile()
+        assert await unique_people(world) == [
+            ("user_1", None, "Ada", 0, 0),
+            ("user_2", "ada", "Ada", 1, 1),
+        ]
+        assert (await world.reconcile())[0] is Ending.IN_STEP
 
 
 async def test_what_was_deleted_here_and_is_in_clerk_is_told(

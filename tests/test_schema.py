@@ -41,6 +41,16 @@ tables:
     owns:
       - {table: posts, column: author, references: clerk_id}
 """
+SETTING: Final = """
+tables:
+  user:
+    table: people
+    key: clerk_id
+    columns: {email: primary_email, username: username, meta: {value: public_metadata, type: json}}
+    on_delete:
+      mark: deleted_at
+      set:
+"""
 MADE: Final = """
 tables:
   user:
@@ -394,6 +404,105 @@ async def test_mark_that_cannot_hold_a_time_is_a_fault(database: Database) -> No
     )
     (fault,) = await faults(database, mapped(PEOPLE))
     assert fault.startswith("test.yaml:9: `deleted` of `people` is BIGINT")
+
+
+_SETTABLE: Final = """CREATE TABLE people (
+    id SERIAL,
+    clerk_id VARCHAR(128) EXACT UNIQUE,
+    email VARCHAR(20),
+    username VARCHAR(20) NOT NULL,
+    meta JSON,
+    level SMALLINT,
+    seen DATETIME,
+    shown VARCHAR(40) GENERATED ALWAYS AS (username) STORED,
+    deleted_at DATETIME
+    %s
+) OPTIONS"""
+
+
+def setting(*lines: str) -> Mapping:
+    return mapped(SETTING + "".join(f"        {line}\n" for line in lines))
+
+
+@pytest.mark.past_vitess
+async def test_what_a_delete_cannot_set_is_a_fault(database: Database) -> None:
+    await schema.migrate(database.engine, mapped(MADE))
+    await database.ddl(_SETTABLE % "")
+    found = await faults(
+        database,
+        setting(
+            *("emial: null", "username: null", "level: many", "seen: '2026-01-05'", "shown: x"),
+            'email: "cut \\ud83d"',
+        ),
+    )
+    assert [fault.partition(": ")[0] for fault in found] == [
+        f"test.yaml:{line}" for line in range(10, 16)
+    ]
+    assert "no column `emial`; did you mean `email`?" in found[0]
+    assert "`username` of `people` may not be null: let it be null, or set something" in found[1]
+    assert found[2].endswith("which does not take 'many': wrong_type")
+    assert found[3].endswith("which does not take '2026-01-05': wrong_type")
+    assert "`shown` of `people` is generated" in found[4]
+    assert found[5].endswith(r"which does not take 'cut \ud83d': wrong_type")
+
+
+@pytest.mark.past_vitess
+async def test_what_a_delete_can_set_is_no_fault_and_is_set(database: Database) -> None:
+    mapping = setting(
+        *("email: null", "username: ''", "level: -3", "seen: 1700000000000", "meta: \"a 'text'\"")
+    )
+    await schema.migrate(database.engine, mapped(MADE))
+    await database.ddl(_SETTABLE % "")
+    store = await database.store(mapping)
+    clerk = Clerk(mapping)
+    await database.apply(
+        store, clerk.user("user_1", username="ada", public_metadata={}), clerk.deleted("user_1")
+    )
+    ((email, username, level, seen, meta),) = await database.rows(
+        "SELECT email, username, level, seen, meta FROM people"
+    )
+    assert (email, username, level, meta) == (None, "", -3, "\"a 'text'\"")
+    assert str(seen).startswith("2023-11-14 22:13:20")
+
+
+@pytest.mark.parametrize(
+    ("unique", "lines", "told"),
+    [
+        ("email", [], "a deleted row stays in it"),
+        ("email", ["username: gone"], "a deleted row stays in it"),
+        ("email", ["email: null"], None),
+        ("email", ["email: gone"], "`set` can make deleted rows the same"),
+        ("level, email", [], "a deleted row stays in it"),
+        ("level, email", ["level: null"], None),
+        ("level, email", ["level: 0"], "`set` can make deleted rows the same"),
+        ("email, deleted_at", [], None),
+        ("clerk_id, email", [], None),
+        ("level", [], None),
+    ],
+)
+async def test_a_unique_index_that_marked_rows_stay_in_is_told(
+    database: Database, unique: str, lines: list[str], told: str | None
+) -> None:
+    await database.ddl(_SETTABLE % f", UNIQUE ({unique})")
+    mapping = setting(*lines) if lines else mapped(SETTING.replace("      set:\n", ""))
+    found = list(schema.advice(mapping, await schema.reflected(database.engine, mapping)))
+    assert len(found) == (told is not None)
+    if told is not None:
+        assert told in found[0]
+        names = ", ".join(sorted(unique.split(", ")))
+        assert found[0].startswith(f"test.yaml:8: `{names}` of `people` is unique, and ")
+        assert found[0].endswith(": add `set: {email: null}`")
+
+
+async def test_a_unique_column_that_cannot_be_null_has_to_be_mended_first(
+    database: Database,
+) -> None:
+    await database.ddl(_SETTABLE % ", UNIQUE (username)")
+    mapping = setting("email: null")
+    (found,) = schema.advice(mapping, await schema.reflected(database.engine, mapping))
+    assert found.endswith("written: let it be null, and add `set: {username: null}`")
+    removing = mapped(SETTING.partition("    on_delete")[0])
+    assert not list(schema.advice(removing, await schema.reflected(database.engine, removing)))
 
 
 @pytest.mark.parametrize("inherited", [True, False], ids=["of the table", "of the column"])

@@ -38,6 +38,16 @@ tables:
     columns: {username: username}
     on_delete: {mark: deleted_at}
 """)
+SETTING: Final = mapped("""
+tables:
+  user:
+    table: setting
+    key: clerk_id
+    columns: {email: email, username: username, plan: plan}
+    on_delete:
+      mark: deleted_at
+      set: {email: null, plan: 'none', active: 0, status: gone}
+""")
 NAMED: Final = mapped("""
 tables:
   user:
@@ -75,7 +85,7 @@ tables:
 """)
 MIRROR: Final = mapping_file.load("mirror")
 ORBYTAL: Final = mapping_file.load("orbytal")
-ALL: Final = (PEOPLE, MARKED, NAMED, CODED, STRICT, MIRROR)
+ALL: Final = (PEOPLE, MARKED, SETTING, NAMED, CODED, STRICT, MIRROR)
 
 APP: Final = (
     """CREATE TABLE people (
@@ -88,6 +98,16 @@ APP: Final = (
     ) OPTIONS""",
     """CREATE TABLE marked (
         clerk_id VARCHAR(128) EXACT PRIMARY KEY, username VARCHAR(255), deleted_at DATETIME
+    ) OPTIONS""",
+    """CREATE TABLE setting (
+        id SERIAL,
+        clerk_id VARCHAR(128) EXACT UNIQUE,
+        email VARCHAR(255) UNIQUE,
+        username VARCHAR(255),
+        plan VARCHAR(20) NOT NULL,
+        active BOOLEAN NOT NULL DEFAULT 1,
+        status VARCHAR(20) NOT NULL DEFAULT 'here',
+        deleted_at DATETIME
     ) OPTIONS""",
     """CREATE TABLE named (
         id SERIAL, clerk_id VARCHAR(128) EXACT UNIQUE, username VARCHAR(255) UNIQUE
@@ -166,6 +186,7 @@ async def world(prepared: tuple[str, dict[str, Store]]) -> AsyncIterator[World]:
         names = [
             "people",
             "marked",
+            "setting",
             "named",
             "coded",
             "old",
@@ -451,6 +472,102 @@ async def test_mark_of_an_unknown_user_makes_no_row_until_it_is_known(world: Wor
     ((username, deleted_at),) = await world.rows("SELECT username, deleted_at FROM marked")
     assert username == "ada"
     assert deleted_at is not None
+
+
+_SET: Final = (
+    "SELECT clerk_id, email, username, plan, active, status, deleted_at IS NOT NULL FROM setting"
+    " ORDER BY id"
+)
+
+
+async def test_what_a_delete_sets_is_the_same_in_every_order(world: World) -> None:
+    clerk = Clerk(SETTING)
+    store = await world.of(SETTING)
+    history = [
+        clerk.user("user_1", 1, email="a@x", username="one", plan="pro"),
+        clerk.user("user_1", 7, email="b@x", username="seven", plan="free"),
+        clerk.deleted("user_1", 5),
+        clerk.deleted("user_1", 6),
+    ]
+    for number, order in enumerate(permutations(history)):
+        await world.empty("setting")
+        cut = number % 4
+        for batch in (order[:cut], order[cut:]):
+            if batch:
+                await world.apply(store, *batch)
+        assert await world.rows(_SET) == [("user_1", None, "seven", "none", 0, "gone", 1)]
+
+
+async def test_only_what_is_deleted_is_set(world: World) -> None:
+    clerk = Clerk(SETTING)
+    store = await world.of(SETTING)
+    await world.apply(
+        store,
+        *(clerk.user(f"user_{n}", 1, email=f"{n}@x", username="u", plan="pro") for n in range(3)),
+        clerk.deleted("user_1", 2),
+    )
+    await world.apply(store, clerk.user("user_2", 3, email="z@x", username="u", plan="pro"))
+    assert sorted(await world.rows(_SET)) == [
+        ("user_0", "0@x", "u", "pro", 1, "here", 0),
+        ("user_1", None, "u", "none", 0, "gone", 1),
+        ("user_2", "z@x", "u", "pro", 1, "here", 0),
+    ]
+
+
+@pytest.mark.parametrize("late", ["save", "delete", "both"])
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together"])
+async def test_who_comes_back_with_a_unique_address_is_written(
+    world: World,
+    late: str,
+    together: bool,  # noqa: FBT001 -- pytest passes it by name
+) -> None:
+    """Also where the one who had it before is heard of once more, later and newer."""
+    clerk = Clerk(SETTING)
+    store = await world.of(SETTING)
+    fields = {"email": "ada@x", "username": "ada", "plan": "pro"}
+    await world.apply(store, clerk.user("user_old", 1, **fields))
+    await world.apply(store, clerk.deleted("user_old", 5))
+    changes = [clerk.user("user_new", 6, **fields)]
+    if late in ("save", "both"):
+        changes += [clerk.user("user_old", 4, **fields), clerk.user("user_old", 8, **fields)]
+    if late in ("delete", "both"):
+        changes.insert(0, clerk.deleted("user_old", 4))
+    for order in permutations(changes):
+        for batch in [order] if together else [[one] for one in order]:
+            answers = await world.apply(store, *batch)
+            assert set(answers) <= {"applied", "stale", "duplicate"}
+        assert sorted(await world.rows(_SET)) == [
+            ("user_new", "ada@x", "ada", "pro", 1, "here", 0),
+            ("user_old", None, "ada", "none", 0, "gone", 1),
+        ]
+
+
+async def test_the_delete_and_who_comes_back_may_come_together(world: World) -> None:
+    clerk = Clerk(SETTING)
+    store = await world.of(SETTING)
+    fields = {"email": "ada@x", "username": "ada", "plan": "pro"}
+    await world.apply(store, clerk.user("user_old", 1, **fields))
+    async with Committing(world, store) as committing:
+        answers = await committing.commit(
+            clerk.deleted("user_old", 5), clerk.user("user_new", 6, **fields)
+        )
+    assert answers == ["applied", "applied"]
+    assert [row[:2] for row in await world.rows(_SET)] == [
+        ("user_old", None),
+        ("user_new", "ada@x"),
+    ]
+
+
+async def test_who_is_deleted_before_anything_else_is_known_takes_no_address(world: World) -> None:
+    clerk = Clerk(SETTING)
+    store = await world.of(SETTING)
+    fields = {"email": "ada@x", "username": "ada", "plan": "pro"}
+    await world.apply(store, clerk.deleted("user_old", 5), clerk.user("user_new", 6, **fields))
+    assert await world.apply(store, clerk.user("user_old", 1, **fields)) == ["applied"]
+    assert sorted(await world.rows(_SET)) == [
+        ("user_new", "ada@x", "ada", "pro", 1, "here", 0),
+        ("user_old", None, "ada", "none", 0, "gone", 1),
+    ]
 
 
 # Your table is yours.

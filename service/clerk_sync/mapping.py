@@ -54,12 +54,21 @@ class Owned:
 
 
 @dataclass(frozen=True, slots=True)
+class Constant:
+    """A column, mapped or not, and what a delete that marks the row writes to it."""
+
+    name: str
+    value: str | float | bool | None
+    at: Place
+
+
+@dataclass(frozen=True, slots=True)
 class TableMapping:
     """One Clerk object's table.
 
-    `mark` is the column that a delete stamps, None where a delete removes the row.
-    `purge_after_ms` is how long a marked row may stay, None for ever. `adopt` pairs columns
-    with expressions. `create` says that `migrate` makes the table.
+    `mark` is the column that a delete stamps, None where a delete removes the row; `sets` are
+    further columns that it writes then. `purge_after_ms` is how long a marked row may stay, None
+    for ever. `adopt` pairs columns with expressions. `create` says that `migrate` makes the table.
     """
 
     kind: str
@@ -68,6 +77,7 @@ class TableMapping:
     columns: tuple[Column, ...]
     adopt: tuple[Column, ...]
     mark: str | None
+    sets: tuple[Constant, ...]
     purge_after_ms: int | None
     owns: tuple[Owned, ...]
     create: bool

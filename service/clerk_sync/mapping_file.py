@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import difflib
 import importlib.resources
+import json
 import re
+from collections import abc
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
@@ -12,9 +14,9 @@ from typing import Final
 import yaml
 
 from clerk_sync import samples
-from clerk_sync.events import KINDS, SECRET_KINDS
+from clerk_sync.events import KINDS, SECRET_KINDS, USER_PATHS
 from clerk_sync.expressions import COMPUTED, InvalidExpression, names_in, row_of
-from clerk_sync.mapping import Column, Mapping, Owned, Place, TableMapping
+from clerk_sync.mapping import Column, Constant, Mapping, Owned, Place, TableMapping
 
 PRESETS: Final = ("mirror", "orbytal")
 COLUMN_TYPES: Final = ("string(255)", "id", "text", "json", "integer", "boolean", "time")
@@ -23,6 +25,7 @@ _NEVER: Final = dict.fromkeys(
 )
 _DURATION: Final = re.compile(r"([1-9]\d{0,4})([dh])")
 _UNIT_MS: Final = {"d": 86_400_000, "h": 3_600_000}
+_NUMBER_OR_FLAG: Final = re.compile(r"true|false|-?(?:0|[1-9][0-9]{0,30})(?:\.[0-9]{1,30})?")
 _COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
@@ -62,9 +65,32 @@ def read(text: str, *, source: str) -> Mapping:
         line = text.count("\n", 0, error.position) + 1
         raise InvalidMapping([f"{source}:{line}: not YAML text: {error.reason}"]) from None
     tables = dict(reader.tables(root))
+    reader.faults += _ownership_faults(tables)
     if reader.faults:
         raise InvalidMapping(reader.faults)
     return Mapping(source, tables, tuple(reader.warnings))
+
+
+def _ownership_faults(tables: abc.Mapping[str, TableMapping]) -> Iterator[str]:
+    """Where `set` would overwrite what says whose a row is, so that its owner cannot take it along.
+
+    Whether a row is removed with its owner would depend on which of the two was deleted first.
+    """
+    for table in tables.values():
+        theirs = [
+            one for owner in tables.values() for one in owner.owns if one.table == table.table
+        ]
+        named = {one.column: f"`owns` at {one.at} finds rows by it" for one in theirs}
+        named |= {one.references: f"`owns` at {one.at} refers to it" for one in table.owns}
+        paths = USER_PATHS.get(table.kind, ())
+        named |= {
+            column.name: "`erase` finds a user's rows by it"
+            for column in table.columns
+            if column.expression.strip() in paths
+        }
+        for one in table.sets:
+            if one.name in named:
+                yield f"{one.at}: `set` may not change `{one.name}`: {named[one.name]}"
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
@@ -158,13 +184,14 @@ class _Reader:
             if "adopt" in entries
             else ()
         )
-        mark, purge_after_ms = (
-            self.on_delete(entries["on_delete"][1]) if "on_delete" in entries else (None, None)
+        mark, sets, purge_after_ms = (
+            self.on_delete(entries["on_delete"][1]) if "on_delete" in entries else (None, (), None)
         )
         owns = tuple(self.owned(entries["owns"][1])) if "owns" in entries else ()
-        for column in columns:
-            if column.name in (key, mark):
-                self.faults.append(f"{column.at}: `{column.name}` is filled by clerk-sync already")
+        filled = [(one.at, one.name) for one in columns] + [(one.at, one.name) for one in sets]
+        for at, column in filled:
+            if column in (key, mark):
+                self.faults.append(f"{at}: `{column}` is filled by clerk-sync already")
         places = {part: self.place(value) for part, (_, value) in entries.items()}
         if self.faults:
             return None
@@ -175,6 +202,7 @@ class _Reader:
             columns=columns,
             adopt=adopt,
             mark=mark,
+            sets=sets,
             purge_after_ms=purge_after_ms,
             owns=owns,
             create=create,
@@ -229,20 +257,40 @@ class _Reader:
             self.fault(node, f"`{text}` must be true or false")
         return text == "true"
 
-    def on_delete(self, node: yaml.Node) -> tuple[str | None, int | None]:
-        """The column that a delete marks, and `purge_after` in milliseconds, or None."""
+    def on_delete(self, node: yaml.Node) -> tuple[str | None, tuple[Constant, ...], int | None]:
+        """The column that a delete marks, what else it sets, and `purge_after` in milliseconds."""
         if isinstance(node, yaml.ScalarNode):
             if node.value != "remove":
                 self.fault(node, "`on_delete` must be `remove` or `{mark: column}`")
-            return None, None
-        entries = self.entries(node, "`on_delete`", ("mark", "purge_after"))
+            return None, (), None
+        entries = self.entries(node, "`on_delete`", ("mark", "set", "purge_after"))
         if "mark" not in entries:
             if len(entries) == len(node.value):  # else its fault is told already
-                self.fault(node, "`on_delete` needs `mark:`: only what is marked can be purged")
-            return None, None
+                self.fault(
+                    node, "`on_delete` needs `mark:`: only what is marked can be changed or purged"
+                )
+            return None, (), None
         mark = self.text(entries["mark"][1], "`mark`")
+        sets = tuple(self.constants(entries["set"][1])) if "set" in entries else ()
         after = entries.get("purge_after")
-        return mark, self.duration(after[1]) if after else None
+        return mark, sets, self.duration(after[1]) if after else None
+
+    def constants(self, node: yaml.Node) -> Iterator[Constant]:
+        for name, (at, value) in self.entries(node, "`set`").items():
+            text = value.value if isinstance(value, yaml.ScalarNode) else ""
+            match value.tag.removeprefix("tag:yaml.org,2002:"):
+                case "null":
+                    yield Constant(name, None, self.place(at))
+                case "str":
+                    yield Constant(name, text, self.place(at))
+                # YAML would also take `no`, `012` and `1:30` for these.
+                case "bool" | "int" | "float" if _NUMBER_OR_FLAG.fullmatch(text):
+                    yield Constant(name, json.loads(text), self.place(at))
+                case _:
+                    self.fault(
+                        value,
+                        f"`{name}` must be set to null, true, false, a number, or text in quotes",
+                    )
 
     def duration(self, node: yaml.Node) -> int | None:
         """`30d` or `12h` in milliseconds."""

@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
 from clerk_sync import tables
+from clerk_sync.columns import Unfit, fit_for
 from clerk_sync.database_errors import engine_errors_told
 from clerk_sync.mapping import Mapping, Place, TableMapping
 from clerk_sync.mapping_file import nearest
@@ -108,6 +109,7 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
                     f"{table.at}: `{other.name}` of `{there.name}` may not be null, has no "
                     "default and is not mapped: every new row is refused"
                 )
+        yield from _kept_unique(table, there)
         for owned in table.owns:
             theirs = live.tables.get(owned.table)
             if theirs is not None and not _indexed(theirs, {owned.column}):
@@ -125,6 +127,30 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
                     f"{column.at}: `{column.name}` of `{there.name}` holds {length} characters, "
                     f"not {wanted}: ALTER TABLE {there.name} MODIFY {column.name} VARCHAR({wanted})"
                 )
+
+
+def _kept_unique(table: TableMapping, there: sa.Table) -> Iterator[str]:
+    """Unique indexes that marked rows still count in, and so keep others out of the table."""
+    if table.mark is None:
+        return
+    at = table.places["on_delete"]
+    constants = {one.name: one.value for one in table.sets}
+    # Rows in which one of these differs, or is null, never collide.
+    apart = {table.key, table.mark, *(name for name, value in constants.items() if value is None)}
+    for names in sorted({tuple(sorted(names)) for names in unique_keys(there)}):
+        mapped = [one.name for one in table.columns if one.name in names]
+        if not mapped or apart.intersection(names):
+            continue
+        unique = f"{at}: `{', '.join(names)}` of `{there.name}` is unique"
+        nullable = there.c[mapped[0]].nullable
+        remedy = ("" if nullable else "let it be null, and ") + f"add `set: {{{mapped[0]}: null}}`"
+        if constants.keys() & {*names}:
+            yield f"{unique}, and `set` can make deleted rows the same in it: {remedy}"
+        else:
+            yield (
+                f"{unique}, and a deleted row stays in it: who comes back with the same cannot be "
+                f"written: {remedy}"
+            )
 
 
 def _filled(column: sa.Column[Any]) -> bool:
@@ -236,6 +262,7 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
             if not isinstance(type_, sa.DateTime):
                 at = table.places["on_delete"]
                 yield f"{at}: `{table.mark}` of `{there.name}` is {type_}: a mark needs a DATETIME"
+        yield from _set_faults(table, there, sqlite=live.dialect.name == "sqlite")
         if table.adopt and len(there.primary_key.columns) != 1:
             yield f"{table.places['adopt']}: adopting needs a primary key of one column"
         for owned in table.owns:
@@ -247,6 +274,32 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
                     yield from _case_faults(other, owned.column, owned.at)
             elif owned.table not in {one.table for one in mapping.tables.values()}:
                 yield f"{owned.at}: table `{owned.table}` is missing"
+
+
+def _set_faults(table: TableMapping, there: sa.Table, *, sqlite: bool) -> Iterator[str]:
+    """What `set` asks of columns that cannot take it."""
+    types = {column.name: column.type for column in table.columns}
+    for one in table.sets:
+        yield from _missing(there, one.name, one.at)
+        if one.name not in there.c:
+            continue
+        column = there.c[one.name]
+        if column.computed is not None:
+            yield f"{one.at}: `{one.name}` of `{there.name}` is generated: nothing can be set there"
+        elif one.value is None:
+            if not column.nullable:
+                yield (
+                    f"{one.at}: `{one.name}` of `{there.name}` may not be null: let it be null, or "
+                    "set something else"
+                )
+        else:
+            try:
+                fit_for(column, json_text=types.get(one.name) == "json", sqlite=sqlite)(one.value)
+            except Unfit as error:
+                yield (
+                    f"{one.at}: `{one.name}` of `{there.name}` is {column.type}, which does not "
+                    f"take {one.value!r}: {error.reason}"
+                )
 
 
 def _missing(table: sa.Table, column: str, at: Place, hint: str = "") -> Iterator[str]:

@@ -412,6 +412,7 @@ class Store:
         for kind in self._parents_first:
             if kind in saves:
                 steps += await self._saves(connection, batch, self.targets[kind], saves[kind])
+                steps += self._set_late(batch, self.targets[kind], saves[kind])
         return steps
 
     def _vacated(self, won: Sequence[Change]) -> list[Step]:
@@ -432,7 +433,7 @@ class Store:
             key = (kind, change.clerk_id or "")
             row = batch.rows[key]
             if target.mapping.mark:
-                row[-1] = batch.entities[key].settled_deleted_at
+                row = target.marked(row, batch.entities[key].settled_deleted_at)
             rows.append((change, row))
         if target.mapping.adopt:
             missing = [(c, row) for c, row in rows if (kind, row[0]) not in batch.present]
@@ -478,7 +479,9 @@ class Store:
     def _deletes(self, batch: _Batch, target: Target, ids: Sequence[str]) -> list[Step]:
         kind = target.mapping.kind
         if target.mapping.mark:
-            marks = [(batch.entities[kind, id_].settled_deleted_at, id_) for id_ in ids]
+            marks = [
+                target.marking(id_, batch.entities[kind, id_].settled_deleted_at) for id_ in ids
+            ]
             return [(target.mark, marks)]
         steps: list[Step] = []
         for place, (owned, _, delete) in enumerate(target.owned):
@@ -488,6 +491,15 @@ class Store:
             if values:
                 steps.append(delete.of(values))
         return [*steps, target.delete.of(ids)]
+
+    def _set_late(self, batch: _Batch, target: Target, saves: Sequence[Change]) -> list[Step]:
+        """Columns of the app's that a delete sets: once more, as the row may be here only now."""
+        if not target.mapping.sets:
+            return []
+        ids = [_clerk_id(change) for change in saves]
+        entities = batch.entities
+        late = [one for one in ids if entities[target.mapping.kind, one].settled_deleted_at]
+        return self._deletes(batch, target, late) if late else []
 
     def _ledger(
         self,

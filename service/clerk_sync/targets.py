@@ -13,7 +13,7 @@ from clerk_sync.statements import Compiler, ForIds, ordered
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clerk_sync.mapping import Owned, TableMapping
+    from clerk_sync.mapping import Constant, Owned, TableMapping
 
 IDS_LIMIT: Final = 2000
 # Clerk's ids have some 32 characters.
@@ -96,11 +96,17 @@ class Target:
         )
         self.count = compiler.plain(sa.select(sa.func.count(key)).where(unmarked))
         self.delete = compiler.for_ids(lambda ids: sa.delete(table).where(key.op("IN")(ids)))
+        sets = {one.name: self._constant(one) for one in mapping.sets}
+        self._sets = tuple(sets.values())
+        self._sets_in_row = [(self.names.index(n), v) for n, v in sets.items() if n in self.names]
         self.mark = compiler.plain(
             sa.update(table)
-            .ordered_values((table.c[mapping.mark or mapping.key], sa.bindparam("new_mark")))
+            .ordered_values(
+                (table.c[mapping.mark or mapping.key], sa.bindparam("new_mark")),
+                *((table.c[name], sa.bindparam(f"set_{name}")) for name in sets),
+            )
             .where(key == sa.bindparam("old_key")),
-            ["new_mark", "old_key"],
+            ["new_mark", *(f"set_{name}" for name in sets), "old_key"],
         )
         claims = [column.name for column in mapping.adopt]
         self.find = compiler.plain(
@@ -129,7 +135,8 @@ class Target:
 
     def _fits_of(self, compiler: Compiler) -> dict[str, Fit]:
         types = {column.name: column.type for column in self.mapping.columns}
-        names = {*self.names, *(column.name for column in self.mapping.adopt)}
+        adopt, sets = self.mapping.adopt, self.mapping.sets
+        names = {*self.names, *(one.name for one in adopt), *(one.name for one in sets)}
         return {
             name: fit_for(
                 self.table.c[name],
@@ -158,6 +165,21 @@ class Target:
         if self.mapping.mark:
             row.append(None)
         return row
+
+    def _constant(self, one: Constant) -> Any:
+        return None if one.value is None else self._fits[one.name](one.value)
+
+    def marked(self, row: Sequence[Any], deleted_at: str | None) -> list[Any]:
+        """The row with its mark; with what `set` says instead of Clerk's values, where deleted."""
+        marked = [*row[:-1], deleted_at]
+        if deleted_at is not None:
+            for place, value in self._sets_in_row:
+                marked[place] = value
+        return marked
+
+    def marking(self, clerk_id: str, deleted_at: str | None) -> tuple[Any, ...]:
+        """The parameters of `mark`."""
+        return (deleted_at, *self._sets, clerk_id)
 
     def _take_null(self, name: str) -> None:
         if name in self._not_null:
