@@ -372,6 +372,49 @@ async def table_names(database: Database) -> set[str]:
         return set(await connection.run_sync(lambda c: sa.inspect(c).get_table_names()))
 
 
+# Within one batch nothing has to wait
+
+
+@asynccontextmanager
+async def impatient(url: str) -> AsyncIterator[tuple[Database, Committing]]:
+    """A committer that holds nothing."""
+    await make_tables(url)
+    async with Database.at(url) as database:
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        async with Committing(database, store, hold_seconds=0) as committing:
+            yield database, committing
+
+
+async def test_a_batch_saves_parents_first_and_deletes_them_last(mysql_server: Managed) -> None:
+    clerk = Clerk(OWN)
+    async with impatient(mysql_server.create_database("clerk_sync_kinds")) as (database, batch):
+        answers = await batch.commit(
+            clerk.membership("orgmem_1", "user_1", "org_1"),
+            clerk.save("organization", "org_1"),
+            clerk.user("user_1", username="one"),
+        )
+        assert answers == ["applied"] * 3
+        answers = await batch.commit(
+            clerk.deleted("user_1"),
+            clerk.deleted("org_1", kind="organization"),
+            clerk.deleted("orgmem_1", kind="organizationMembership"),
+        )
+        assert answers == ["applied"] * 3
+        assert batch.transactions == 2
+        assert await database.rows(MEMBERS) == []
+
+
+async def test_a_batch_deletes_before_it_saves(database_url: str) -> None:
+    clerk = Clerk(OWN)
+    async with impatient(database_url) as (database, batch):
+        assert await batch.commit(clerk.user("user_1", username="same")) == ["applied"]
+        answers = await batch.commit(clerk.user("user_2", username="same"), clerk.deleted("user_1"))
+        assert answers == ["applied"] * 2
+        assert batch.transactions == 2
+        assert await database.rows("SELECT clerk_id FROM people") == [("user_2",)]
+
+
 # A row that the app inserts at the same moment
 
 

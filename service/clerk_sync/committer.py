@@ -221,7 +221,8 @@ class Committer:
         seconds = 0.0
         while (batch := await self._held.take(least=PAUSES_PER_RETRY * seconds)) is not None:
             started = time.monotonic()
-            await self._retrier.retry(batch)
+            if any(not entry.answer.done() for entry in batch):
+                await self._retrier.retry(batch)
             seconds = time.monotonic() - started
             if not self._held:
                 self._retrier.close()
