@@ -62,12 +62,17 @@ class Servers:
 
     def __init__(self) -> None:
         self._sources = {source.flavour: source for source in database_servers.available()}
-        self._running: dict[str, Server] = {}
+        self._running: dict[tuple[str, ...], Server] = {}
 
     def __getitem__(self, flavour: str) -> Server:
-        if flavour not in self._running:
-            self._running[flavour] = self._sources[flavour].launch()
-        return self._running[flavour]
+        return self.having(flavour)
+
+    def having(self, flavour: str, *options: str) -> Server:
+        """Return the server of this flavour that was started with these options."""
+        asked = (flavour, *options)
+        if asked not in self._running:
+            self._running[asked] = self._sources[flavour].launch(*options)
+        return self._running[asked]
 
     def close(self) -> None:
         for server in self._running.values():

@@ -104,12 +104,12 @@ def url_of(login: tuple[str, str], host: str, port: int, database: str = "") -> 
 
 @dataclass(frozen=True)
 class Source:
-    """Where a server of one flavour comes from. `launch` starts a new one."""
+    """Where a server of one flavour comes from. `launch` starts a new one, with these options."""
 
     flavour: str
     version: str
     origin: str
-    launch: Callable[[], Server]
+    launch: Callable[..., Server]
     managed: bool = True
 
     @property
@@ -223,8 +223,11 @@ class Managed(Server):
 
     managed = True
 
-    def __init__(self, flavour: str, version: str, folder: Path) -> None:
+    def __init__(
+        self, flavour: str, version: str, folder: Path, options: tuple[str, ...] = ()
+    ) -> None:
         super().__init__(flavour, version, LOOPBACK, free_port())
+        self.options = options
         self.folder = folder
         self.log = folder / "server.log"
         self.ca_file = folder / "ca.pem"
@@ -240,6 +243,7 @@ class Managed(Server):
             f"--ssl-ca={folder}/ca.pem",
             f"--ssl-cert={folder}/server.pem",
             f"--ssl-key={folder}/server.key",
+            *self.options,
         ]
 
     def _wait_until_ready(self) -> None:
@@ -263,10 +267,12 @@ class Managed(Server):
 class Process(Managed):
     """A server program of this machine, or of a Debian tree (`root`) that it is chrooted into."""
 
-    def __init__(self, flavour: str, version: str, binary: Path, root: Path) -> None:
+    def __init__(
+        self, flavour: str, version: str, binary: Path, root: Path, options: tuple[str, ...] = ()
+    ) -> None:
         temp = tempfile.gettempdir() if root == Path("/") else root / "var/tmp"
         folder = Path(tempfile.mkdtemp(prefix="clerk-sync-", dir=temp))
-        super().__init__(flavour, version, folder)
+        super().__init__(flavour, version, folder, options)
         self._binary = binary
         self._inside = f"/{folder.relative_to(root)}"
         self._enter = [] if root == Path("/") else [_CHROOT, str(root)]
@@ -396,9 +402,9 @@ class Process(Managed):
 class Container(Managed):
     """A server in Docker. Its files are copied in, so a daemon elsewhere works as well."""
 
-    def __init__(self, flavour: str, version: str) -> None:
-        super().__init__(flavour, version, Path(tempfile.mkdtemp(prefix="clerk-sync-")))
-        options = self._options("/clerk-sync")
+    def __init__(self, flavour: str, version: str, options: tuple[str, ...] = ()) -> None:
+        super().__init__(flavour, version, Path(tempfile.mkdtemp(prefix="clerk-sync-")), options)
+        arguments = self._options("/clerk-sync")
         published = f"--publish={LOOPBACK}:{self.port}:3306"
         empty = ["--env=MYSQL_ALLOW_EMPTY_PASSWORD=1", "--env=MARIADB_ALLOW_EMPTY_ROOT_PASSWORD=1"]
         self._name = self.folder.name
@@ -406,7 +412,8 @@ class Container(Managed):
             path.chmod(0o755)  # the container's server is another user
         atexit.register(self.close)
         try:
-            docker("create", f"--name={self._name}", published, *empty, image_of(flavour), *options)
+            image = image_of(flavour)
+            docker("create", f"--name={self._name}", published, *empty, image, *arguments)
             docker("cp", str(self.folder), f"{self._name}:/clerk-sync")
             self.start()
         except BaseException:
@@ -531,7 +538,9 @@ def _in_docker(flavour: str) -> Source | None:
     if not docker_runs() or not docker("images", "--quiet", image):
         return None
     version = image.partition(":")[2]
-    return Source(flavour, version, f"Docker {image}", lambda: Container(flavour, version))
+    return Source(
+        flavour, version, f"Docker {image}", lambda *options: Container(flavour, version, options)
+    )
 
 
 def _given(url: str) -> Source:
@@ -564,7 +573,12 @@ def _given(url: str) -> Source:
 
 
 def _process(flavour: str, version: str, binary: Path, root: Path, origin: str) -> Source:
-    return Source(flavour, version, origin, lambda: Process(flavour, version, binary, root))
+    return Source(
+        flavour,
+        version,
+        origin,
+        lambda *options: Process(flavour, version, binary, root, options),
+    )
 
 
 def _binaries() -> Iterator[Path]:
