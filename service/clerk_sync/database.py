@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -11,13 +12,56 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
 import asyncmy
+from asyncmy.converters import escape_string
+from asyncmy.errors import MySQLError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from clerk_sync.address import Locate, Target
 from clerk_sync.answers import Reason
-from clerk_sync.database_errors import Contention, LockWait, Refused, SchemaChanged, translated
+from clerk_sync.database_errors import (
+    Contention,
+    LockWait,
+    Refused,
+    SchemaChanged,
+    Unavailable,
+    translated,
+)
 
 CONNECT_SECONDS: Final = 4
+
+# What the driver and our statements rely on: session variables, with the values that a server
+# reports when they are right. It can impose others on every client, by its configuration, by SET
+# GLOBAL or by init_connect. Left out is what ends in an error and is the operator's to limit, such
+# as max_execution_time and wait_timeout.
+_CHARSETS: Final[dict[str, Any]] = dict.fromkeys(
+    ("character_set_client", "character_set_connection", "character_set_results"), "utf8mb4"
+)
+_SESSION: Final[dict[str, Any]] = {
+    # A value that does not fit is refused, never truncated, and a 0 in an AUTO_INCREMENT column
+    # stays 0. No mode changes the meaning of a backslash, a quote or an operator. Zero and invalid
+    # dates are allowed: the app may have them as defaults, and ours are always real dates.
+    "sql_mode": "NO_AUTO_VALUE_ON_ZERO,STRICT_TRANS_TABLES,STRICT_ALL_TABLES,ALLOW_INVALID_DATES,"
+    "NO_ENGINE_SUBSTITUTION",
+    "time_zone": "+00:00",
+    "autocommit": 0,
+    "completion_type": "NO_CHAIN",  # else COMMIT begins the next transaction, or hangs up
+    "innodb_lock_wait_timeout": 1,  # it must end before the sender's patience does
+    "foreign_key_checks": 1,
+    "unique_checks": 1,
+    "sql_auto_is_null": 0,  # else IS NULL finds the row that was inserted last
+    "sql_safe_updates": 0,  # else a DELETE of owned rows without an index fails
+    "sql_big_selects": 1,  # else a long SELECT fails
+    "sql_select_limit": 2**64 - 1,  # else a SELECT leaves out rows
+    "sql_quote_show_create": 1,  # SQLAlchemy reads SHOW CREATE TABLE
+}
+# Everything that is escaped, and characters that contain a backslash byte, or swallow one, where
+# the server reads gbk, big5 or sjis.
+_CANARY: Final = "\\'\"%;\0\n\r\x1a中'表ソ功é\xa5😀\\"
+# Modes that change the meaning of statements, refused where none can be set.
+_ALIEN_MODES: Final = frozenset(
+    {"NO_BACKSLASH_ESCAPES", "ANSI_QUOTES", "PIPES_AS_CONCAT", "HIGH_NOT_PRECEDENCE"}
+    | {"PAD_CHAR_TO_FULL_LENGTH", "NO_UNSIGNED_SUBTRACTION"}
+)
 
 _T = TypeVar("_T")
 
@@ -103,43 +147,54 @@ class _MySQLConnection:
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         results: list[Result] = []
-        await self._guarded(self._query(self._text(steps), results))
+        await self._guarded(self._query(self._packet(steps), results))
         return results
 
     async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
         refused: dict[int, Refused | SchemaChanged] = {}
-        place = 0
+        place, together = 0, _TRIED_TOGETHER
         while place < len(steps):
-            some = steps[place : place + _TRIED_TOGETHER]
+            try:
+                packet = self._packet(steps[place : place + together])
+            except Refused as error:
+                if together > 1:
+                    together = 1  # which of them it is shows one by one
+                    continue
+                refused[place] = error
+                place += 1
+                continue
             results: list[Result] = []
             try:
-                await self._guarded(self._query(self._text(some), results))
+                await self._guarded(self._query(packet, results))
             except (Refused, SchemaChanged) as error:
                 refused[place + len(results)] = error
                 place += 1
             place += len(results)
         return refused
 
-    def _text(self, steps: Sequence[Step]) -> str:
-        """The statements as one packet. Raises Refused when the server would not take it."""
-        literal = self._connection.literal
-        texts: list[str] = []
-        for statement, rows in steps:
-            if statement.values:
-                values = ",".join([statement.values % tuple(map(literal, row)) for row in rows])
-                texts.append(f"{statement.head}{values}{statement.tail}")
-            else:
-                texts.extend([statement.head % tuple(map(literal, row)) for row in rows])
-        text = ";".join(texts)
-        # The server would hang up on a larger one, which looks like any lost connection.
-        if 4 * len(text) > self._largest_packet and len(text.encode()) >= self._largest_packet:
-            raise Refused(Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}")
-        return text
+    def _packet(self, steps: Sequence[Step]) -> bytes:
+        """The steps as one packet. Raises Refused for a text that is not valid Unicode.
 
-    async def _query(self, text: str, results: list[Result]) -> None:
+        And when the server would not take it: it would hang up, which looks like any lost
+        connection. The driver would send some lone surrogates as raw bytes, as it does with the
+        bytes of a binary value, and so store another text.
+        """
+        literal = self._connection.literal
+        try:
+            packet = _text(steps, literal).encode()
+        except UnicodeEncodeError:
+            try:
+                packet = _text(steps, lambda value: _binary(value) or literal(value)).encode()
+            except UnicodeEncodeError as error:
+                raise Refused(Reason.OUT_OF_RANGE, "a text with half of a character") from error
+        if len(packet) >= self._largest_packet:
+            raise Refused(Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}")
+        return packet
+
+    async def _query(self, packet: bytes, results: list[Result]) -> None:
         """Fill in the results one by one: where a statement fails, those before it are there."""
         cursor = self._connection.cursor()
-        await cursor.execute(text)
+        await cursor.execute(packet)
         while True:
             rows = await cursor.fetchall() if cursor.description else ()
             results.append(Result(cursor.rowcount, rows))
@@ -162,10 +217,26 @@ class _MySQLConnection:
         self._connection.close()
 
 
-async def open_mysql(target: Target) -> Any:
-    """A plain asyncmy connection, strict about data, with `autocommit` off.
+def _text(steps: Sequence[Step], literal: Callable[[Any], str]) -> str:
+    texts: list[str] = []
+    for statement, rows in steps:
+        if statement.values:
+            values = ",".join([statement.values % tuple(map(literal, row)) for row in rows])
+            texts.append(f"{statement.head}{values}{statement.tail}")
+        else:
+            texts.extend([statement.head % tuple(map(literal, row)) for row in rows])
+    return ";".join(texts)
 
-    It is open within CONNECT_SECONDS, or raises TimeoutError; cancelled, it ends at once.
+
+def _binary(value: object) -> str | None:
+    return f"_binary x'{value.hex()}'" if isinstance(value, bytes) else None
+
+
+async def open_mysql(target: Target) -> Any:
+    """A plain asyncmy connection whose session is as `_SESSION` says, whatever the server imposes.
+
+    It is open within CONNECT_SECONDS, or raises TimeoutError; cancelled, it ends at once. Raises
+    Unavailable where the session cannot be made so.
     """
     opening = asyncio.create_task(_opened_in_time(target))
     done: set[asyncio.Task[Any]] = set()
@@ -200,23 +271,110 @@ async def _opened(target: Target) -> Any:
         database=target.name,
         ssl=target.tls,
         charset="utf8mb4",
-        autocommit=False,
+        autocommit=None,  # `_prepare` sets it, with the rest
     )
-    # Vitess bounds a transaction by itself, is strict by itself, and would pin a server
-    # connection for every setting made here.
-    if "vitess" not in connection.get_server_info().lower():
-        async with connection.cursor() as cursor:
-            # Without strict mode a value that is too long is cut off, silently. READ
-            # COMMITTED takes no gap locks, the usual deadlock of concurrent upserts. The lock
-            # wait must end before the sender's patience does.
-            await cursor.execute(
-                "SET SESSION TRANSACTION ISOLATION LEVEL READ COMMITTED;"
-                "SET SESSION sql_mode='TRADITIONAL',"
-                "time_zone='+00:00',innodb_lock_wait_timeout=1"
-            )
-            while await cursor.nextset():
-                pass
+    try:
+        await _prepare(connection, target)
+    except BaseException:
+        connection.close()
+        raise
     return connection
+
+
+async def _prepare(connection: Any, target: Target) -> None:
+    """Make the session as it has to be, and see that it is. Raises Unavailable."""
+    where = f"{target.host}:{target.port}"
+    version = connection.get_server_info().lower()
+    # The driver's own goes by a status flag of the server: whether a backslash escapes. A trigger
+    # that sets sql_mode leaves the flag set although the mode is restored.
+    connection.escape_string = escape_string
+    try:
+        if "vitess" in version:
+            # It bounds a transaction by itself, and would pin a server connection for every
+            # other setting made here.
+            await _execute(connection, "SET autocommit=0")
+            faults = await _vitess_faults(connection)
+        else:
+            session = _session_of(version)
+            values = ",".join(f"{name}={value!r}" for name, value in session.items())
+            name = target.name.replace("`", "``")
+            # The charset first, as the rest is read by it. An init_connect may have begun a
+            # transaction, or gone to another database.
+            settings = f"SET NAMES utf8mb4;SET SESSION {values};ROLLBACK;USE `{name}`"
+            await _execute(connection, settings)
+            faults = await _faults(connection, _CHARSETS | session)
+    except MySQLError as error:
+        raise Unavailable(f"{where}: the session cannot be prepared: {error}") from error
+    if faults:
+        raise Unavailable(f"{where}: unsafe session: {faults}")
+
+
+def _session_of(version: str) -> dict[str, Any]:
+    mariadb = re.search(r"(\d+)\.(\d+)\.\d+-mariadb", version)
+    # MariaDB has MySQL's names since 11.1, where its own are deprecated.
+    prefix = "tx" if mariadb and (int(mariadb[1]), int(mariadb[2])) < (11, 1) else "transaction"
+    return {
+        **_SESSION,
+        # READ COMMITTED takes no gap locks, the usual deadlock of concurrent upserts.
+        f"{prefix}_isolation": "READ-COMMITTED",
+        f"{prefix}_read_only": 0,
+        **({"check_constraint_checks": 1} if mariadb else {}),
+    }
+
+
+async def _execute(connection: Any, statements: str) -> None:
+    async with connection.cursor() as cursor:
+        await cursor.execute(statements)
+        while await cursor.nextset():
+            pass
+
+
+async def _faults(connection: Any, session: dict[str, Any]) -> str:
+    """What differs from `session`, and whether the server reads what the driver escapes."""
+    canary = connection.literal(_CANARY)
+    found = await _read(connection, f"HEX({canary})", *(f"@@{name}" for name in session))
+    wanted = (_CANARY.encode().hex().upper(), *session.values())
+    names = ("a text with quotes and backslashes", *session)
+    faults = [
+        f"{name} is {is_!r}, not {should!r}"
+        for name, is_, should in zip(names, found, wanted, strict=True)
+        if is_ != should
+    ]
+    if not faults:
+        return ""
+    return (
+        f"{'; '.join(faults)}, although it was set. A proxy in between may change or drop SET "
+        "statements: let it pass them on for this user"
+    )
+
+
+async def _vitess_faults(connection: Any) -> str:
+    """What is wrong with the connections that Vitess keeps to its MySQL servers."""
+    variables = (*_CHARSETS, "time_zone", "system_time_zone", "sql_mode")
+    *charsets, zone, system_zone, modes = await _read(connection, *(f"@@{v}" for v in variables))
+    faults = [
+        f"{name} is {is_!r}, not {should!r}: start each vttablet with --db_charset={should}"
+        for (name, should), is_ in zip(_CHARSETS.items(), charsets, strict=True)
+        if is_ != should
+    ]
+    zone = system_zone if zone == "SYSTEM" else zone
+    if zone not in ("+00:00", "UTC", "Etc/UTC", "GMT"):
+        faults.append(f"time_zone is {zone!r}: default_time_zone has to be +00:00")
+    mode = set(modes.split(","))
+    if not mode & {"STRICT_TRANS_TABLES", "STRICT_ALL_TABLES"}:
+        faults.append(f"sql_mode {modes!r} cuts values off: it has to have STRICT_TRANS_TABLES")
+    if alien := sorted(mode & _ALIEN_MODES):
+        faults.append(f"sql_mode has {', '.join(alien)}, which change the meaning of statements")
+    if not faults:
+        return ""
+    return f"{'; '.join(faults)}. Vitess takes this from its own and its MySQL's configuration only"
+
+
+async def _read(connection: Any, *expressions: str) -> tuple[Any, ...]:
+    async with connection.cursor() as cursor:
+        await cursor.execute(f"SELECT {','.join(expressions)}")
+        (row,) = await cursor.fetchall()
+        return tuple(row)
 
 
 def _dropped(opening: asyncio.Task[Any]) -> None:

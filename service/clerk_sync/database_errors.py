@@ -126,9 +126,11 @@ _WORDS: Final[dict[int, str]] = {
     1290: ": the server is read-only",
     1467: ": the AUTO_INCREMENT column has no number left, it needs a larger type",
     1792: ": the transaction is read-only",
+    1969: ": the server's max_statement_time ended the statement",
     2003: ": cannot connect",
     2006: ": the connection is gone",
     2013: ": the connection was lost",
+    3024: ": the server's max_execution_time ended the statement",
 }
 # Vitess reports most troubles as 1105 and tells them apart by text
 # (https://github.com/vitessio/vitess/issues/8000).
