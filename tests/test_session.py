@@ -21,6 +21,7 @@ import pytest
 
 from clerk_sync.address import target_of
 from clerk_sync.answers import Reason
+from clerk_sync.columns import as_text
 from clerk_sync.database import Statement, connect, engine_of
 from clerk_sync.database_errors import Refused, Unavailable, engine_errors_told
 from tests import clerk_api, deliveries
@@ -671,3 +672,29 @@ async def test_an_app_s_trigger_cannot_change_what_is_escaped(
         assert await people(url) == {
             f"user_{n}": row_of(x, x, "updated") for n, x in enumerate(names)
         }
+
+
+MARKED_UP: Final = """
+tables:
+  user:
+    table: pages
+    key: clerk_id
+    columns: {name: first_name | e, data: public_metadata | tojson, plain: first_name}
+"""
+
+
+async def test_text_that_jinja_marks_as_markup_is_text(database_url: str) -> None:
+    async with Database.at(database_url) as database:
+        await database.ddl(
+            "CREATE TABLE pages (clerk_id VARCHAR(128) EXACT PRIMARY KEY, name BLOB, data BLOB,"
+            " plain BLOB) OPTIONS"
+        )
+    name = "é'\\ <b>; -- \n%s"
+    async with served(database_url, mapped(MARKED_UP)) as at:
+        made = event("user.created", "user_1", first_name=name, public_metadata={"x": name})
+        assert (await at.post(made)).said == (200, "applied", None)
+    found = await deliveries.rows(database_url, "SELECT name, data, plain FROM pages")
+    ((escaped, data, plain),) = [[as_text(value) for value in row] for row in found]
+    assert escaped == "é&#39;\\ &lt;b&gt;; -- \n%s"
+    assert json.loads(data) == {"x": name}
+    assert plain == name

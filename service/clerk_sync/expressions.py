@@ -80,11 +80,17 @@ def row_of(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str
             elif name is not None:
                 found[column] = data.get(name)
             else:
-                value = values[column] if values else None
-                found[column] = None if isinstance(value, Undefined) else value
+                found[column] = _plain(values[column]) if values else None
         return found
 
     return row
+
+
+def _plain(value: Any) -> Any:
+    """What an expression gave: a missing field is null, and markup, as of `tojson`, is text."""
+    if isinstance(value, Undefined):
+        return None
+    return str(value) if isinstance(value, str) else value
 
 
 def _primary(data: Mapping[str, Any], of: str, key: str) -> Any:
