@@ -17,7 +17,7 @@ from clerk_sync import quarantine, schema
 from clerk_sync.columns import time_text
 from clerk_sync.retries import Retries
 from tests import deliveries
-from tests.deliveries import new_id, now_ms, served, settings_of, until
+from tests.deliveries import now_ms, served, settings_of, until
 from tests.histories import Clerk, Committing, Database, mapped
 
 if TYPE_CHECKING:
@@ -94,8 +94,9 @@ def signed_up(number: int) -> list[deliveries.Event]:
 
 
 async def told(at: At, event: deliveries.Event, after: float) -> tuple[int, str, str | None]:
+    """Deliver after so many seconds, and as Svix again where it is answered 503."""
     await asyncio.sleep(after)
-    return (await at.post(event, svix_id=new_id())).said
+    return (await at.until_taken(event, seconds=20)).said
 
 
 async def is_empty(database_url: str) -> bool:
@@ -371,6 +372,25 @@ async def converge(url: str, changes: Sequence[Change], cuts: Sequence[int]) -> 
 async def table_names(database: Database) -> set[str]:
     async with database.engine.connect() as connection:
         return set(await connection.run_sync(lambda c: sa.inspect(c).get_table_names()))
+
+
+async def test_what_is_held_has_its_answer_before_the_end(database_url: str) -> None:
+    clerk = Clerk(OWN)
+    await make_tables(database_url)
+    async with Database.at(database_url) as database:
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        async with Committing(database, store, hold_seconds=60) as committing:
+            await committing.commit(clerk.user("user_1", username="same"))
+            change = clerk.user("user_2", username="same")
+            refused = asyncio.create_task(committing.commit(change))
+            for _ in range(40):  # until its tries are far apart
+                await asyncio.sleep(0.02)
+            assert not refused.done()
+            closing = asyncio.create_task(committing.committer.close())
+            async with asyncio.timeout(10):
+                assert await refused == ["quarantined: conflict"]
+                await closing
 
 
 # Within one batch nothing has to wait

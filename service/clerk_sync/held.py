@@ -96,6 +96,7 @@ class Held:
         if not self._closed:
             await asyncio.sleep(max(least, self._pause))
             self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if not self._closed:  # it may have been closed meanwhile
             self._some.clear()
         elif not self._entries:
             return None
