@@ -13,9 +13,10 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from sqlalchemy.dialects import mysql
+from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.answers import QUARANTINES
-from clerk_sync.columns import Unfit, fit_for, time_text
+from clerk_sync.columns import Other, Unfit, fit_for, time_text
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -86,7 +87,33 @@ def named(part: object) -> str | None:
         (mysql.TEXT(), "x" * 65_536, "!too_long"),
         (mysql.MEDIUMTEXT(), "x" * 65_536, "x" * 65_536),
         (mysql.LONGTEXT(), "x" * 65_536, "x" * 65_536),
+        # A label is a label, not its number, nor another spelling of it.
         (mysql.ENUM("a", "bb"), "bb", "bb"),
+        (mysql.ENUM("a", "bb"), "2", "!wrong_type"),
+        (mysql.ENUM("a", "bb"), 2, "!wrong_type"),
+        (mysql.ENUM("a", "bb"), "02", "!wrong_type"),
+        (mysql.ENUM("a", "bb"), "BB", "!wrong_type"),
+        (mysql.ENUM("a", "bb"), "bb ", "!wrong_type"),
+        (mysql.ENUM("a", "bb"), "", "!wrong_type"),
+        (mysql.ENUM("a", "2"), 2, "2"),
+        (mysql.ENUM("true"), True, "true"),
+        (mysql.SET("a", "b"), "a,b", "a,b"),
+        (mysql.SET("a", "b"), "", ""),
+        (mysql.SET("a", "b"), "b,a", "!wrong_type"),
+        (mysql.SET("a", "b"), "3", "!wrong_type"),
+        (mysql.SET("a", "b"), 3, "!wrong_type"),
+        # A CHAR gives no last spaces back.
+        (mysql.CHAR(3), "ab ", "!wrong_type"),
+        (mysql.VARCHAR(3), "ab ", "ab "),
+        # Bytes count as bytes, and a BINARY fills up what is shorter.
+        (sa.VARBINARY(4), "éé", "éé"),
+        (sa.VARBINARY(4), "ééé", "!too_long"),
+        (sa.VARBINARY(4), 7, "7"),
+        (sa.BINARY(4), "abcd", "abcd"),
+        (sa.BINARY(4), "abc", "!wrong_type"),
+        (mysql.TINYBLOB(), "x" * 256, "!too_long"),
+        (mysql.TINYTEXT(charset="latin1"), "é" * 200, "é" * 200),
+        (mysql.TINYTEXT(charset="ucs2"), "x" * 128, "!too_long"),
         # Integers
         (mysql.TINYINT(), 127, 127),
         (mysql.TINYINT(), -128, -128),
@@ -129,10 +156,32 @@ def named(part: object) -> str | None:
         (sa.Float(), math.inf, "!out_of_range"),
         (sa.Numeric(10, 2), math.nan, "!out_of_range"),
         (sa.Float(), 10**400, "!out_of_range"),
+        # Nothing is rounded.
+        (sa.Numeric(5, 2), 999.99, 999.99),
+        (sa.Numeric(5, 2), 1000, "!out_of_range"),
+        (sa.Numeric(5, 2), 1.005, "!out_of_range"),
+        (sa.Numeric(5, 2), -0.5, -0.5),
+        (mysql.DECIMAL(5, 2, unsigned=True), -0.5, "!out_of_range"),
+        (mysql.DECIMAL(10, 0), 0.5, "!out_of_range"),
+        (mysql.FLOAT(), 123_456, 123_456),
+        (mysql.FLOAT(), 1_234_567, "!out_of_range"),
+        (mysql.FLOAT(), 0.1, 0.1),
+        (mysql.FLOAT(), 1e39, "!out_of_range"),
+        (mysql.DOUBLE(), 2**53 + 1, "!out_of_range"),
+        (mysql.DOUBLE(), 0.1 + 0.2, 0.1 + 0.2),
+        (mysql.BIT(3), 7, 7),
+        (mysql.BIT(3), 8, "!out_of_range"),
+        (mysql.BIT(8), "1", "!wrong_type"),
         # Times
         (sa.DateTime(), 1_767_612_345_678, "2026-01-05 11:25:45.678000"),
         (mysql.DATETIME(fsp=3), 0, "1970-01-01 00:00:00.000000"),
-        (mysql.TIMESTAMP(), 1, "1970-01-01 00:00:00.001000"),
+        # Cut to the column's unit here: MySQL would round it, and MariaDB cut it off.
+        (mysql.DATETIME(), 1_767_612_345_999, "2026-01-05 11:25:45.000000"),
+        (mysql.DATETIME(fsp=1), 1_767_612_345_999, "2026-01-05 11:25:45.900000"),
+        (mysql.DATETIME(), -1, "1969-12-31 23:59:59.000000"),
+        (mysql.TIMESTAMP(), 1_999, "1970-01-01 00:00:01.000000"),
+        (mysql.TIMESTAMP(), 999, "!out_of_range"),
+        (mysql.TIMESTAMP(), 2**31 * 1000, "!out_of_range"),
         (sa.DateTime(), -1, "1969-12-31 23:59:59.999000"),
         (sa.DateTime(), -30_610_224_000_000, "1000-01-01 00:00:00.000000"),
         (sa.DateTime(), -30_610_224_000_001, "!out_of_range"),
@@ -151,12 +200,28 @@ def named(part: object) -> str | None:
         (sa.JSON(), False, "false"),
         (sa.JSON(), {"a": math.nan}, "!out_of_range"),
         (sa.JSON(), [math.inf], "!out_of_range"),
+        (sa.JSON(), {"n": [2**64 - 1]}, '{"n":[18446744073709551615]}'),
+        (sa.JSON(), {"n": [10**400]}, "!out_of_range"),
+        (sa.JSON(), "1" * 400, f'"{"1" * 400}"'),
         (sa.JSON(), [object()], "!wrong_type"),
-        # Types that are not known here
-        (sa.LargeBinary(), "x", "x"),
-        (mysql.TIME(), 5, 5),
-        (mysql.BIT(1), {"a": 1}, '{"a":1}'),
+        # Types of which few texts are values, and of which none is
+        (mysql.TIME(), "09:30:00", "09:30:00"),
+        (mysql.TIME(), 5, "!wrong_type"),
+        (mysql.TIME(), "9:30", "!wrong_type"),
+        (mysql.TIME(fsp=3), "09:30:00.1234", "!out_of_range"),
+        (mysql.YEAR(), 2026, 2026),
+        (mysql.YEAR(), 26, "!out_of_range"),
+        (mysql.YEAR(), "2026", "!wrong_type"),
         (mysql.YEAR(), object(), "!wrong_type"),
+        (sa.UUID(), "0190c8e2-7d5a-7cc1-a3b4-5e6f70819293", "0190c8e2-7d5a-7cc1-a3b4-5e6f70819293"),
+        (sa.UUID(), "0190C8E2-7D5A-7CC1-A3B4-5E6F70819293", "!wrong_type"),
+        (mariadb.INET6(), "2001:db8::1", "2001:db8::1"),
+        (mariadb.INET6(), "2001:db8:0:0::1", "!wrong_type"),
+        (mariadb.INET4(), "192.0.2.1", "192.0.2.1"),
+        (mariadb.INET4(), 1, "!wrong_type"),
+        (Other(3), "[1,2,3]", "!wrong_type"),
+        (sa.types.NullType(), "x", "!wrong_type"),
+        (sa.LargeBinary(), "x", "x"),
     ],
     ids=named,
 )
