@@ -32,7 +32,7 @@ _PLACEHOLDER: Final = re.compile(r"\{(\w+)(?:\.(id|tail))?\}")
 
 _INSTANCE_ID: Final = "ins_3bWS9BcHns0UTKwm2XcPiKcYmpv"
 # One of each kind, for the objects that an event mentions besides its own.
-_IDS: Final[Mapping[str, str]] = {
+IDS: Final[Mapping[str, str]] = {
     "user": "user_3HOG1Qx8xuFPYjHxEQM8q0EQBkX",
     "organization": "org_3SLgjjNIs2STyGHlop2iQ8S7R4L",
     "organizationMembership": "orgmem_3pkb7sQQR273JQ02stZ6BblWIvW",
@@ -135,7 +135,7 @@ _DELETED_WHOLE: Final = frozenset({"organizationMembership.deleted"})
 
 _files: Final = importlib.resources.files("clerk_sync") / "sample_data"
 _OBJECTS: Final[Mapping[str, dict[str, Any]]] = {
-    kind: json.loads((_files / f"{kind}.json").read_text("utf-8")) for kind in _IDS
+    kind: json.loads((_files / f"{kind}.json").read_text("utf-8")) for kind in IDS
 }
 
 
@@ -176,21 +176,10 @@ def event(
         raise UnknownType(type)
     kind = _kind(type)
     if clerk_id is None:
-        prefix, _, _ = _IDS[kind].rpartition("_")
+        prefix, _, _ = IDS[kind].rpartition("_")
         clerk_id = f"{prefix}_{''.join(secrets.choice(_BASE62) for _ in range(27))}"
-    age = 9 * _DAY if type in _DELETED_WHOLE else 0
-    scene = _Scene(
-        ids={**_IDS, kind: clerk_id},
-        instance_id=instance_id,
-        shift=now_ms - _LAG - age - _NOW,
-        born=_OBJECTS[kind].get("created_at") if type in _NEW else None,
-    )
-    data = _changed(_OBJECTS[kind], _CHANGES[type])
-    if type.endswith(".deleted") and type not in _DELETED_WHOLE:
-        kept = ("external_id", "id", "object", "slug")
-        data = {"deleted": True, **{name: data[name] for name in kept if name in data}}
     return {
-        "data": scene.of(data),
+        "data": data_of(type, {**IDS, kind: clerk_id}, now_ms=now_ms, instance_id=instance_id),
         "event_attributes": {
             "http_request": {
                 "client_ip": "203.0.113.24",
@@ -202,6 +191,30 @@ def event(
         "timestamp": now_ms,
         "type": type,
     }
+
+
+def data_of(
+    type: str,  # noqa: A002
+    ids: Mapping[str, str],
+    *,
+    now_ms: int,
+    instance_id: str = _INSTANCE_ID,
+) -> dict[str, Any]:
+    """The object of an event of this type; it and all that it mentions have these ids, by kind."""
+    kind = _kind(type)
+    age = 9 * _DAY if type in _DELETED_WHOLE else 0
+    scene = _Scene(
+        ids=ids,
+        instance_id=instance_id,
+        shift=now_ms - _LAG - age - _NOW,
+        born=_OBJECTS[kind].get("created_at") if type in _NEW else None,
+    )
+    data = _changed(_OBJECTS[kind], _CHANGES[type])
+    if type.endswith(".deleted") and type not in _DELETED_WHOLE:
+        kept = ("external_id", "id", "object", "slug")
+        data = {"deleted": True, **{name: data[name] for name in kept if name in data}}
+    found: dict[str, Any] = scene.of(data)
+    return found
 
 
 def _changed(value: Any, change: Any) -> Any:

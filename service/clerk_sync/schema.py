@@ -8,16 +8,17 @@ from __future__ import annotations
 
 import io
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 
-from clerk_sync import tables
-from clerk_sync.columns import Unfit, fit_for
+from clerk_sync import live as looked
+from clerk_sync import samples, tables
+from clerk_sync.columns import BINARY, TextOfBytes, Unfit, fit_for
 from clerk_sync.database_errors import engine_errors_told
-from clerk_sync.mapping import Mapping, Place, TableMapping
+from clerk_sync.live import Live
+from clerk_sync.mapping import Mapping, Owned, Place, TableMapping
 from clerk_sync.mapping_file import nearest
 from clerk_sync.statements import Compiler
 from clerk_sync.store import Store
@@ -42,28 +43,20 @@ class SchemaFaults(Exception):  # noqa: N818
         super().__init__("\n".join(faults))
 
 
-@dataclass(frozen=True, slots=True)
-class Live:
-    """The tables that matter, as they are; a missing one is absent."""
-
-    tables: dict[str, sa.Table]
-    dialect: sa.Dialect
-
-
 async def bound(engine: AsyncEngine, mapping: Mapping) -> Store:
     """A Store on the live schema. Raises SchemaFaults, or Unavailable."""
-    live = await _inspected(engine, _names(mapping))
+    live = await looked.inspected(engine, _names(mapping))
     return store_of(mapping, live)
 
 
 async def reflected(engine: AsyncEngine, mapping: Mapping) -> Live:
     """The live tables that the mapping names. Raises Unavailable."""
-    return await _inspected(engine, _names(mapping))
+    return await looked.inspected(engine, _names(mapping))
 
 
 async def own_faults(engine: AsyncEngine) -> list[str]:
     """What is missing of clerk-sync's own tables. Raises Unavailable."""
-    return list(_own_faults(await _inspected(engine, set(tables.metadata.tables))))
+    return list(_own_faults(await looked.inspected(engine, set(tables.metadata.tables))))
 
 
 def lacks_own(live: Live) -> bool:
@@ -76,6 +69,8 @@ def store_of(mapping: Mapping, live: Live) -> Store:
     faults = [*_own_faults(live), *_mapping_faults(mapping, live)]
     if faults:
         raise SchemaFaults(faults)
+    for table in mapping.tables.values():
+        _read_text_of_bytes(table, live)
     compiler = Compiler(live.dialect)
     targets = {
         kind: Target(
@@ -90,6 +85,21 @@ def store_of(mapping: Mapping, live: Live) -> Store:
     return Store(targets, compiler)
 
 
+def _read_text_of_bytes(table: TableMapping, live: Live) -> None:
+    """Have both ways to the database take what the mapping writes for text, also in bytes."""
+    there = live.tables[table.table]
+    columns = [there.c[one.name] for one in (*table.columns, *table.adopt)]
+    columns.append(there.c[table.key])
+    columns += [
+        live.tables[owned.table].c[owned.column]
+        for owned in table.owns
+        if owned.references == table.key
+    ]
+    for column in columns:
+        if isinstance(column.type, BINARY):
+            column.type = TextOfBytes(column.type)
+
+
 def advice(mapping: Mapping, live: Live) -> Iterator[str]:
     """What works, but slowly or not as the mapping says."""
     for table in mapping.tables.values():
@@ -102,13 +112,12 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
                 f"{table.places['adopt']}: no index of `{there.name}` begins with {names}: "
                 "every new user scans the table"
             )
-        written = {table.key, table.mark, *(column.name for column in table.columns)}
-        for other in there.columns:
-            if not other.nullable and other.name not in written and not _filled(other):
-                yield (
-                    f"{table.at}: `{other.name}` of `{there.name}` may not be null, has no "
-                    "default and is not mapped: every new row is refused"
-                )
+        for name in unfilled(table, live):
+            yield (
+                f"{table.at}: `{name}` of `{there.name}` may not be null, has no "
+                "default and is not mapped: every new row is refused"
+            )
+        yield from _advice_on_history(table, live)
         yield from _kept_unique(table, there)
         for owned in table.owns:
             theirs = live.tables.get(owned.table)
@@ -153,9 +162,39 @@ def _kept_unique(table: TableMapping, there: sa.Table) -> Iterator[str]:
             )
 
 
+def _advice_on_history(table: TableMapping, live: Live) -> Iterator[str]:
+    there, details = live.tables[table.table], live.details[table.table]
+    if details.versioned:
+        yield (
+            f"{table.places['table']}: `{there.name}` keeps the history of its rows "
+            "(SYSTEM VERSIONING): what is deleted or erased stays in it"
+        )
+    for column in table.columns:
+        if column.name in details.stamped:
+            yield (
+                f"{column.at}: `{column.name}` of `{there.name}` gets the time of every UPDATE "
+                "that leaves it out: the app's own updates put it out of step with Clerk"
+            )
+
+
+def unfilled(table: TableMapping, live: Live) -> list[str]:
+    """The columns that nobody gives a new row's value."""
+    written = {table.key, table.mark, *(column.name for column in table.columns)}
+    return [
+        column.name
+        for column in live.tables[table.table].columns
+        if not column.nullable and column.name not in written and not _filled(column)
+    ]
+
+
 def _filled(column: sa.Column[Any]) -> bool:
     """Whether the database fills the column by itself."""
-    automatic = column.primary_key and isinstance(column.type, sa.Integer)
+    # MySQL says of every integer whether it does; SQLite counts its INTEGER PRIMARY KEY.
+    automatic = column.autoincrement is True or (
+        column.autoincrement == "auto"
+        and column.primary_key
+        and isinstance(column.type, sa.Integer)
+    )
     return column.server_default is not None or column.computed is not None or automatic
 
 
@@ -186,61 +225,16 @@ def _owners(mapping: Mapping, table: TableMapping) -> list[tuple[str, str]]:
     ]
 
 
-async def _inspected(engine: AsyncEngine, names: set[str]) -> Live:
-    def inspect(connection: sa.Connection) -> Live:
-        there = set(sa.inspect(connection).get_table_names())
-        metadata = sa.MetaData()
-        found = {
-            name: sa.Table(name, metadata, autoload_with=connection, resolve_fks=False)
-            for name in sorted(names & there)
-        }
-        for table in found.values():
-            _complete(connection, table)
-        return Live(found, _spelling(connection))
-
-    with engine_errors_told():
-        async with engine.connect() as connection:
-            return await connection.run_sync(inspect)
-
-
-def _complete(connection: sa.Connection, table: sa.Table) -> None:
-    """Add what SQLAlchemy's reflection leaves out: inline UNIQUEs, and inherited collations."""
-    if connection.dialect.name == "sqlite":
-        indexes = sa.inspect(connection).get_indexes(table.name, include_auto_indexes=True)
-        for index in indexes:
-            if index["unique"]:
-                table.append_constraint(sa.UniqueConstraint(*filter(None, index["column_names"])))
-        return
-    collations = connection.exec_driver_sql(
-        "SELECT column_name, collation_name FROM information_schema.columns"
-        " WHERE table_schema = DATABASE() AND table_name = %s AND collation_name IS NOT NULL",
-        (table.name,),
-    )
-    for column, collation in collations:
-        type_ = table.c[column].type
-        if isinstance(type_, sa.String):
-            type_.collation = collation
-
-
-def _spelling(connection: sa.Connection) -> sa.Dialect:
-    """The dialect to compile for.
-
-    SQLAlchemy writes `VALUES … AS new` for MySQL 8.0.20 and later; not every Vitess that calls
-    itself that version understands it, while all understand `VALUES(column)`.
-    """
-    version = connection.dialect.server_version_info
-    if connection.dialect.name != "sqlite":
-        text = connection.exec_driver_sql("SELECT VERSION()").scalar_one()
-        if version is None or "vitess" in str(text).lower():
-            return mysql.asyncmy.dialect()
-    return connection.dialect
-
-
 def _own_faults(live: Live) -> Iterator[str]:
     for name, table in tables.metadata.tables.items():
         if name not in live.tables:
             yield f"table {name} is missing: {RUN_MIGRATE}"
         else:
+            if (engine := live.details[name].engine) is not None:
+                yield (
+                    f"{name} is a table of the engine {engine}, which has no transactions: "
+                    f"ALTER TABLE {name} ENGINE=InnoDB"
+                )
             for column in sorted(set(table.c.keys()) - set(live.tables[name].c.keys())):
                 yield f"{name} has no column {column}, it is older than this version: {RUN_MIGRATE}"
 
@@ -249,19 +243,18 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
     for table in mapping.tables.values():
         there = live.tables.get(table.table)
         if there is None:
-            hint = f": {RUN_MIGRATE}" if table.create else ": the app's own migrations make it"
-            yield f"{table.places['table']}: table `{table.table}` is missing{hint}"
+            hint = RUN_MIGRATE if table.create else "the app's own migrations make it"
+            yield f"{table.places['table']}: {_absence(table.table, live, hint)}"
             continue
-        yield from _key_faults(table, there)
+        yield from _engine_faults(there, live, table.places["table"])
+        yield from _key_faults(table, there, live)
         for column in (*table.columns, *table.adopt):
             hint = f": {RUN_MIGRATE}" if table.create else ""
             yield from _missing(there, column.name, column.at, hint)
+        for column in table.columns:
+            yield from _generated(there, column.name, column.at, live)
         if table.mark:
-            yield from _missing(there, table.mark, table.places["on_delete"])
-            type_ = there.c[table.mark].type if table.mark in there.c else sa.DateTime()
-            if not isinstance(type_, sa.DateTime):
-                at = table.places["on_delete"]
-                yield f"{at}: `{table.mark}` of `{there.name}` is {type_}: a mark needs a DATETIME"
+            yield from _mark_faults(there, table.mark, table.places["on_delete"], live)
         yield from _set_faults(table, there, sqlite=live.dialect.name == "sqlite")
         if table.adopt and len(there.primary_key.columns) != 1:
             yield f"{table.places['adopt']}: adopting needs a primary key of one column"
@@ -269,11 +262,18 @@ def _mapping_faults(mapping: Mapping, live: Live) -> Iterator[str]:
             yield from _missing(there, owned.references, owned.at)
             other = live.tables.get(owned.table)
             if other is not None:
-                yield from _missing(other, owned.column, owned.at)
-                if owned.references == table.key and owned.column in other.c:
-                    yield from _case_faults(other, owned.column, owned.at)
+                yield from _owned_faults(table, owned, there, other, live)
             elif owned.table not in {one.table for one in mapping.tables.values()}:
-                yield f"{owned.at}: table `{owned.table}` is missing"
+                yield f"{owned.at}: {_absence(owned.table, live)}"
+
+
+def _absence(name: str, live: Live, hint: str = "") -> str:
+    if name in live.views:
+        return f"`{name}` is a view, and events need a table: name the one behind it"
+    near = next((one for one in sorted(live.names) if one.lower() == name.lower()), None)
+    if near is not None:
+        return f"table `{name}` is missing; did you mean `{near}`?"
+    return f"table `{name}` is missing" + (f": {hint}" if hint else "")
 
 
 def _set_faults(table: TableMapping, there: sa.Table, *, sqlite: bool) -> Iterator[str]:
@@ -308,28 +308,133 @@ def _missing(table: sa.Table, column: str, at: Place, hint: str = "") -> Iterato
         yield f"{at}: table `{table.name}` has no column `{column}`{hint}"
 
 
-def _key_faults(table: TableMapping, there: sa.Table) -> Iterator[str]:
+def _engine_faults(table: sa.Table, live: Live, at: Place) -> Iterator[str]:
+    """A table whose rows cannot be written together with what is known of them."""
+    if (engine := live.details[table.name].engine) is not None:
+        (name,) = live.quoted(table.name)
+        yield (
+            f"{at}: `{table.name}` is a table of the engine {engine}, which has no transactions: "
+            f"ALTER TABLE {name} ENGINE=InnoDB"
+        )
+
+
+def _generated(table: sa.Table, column: str, at: Place, live: Live) -> Iterator[str]:
+    if column in live.details[table.name].generated:
+        name, quoted = live.quoted(table.name, column)
+        type_ = type_text(table.c[column].type, live)
+        yield (
+            f"{at}: `{column}` of `{table.name}` is GENERATED, and only the database writes it: "
+            f"leave it out of the mapping, or ALTER TABLE {name} DROP COLUMN {quoted}, "
+            f"ADD COLUMN {quoted} {type_}"
+        )
+
+
+def type_text(type_: sa.types.TypeEngine[Any], live: Live) -> str:
+    """A column's type for people, without what its table says for all of its columns."""
+    try:
+        text = type_.compile(live.dialect)
+    except sa.exc.CompileError:  # a type that SQLAlchemy does not know
+        text = type(type_).__name__
+    return text.partition(" CHARACTER SET ")[0].partition(" COLLATE ")[0]
+
+
+def _mark_faults(table: sa.Table, mark: str, at: Place, live: Live) -> Iterator[str]:
+    if mark not in table.c:
+        yield from _missing(table, mark, at)
+        return
+    column, about = table.c[mark], f"{at}: `{mark}` of `{table.name}`"
+    name, quoted = live.quoted(table.name, mark)
+    mend = f"ALTER TABLE {name} MODIFY {quoted} DATETIME(3) NULL"
+    if mark in live.details[table.name].generated:
+        yield from _generated(table, mark, at, live)
+    elif not isinstance(column.type, sa.DateTime):
+        yield f"{about} is {type_text(column.type, live)}: a mark needs a DATETIME: {mend}"
+    elif not column.nullable:
+        yield f"{about} may not be null, and is null until the delete: {mend}"
+    elif mark in live.details[table.name].stamped:
+        yield f"{about} gets the time of every UPDATE, and would mark a row that is alive: {mend}"
+
+
+def _key_faults(table: TableMapping, there: sa.Table, live: Live) -> Iterator[str]:
     at = table.places["key"]
     if table.key not in there.c:
-        yield f"{at}: table `{there.name}` has no column `{table.key}`: {RUN_MIGRATE}"
+        # Where it differs by case alone, `migrate` cannot add it.
+        folded = {name.lower() for name in there.c.keys()}  # noqa: SIM118 -- no dict
+        hint = "" if table.key.lower() in folded else f": {RUN_MIGRATE}"
+        yield from _missing(there, table.key, at, hint)
         return
-    if {table.key} not in unique_keys(there):
+    name, key = live.quoted(there.name, table.key)
+    (index,) = live.quoted(f"{there.name}_{table.key}")
+    makes = f"CREATE UNIQUE INDEX {index} ON {name} ({key})"
+    short = [
+        (index, length)
+        for index, column, length in live.details[there.name].prefixes
+        if column == table.key and length < tables.ID_LENGTH
+    ]
+    for prefixed, length in short:
+        primary = prefixed == "PRIMARY"
+        drops = "PRIMARY KEY" if primary else f"INDEX {live.quoted(prefixed)[0]}"
+        adds = "PRIMARY KEY" if primary else f"UNIQUE INDEX {index}"
         yield (
-            f"{at}: `{table.key}` of `{there.name}` must be unique by itself: "
-            f"CREATE UNIQUE INDEX {there.name}_{table.key} ON {there.name} ({table.key})"
+            f"{at}: `{prefixed}` of `{there.name}` looks at the first {length} characters of "
+            f"`{table.key}` only, so that two objects are one row: "
+            f"ALTER TABLE {name} DROP {drops}, ADD {adds} ({key})"
         )
-    yield from _case_faults(there, table.key, at)
+    if not short and {table.key} not in unique_keys(there):
+        yield f"{at}: `{table.key}` of `{there.name}` must be unique by itself: {makes}"
+    yield from _id_faults(there, table.key, at, live, kind=table.kind)
 
 
-def _case_faults(table: sa.Table, column: str, at: Place) -> Iterator[str]:
-    """A column of Clerk ids that takes two of them for one."""
-    collation = getattr(table.c[column].type, "collation", None)
+def _owned_faults(
+    table: TableMapping, owned: Owned, there: sa.Table, other: sa.Table, live: Live
+) -> Iterator[str]:
+    yield from _engine_faults(other, live, owned.at)
+    yield from _missing(other, owned.column, owned.at)
+    if owned.column not in other.c or owned.references not in there.c:
+        return
+    if owned.references == table.key:
+        yield from _id_faults(other, owned.column, owned.at, live, kind=table.kind)
+        return
+    ours, theirs = there.c[owned.references].type, other.c[owned.column].type
+    if _is_number(ours) != _is_number(theirs):
+        yield (
+            f"{owned.at}: `{owned.column}` of `{other.name}` is {type_text(theirs, live)}, and "
+            f"`{owned.references}` of `{there.name}` is {type_text(ours, live)}: the database "
+            "would take one for the other by rules of its own"
+        )
+
+
+def _is_number(type_: sa.types.TypeEngine[Any]) -> bool:
+    return isinstance(type_, sa.Integer | sa.Numeric | sa.Float | sa.Boolean)
+
+
+def _id_faults(table: sa.Table, column: str, at: Place, live: Live, *, kind: str) -> Iterator[str]:
+    """A column of Clerk ids that does not take them, or takes two of them for one."""
+    yield from _generated(table, column, at, live)
+    type_ = table.c[column].type
+    about = f"{at}: `{column}` of `{table.name}`"
+    name, quoted = live.quoted(table.name, column)
+    null = "" if table.c[column].nullable else " NOT NULL"
+    mend = (
+        f"ALTER TABLE {name} MODIFY {quoted} "
+        f"VARCHAR({tables.ID_LENGTH}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin{null}"
+    )
+    if not isinstance(type_, (sa.String, TextOfBytes, *BINARY)) or isinstance(
+        type_, sa.Enum | mysql.SET
+    ):
+        yield f"{about} is {type_text(type_, live)}, and Clerk's ids are text: {mend}"
+        return
+    example = samples.IDS[kind]
+    try:
+        fit_for(table.c[column], json_text=False, sqlite=live.dialect.name == "sqlite")(example)
+    except Unfit:
+        why = f"Clerk's ids have {len(example)} characters and more"
+        if isinstance(type_, sa.BINARY):
+            why = f"fills up with zeros what is shorter, such as Clerk's ids of {len(example)}"
+        yield f"{about} is {type_text(type_, live)}, and {why}: {mend}"
+    collation = getattr(type_, "collation", None)
     if isinstance(collation, str) and collation.endswith("_ci"):
-        yield (
-            f"{at}: `{column}` of `{table.name}` compares by {collation}, but Clerk's ids are "
-            f"case-sensitive: ALTER TABLE {table.name} MODIFY {column} "
-            f"VARCHAR({tables.ID_LENGTH}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin"
-        )
+        yield f"{about} compares by {collation}, but Clerk's ids are case-sensitive: {mend}"
 
 
 async def migrate(engine: AsyncEngine, mapping: Mapping) -> list[str]:
@@ -366,7 +471,7 @@ def _migrated(
     from clerk_sync.migrations import Migration  # noqa: PLC0415
 
     def live(name: str) -> sa.Table:
-        return sa.Table(name, sa.MetaData(), autoload_with=connection, resolve_fks=False)
+        return looked.reflected(connection, name)
 
     there = set(sa.inspect(connection).get_table_names())
     own = tables.metadata.tables

@@ -19,8 +19,13 @@ from clerk_sync.database import Statement
 from clerk_sync.events import KINDS
 from clerk_sync.tables import cursors, entities, events, leases, quarantine
 
-_IDS: Final = "@ids"
-_INSERT: Final = re.compile(r"(.*\sVALUES\s)(\([^()]*\))(.*)", re.DOTALL)
+# No name in a database has this character.
+_IDS: Final = "\0ids"
+# The row template holds placeholders and plain words alone, which no list of names does.
+_INSERT: Final = re.compile(r"(.*?\)\sVALUES\s)(\((?:%s|\?|'\w*'|, )+\))(.*)", re.DOTALL)
+# SQLAlchemy writes an inserted column's name into text of its own, and so doubles each `%` of it
+# twice: in VALUES(`name`), and after the alias of the new row.
+_INSERTED: Final = re.compile(r"(?<=[( ])((?:VALUES\(|new\.|new_1\.)`)((?:[^`]|``)*)(?=`)")
 
 New = Any
 """The row that an upsert wanted to insert, by column name."""
@@ -66,7 +71,10 @@ class Compiler:
 
     def insert(self, statement: sa.Insert, names: Sequence[str]) -> Statement:
         """A multi-row INSERT of these columns."""
-        found = _INSERT.fullmatch(self._text(statement, names))
+        return self._parted(self._text(statement, names))
+
+    def _parted(self, text: str) -> Statement:
+        found = _INSERT.fullmatch(text)
         assert found is not None
         head, values, tail = found.groups()
         if self.sqlite:
@@ -101,7 +109,10 @@ class Compiler:
                 names,
             )
         insert = mysql.insert(ordered(table, names))
-        return self.insert(insert.on_duplicate_key_update(update(insert.inserted)), names)
+        text = self._text(insert.on_duplicate_key_update(update(insert.inserted)), names)
+        return self._parted(
+            _INSERTED.sub(lambda found: found[1] + found[2].replace("%%%%", "%%"), text)
+        )
 
     def _text(self, statement: Any, names: Sequence[str]) -> str:
         compiled = statement.compile(dialect=self.dialect, column_keys=list(names) or None)

@@ -10,6 +10,7 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 
 from clerk_sync import tables
+from clerk_sync.live import quoted
 
 if TYPE_CHECKING:
     import io
@@ -109,11 +110,11 @@ class Migration:
 
     def keyed(self, mapping: TableMapping, live: sa.Table) -> list[str]:
         """Add the key column to a table of the app's: unique, and null in the rows before it."""
-        if mapping.key in live.c:
+        # Names that differ by case alone are one to the database.
+        if mapping.key.lower() in {column.name.lower() for column in live.columns}:
             return []
-        preparer = self._connection.dialect.identifier_preparer
-        table, key = preparer.quote(live.name), preparer.quote(mapping.key)
-        index = preparer.quote(f"{live.name}_{mapping.key}")
+        table, key = self._quoted(live.name), self._quoted(mapping.key)
+        index = self._quoted(f"{live.name}_{mapping.key}")
         type_ = tables.key_type().compile(self._connection.dialect)
         if self._connection.dialect.name == "sqlite":
             self._operations.execute(f"ALTER TABLE {table} ADD COLUMN {key} {type_}")
@@ -124,6 +125,10 @@ class Migration:
                 f"ADD UNIQUE INDEX {index} ({key})"
             )
         return [f"added column {live.name}.{mapping.key}"]
+
+    def _quoted(self, name: str) -> str:
+        """A name for the text of a statement, which takes `:name` for a parameter."""
+        return quoted(name, self._connection.dialect).replace(":", r"\:")
 
     def completed(self, wanted: sa.Table, live: sa.Table) -> list[str]:
         """Add the columns and plain indexes that an existing table of ours lacks."""
