@@ -91,7 +91,9 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
     advance = functools.partial(_advance, store=store, now_ms=now_ms)
     # First, so that nothing that the user owns is added while the rest is looked for.
     await _transacted(engine, functools.partial(advance, keys=[user]))
-    everything = await _everything_of(engine, store, user)
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            everything = await everything_of(connection, store, user)
     for keys in _chunks(sorted(everything)):
         await _transacted(engine, functools.partial(advance, keys=keys))
     # The rows go last: by them the rest is found again if this stops half-way.
@@ -101,7 +103,7 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
             removed[table.name] += await _forget(engine, table, table.c.clerk_id.in_(ids))
     removed[quarantine.name] += await _forget_mentions(engine, user_id)
     for keys in _chunks(everything[::-1]):
-        removed += await _transacted(engine, functools.partial(_delete, store=store, keys=keys))
+        removed += await _transacted(engine, functools.partial(delete_rows, store=store, keys=keys))
     return dict(removed)
 
 
@@ -175,27 +177,25 @@ async def _purge(
     gone = await _column(connection, marked)
     everything = await _with_owned(connection, store, [(kind, one) for one in gone])
     await _advance(connection, store=store, keys=everything, now_ms=now_ms)
-    await _delete(connection, store=store, keys=everything[::-1])
+    await delete_rows(connection, store=store, keys=everything[::-1])
     return len(gone)
 
 
 # Erasing
 
 
-async def _everything_of(engine: AsyncEngine, store: Store, user: Key) -> list[Key]:
+async def everything_of(connection: AsyncConnection, store: Store, user: Key) -> list[Key]:
     """The user, then what is theirs by a column, then what those own."""
-    with engine_errors_told():
-        async with engine.connect() as connection:
-            found = [user]
-            for kind, target in store.targets.items():
-                key = target.table.c[target.mapping.key]
-                for column in _user_columns(target):
-                    rows = await connection.execute(
-                        sa.select(key, column).where(column == user[1], key.is_not(None))
-                    )
-                    # The column's collation may hold another's id for equal. We do not.
-                    found += [(kind, one) for one, whose in rows if whose == user[1]]
-            return await _with_owned(connection, store, found)
+    found = [user]
+    for kind, target in store.targets.items():
+        key = target.table.c[target.mapping.key]
+        for column in _user_columns(target):
+            rows = await connection.execute(
+                sa.select(key, column).where(column == user[1], key.is_not(None))
+            )
+            # The column's collation may hold another's id for equal. We do not.
+            found += [(kind, one) for one, whose in rows if whose == user[1]]
+    return await _with_owned(connection, store, found)
 
 
 async def _forget(engine: AsyncEngine, table: sa.Table, which: sa.ColumnElement[bool]) -> int:
@@ -280,7 +280,7 @@ async def _advance(
         await connection.exec_driver_sql(f"{advance.head}{advance.values}{advance.tail}", rows)
 
 
-async def _delete(
+async def delete_rows(
     connection: AsyncConnection, *, store: Store, keys: Sequence[Key]
 ) -> Counter[str]:
     """Delete the rows of these entities with what they own; how many, by table."""

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from clerk_sync.database_errors import engine_errors_told
 
 if TYPE_CHECKING:
-    from sqlalchemy.ext.asyncio import AsyncEngine
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
     from clerk_sync.targets import Target
 
@@ -45,11 +45,18 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
 
 async def identified(engine: AsyncEngine, users: Target, clerk_id: str) -> dict[str, Any] | None:
     """The user of this Clerk id with all columns, or None. Raises Unavailable."""
-    query = _present(users).where(users.table.c[users.mapping.key] == clerk_id)
     with engine_errors_told():
         async with engine.connect() as connection:
-            row = (await connection.execute(query)).mappings().first()
-            return None if row is None else dict(row)
+            return await row_of(connection, users, clerk_id)
+
+
+async def row_of(
+    connection: AsyncConnection, target: Target, clerk_id: str
+) -> dict[str, Any] | None:
+    """The row of this Clerk id with all columns, or None where it is not, or marked."""
+    query = _present(target).where(target.table.c[target.mapping.key] == clerk_id)
+    row = (await connection.execute(query)).mappings().first()
+    return None if row is None else dict(row)
 
 
 async def some(engine: AsyncEngine, users: Target) -> list[dict[str, Any]]:

@@ -465,7 +465,9 @@ class Store:
             taken = {claim[-1] for claim in claimed}
             for primary, *values in result.rows:
                 # The column's collation may hold "jose" and "josé" for equal. We do not.
-                same = [str(v).casefold() for v in values] == [str(v).casefold() for v in claims]
+                same = [as_text(v).casefold() for v in values] == [
+                    as_text(v).casefold() for v in claims
+                ]
                 if same and primary not in taken:
                     claimed.append([*row, primary])
                     break
