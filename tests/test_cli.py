@@ -394,6 +394,35 @@ def test_check_warns_of_a_field_that_clerk_does_not_have() -> None:
     assert "did you mean `primary_email`?" in result.stdout
 
 
+def test_check_and_migrate_try_a_row_and_leave_none() -> None:
+    people_with(username="INTEGER")
+    Path("m.yaml").write_text(PEOPLE)
+    told = (
+        "m.yaml:6: `username` of `people` is INTEGER, and does not take what `username` gives, "
+        "such as 'ada_"
+    )
+    migrated = run("migrate", CLERK_SYNC_CONFIG="m.yaml")
+    assert (migrated.exit_code, told in migrated.stderr) == (1, True)
+    checked = run("check", CLERK_SYNC_CONFIG="m.yaml")
+    assert (checked.exit_code, f"FAIL schema    {told}" in checked.stdout) == (1, True)
+    off = {"CLERK_SYNC_CONFIG": "m.yaml", "CLERK_SYNC_PROBE_ROWS": "false"}
+    assert run("migrate", **off).exit_code == 0
+    untried = run("check", **off)
+    assert untried.exit_code == 0
+    assert "ok   schema    as the mapping needs it\n" in untried.stdout
+    assert "warn schema    no row was tried, as CLERK_SYNC_PROBE_ROWS is false" in untried.stdout
+    query("DROP TABLE people")
+    people_with(username="TEXT")
+    tried = run("check", CLERK_SYNC_CONFIG="m.yaml")
+    assert tried.exit_code == 0
+    assert (
+        "ok   schema    as the mapping needs it; written, read back and rolled back: people\n"
+        in tried.stdout
+    )
+    for name in ("people", "clerk_sync_entities", "clerk_sync_events"):
+        assert query(f"SELECT COUNT(*) FROM {name}") == [(0,)]
+
+
 @pytest.mark.parametrize(
     ("receiver", "exit_code", "told"),
     [

@@ -110,6 +110,7 @@ def test_nothing_needs_to_be_set(env: pytest.MonkeyPatch) -> None:
         ("CLERK_SYNC_DEADLINE_SECONDS", "2.5", "deadline_seconds", 2.5),
         ("CLERK_SYNC_LEDGER_DAYS", "200", "ledger_days", 200),
         ("CLERK_SYNC_QUARANTINE_DAYS", "7", "quarantine_days", 7),
+        ("CLERK_SYNC_PROBE_ROWS", "False", "probe_rows", "false"),
         ("LOG_LEVEL", "debug", "log_level", "debug"),
         ("LOG_FORMAT", "console", "log_format", "console"),
     ],

@@ -55,6 +55,23 @@ async def test_check_finds_a_right_that_serving_needs_and_its_user_lacks(
     mysql_server.execute(f"DROP USER {name}")
 
 
+@pytest.mark.parametrize("lacking", ["INSERT", "DELETE"])
+async def test_check_finds_a_right_that_is_missing_for_one_table(
+    mysql_server: Managed, lacking: str
+) -> None:
+    name = "clerk_sync_table_rights"
+    await deliveries.migrate(mysql_server.create_database(name))
+    rights = [right for right in ("SELECT", "INSERT", "UPDATE", "DELETE") if right != lacking]
+    url = login_of(mysql_server, name, may=", ".join(rights))
+    for (table,) in mysql_server.execute("SHOW TABLES", name):
+        if table != "clerk_users":
+            mysql_server.execute(f"GRANT {lacking} ON {name}.{table} TO {name}")
+    (found,) = await found_by_check(url)
+    assert f"FAIL database  mysql 127.0.0.1:{mysql_server.port}/{name}: `clerk_users`: " in found
+    assert f"{lacking} command denied" in found
+    mysql_server.execute(f"DROP USER {name}")
+
+
 async def test_a_migration_that_may_not_says_what_it_lacks_and_where(mysql_server: Managed) -> None:
     name = "clerk_sync_ddl"
     mysql_server.create_database(name)

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Final, Literal
 
 import aiohttp
+from sqlalchemy.ext.asyncio import AsyncEngine
 
-from clerk_sync import housekeeping, mapping_file, schema, signature
+from clerk_sync import housekeeping, mapping_file, rehearsal, schema, signature
+from clerk_sync.address import Target
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import Mapping
@@ -94,6 +96,16 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
         return
     engine = engine_of(settings.locate, size=1)
     try:
+        async for finding in _of_schema(settings, engine, mapping, target):
+            yield finding
+    finally:
+        await engine.dispose()
+
+
+async def _of_schema(
+    settings: Settings, engine: AsyncEngine, mapping: Mapping | None, target: Target
+) -> AsyncIterator[Finding]:
+    try:
         live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
         # After a failover the old primary answers every SELECT. Without tables there is nothing
         # to write to yet.
@@ -102,8 +114,6 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
     except Unavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return
-    finally:
-        await engine.dispose()
     tls = ", TLS verified" if target.tls else ", no TLS" if target.path is None else ""
     yield Finding("ok", "database", f"{target.where}{tls}")
     if mapping is None:
@@ -114,8 +124,23 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
         for fault in error.faults:
             yield Finding("FAIL", "schema", fault)
         return
-    yield Finding("ok", "schema", "as the mapping needs it")
-    for warning in schema.advice(mapping, live):
+    looked = "as the mapping needs it"
+    warnings = [*schema.advice(mapping, live)]
+    if settings.probe_rows == "false":
+        warnings.append("no row was tried, as CLERK_SYNC_PROBE_ROWS is false")
+        yield Finding("ok", "schema", looked)
+    else:
+        try:
+            rehearsed = await rehearsal.rehearse(engine, mapping, live)
+        except Unavailable as error:
+            yield Finding("FAIL", "database", f"{target.where}: {error}")
+            return
+        if rehearsed.tables:
+            looked += f"; written, read back and rolled back: {', '.join(rehearsed.tables)}"
+        for finding in _failed_or("schema", rehearsed.faults, looked):
+            yield finding
+        warnings += rehearsed.doubts
+    for warning in warnings:
         yield Finding("warn", "schema", warning)
 
 

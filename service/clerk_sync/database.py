@@ -11,10 +11,11 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final, Protocol, TypeVar
 
+import aiosqlite
 import asyncmy
 from asyncmy.converters import escape_string
 from asyncmy.errors import MySQLError
-from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from clerk_sync.address import Locate, Target
 from clerk_sync.answers import Reason
@@ -431,13 +432,7 @@ class _SQLiteConnection:
         return await self._in_thread(ran)
 
     async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
-        refused: dict[int, Refused | SchemaChanged] = {}
-        for place, step in enumerate(steps):
-            try:
-                await self.run([step])
-            except (Refused, SchemaChanged) as error:
-                refused[place] = error
-        return refused
+        return await _one_by_one(self, steps)
 
     async def rollback(self) -> None:
         await self._in_thread(self._connection.rollback)
@@ -456,6 +451,62 @@ class _SQLiteConnection:
         with suppress(RuntimeError):  # it is closed already
             self._thread.submit(self._connection.close)
         self._thread.shutdown(wait=False)
+
+
+async def _one_by_one(
+    connection: Connection, steps: Sequence[Step]
+) -> dict[int, Refused | SchemaChanged]:
+    """Run the steps past those that are refused; which these are, by place."""
+    refused: dict[int, Refused | SchemaChanged] = {}
+    for place, step in enumerate(steps):
+        try:
+            await connection.run([step])
+        except (Refused, SchemaChanged) as error:
+            refused[place] = error
+    return refused
+
+
+class _Shared:
+    """The session of an SQLite connection of SQLAlchemy's, which has a thread of its own."""
+
+    def __init__(self, connection: aiosqlite.Connection) -> None:
+        self._connection = connection
+
+    async def run(self, steps: Sequence[Step]) -> list[Result]:
+        async def ran() -> list[Result]:
+            results = []
+            for statement, rows in steps:
+                sql = f"{statement.head}{statement.values}{statement.tail}"
+                if statement.values:
+                    cursor = await self._connection.executemany(sql, rows)
+                    results.append(Result(cursor.rowcount, ()))
+                    continue
+                for row in rows:
+                    cursor = await self._connection.execute(sql, row)
+                    results.append(Result(cursor.rowcount, [*await cursor.fetchall()]))
+            return results
+
+        return await translated(ran(), None)
+
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        return await _one_by_one(self, steps)
+
+    async def rollback(self) -> None:
+        await translated(self._connection.rollback(), None)
+
+    def close(self) -> None:
+        """Leave it to SQLAlchemy, whose connection it is."""
+
+
+async def shared(connection: AsyncConnection, *, seconds: float) -> Connection:
+    """The session and transaction of SQLAlchemy's connection, as the hot path uses one.
+
+    It stays SQLAlchemy's to close. Raises Unavailable.
+    """
+    driver = (await connection.get_raw_connection()).driver_connection
+    if isinstance(driver, aiosqlite.Connection):
+        return _Shared(driver)
+    return _MySQLConnection(driver, seconds, await translated(_largest_packet(driver), seconds))
 
 
 def engine_of(locate: Locate, *, size: int) -> AsyncEngine:

@@ -179,6 +179,10 @@ class Settings(BaseSettings):
     breaker_percent: float = Field(
         default=5, ge=0, le=100, validation_alias="CLERK_SYNC_BREAKER_PERCENT"
     )
+    # A trigger may do what no rollback undoes.
+    probe_rows: Annotated[
+        Literal["true", "false"], BeforeValidator(lambda text: str(text).lower())
+    ] = Field(default="true", validation_alias="CLERK_SYNC_PROBE_ROWS")
     log_level: Annotated[
         Literal["debug", "info", "warning", "error"],
         BeforeValidator(lambda text: str(text).lower()),

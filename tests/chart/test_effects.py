@@ -28,6 +28,7 @@ RARELY: list[dict[str, Any]] = [
             "backoffLimit": 0,
             "podAnnotations": {"a": "b"},
             "podLabels": {"a": "b"},
+            "probeRows": False,
             "resources": {"limits": {"memory": "64Mi"}},
             "serviceAccountName": "migrator",
         },

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import click
 import structlog
 
-from clerk_sync import logs, schema
+from clerk_sync import logs, rehearsal, schema
 from clerk_sync.check import findings
 from clerk_sync.cli.frame import command, fail, run, settled
 from clerk_sync.database import engine_of
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from clerk_sync.live import Live
     from clerk_sync.mapping import Mapping
     from clerk_sync.tracing import Tracing
 
@@ -106,35 +107,57 @@ def migrate(*, print_: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
 
     async def work() -> int:
+        engine = engine_of(settings.locate, size=1)
         try:
-            return await migrated(engine_of(settings.locate, size=1), mapping)
+            if print_:
+                await printed(engine, mapping)
+            else:
+                await migrated(engine, mapping, probe_rows=settings.probe_rows == "true")
         except Unavailable as error:
             fail(f"{settings.locate().where}: {error}")
-
-    async def migrated(engine: AsyncEngine, mapping: Mapping) -> int:
-        try:
-            if print_:
-                sql = await schema.migration_sql(engine, mapping)
-                if sql:
-                    click.echo(sql, nl=False)
-                    return 0
-            else:
-                for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
-                    click.echo(line)
-            live = await schema.reflected(engine, mapping)
-            try:
-                schema.store_of(mapping, live)
-            except schema.SchemaFaults as error:
-                fail(*error.faults)
-            for warning in schema.advice(mapping, live):
-                click.echo(f"advice: {warning}", err=True)
-            if print_:
-                click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
-            return 0
         finally:
             await engine.dispose()
+        return 0
 
     run(work())
+
+
+async def printed(engine: AsyncEngine, mapping: Mapping) -> None:
+    """Print the SQL that is missing."""
+    if sql := await schema.migration_sql(engine, mapping):
+        click.echo(sql, nl=False)
+        return
+    await looked_at(engine, mapping)
+    click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
+
+
+async def migrated(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -> None:
+    """Run what is missing, and try whether the tables take rows."""
+    for line in await schema.migrate(engine, mapping) or ["nothing to do"]:
+        click.echo(line)
+    live = await looked_at(engine, mapping)
+    if probe_rows:
+        try:
+            rehearsed = await rehearsal.rehearse(engine, mapping, live)
+        except rehearsal.Denied as error:  # who runs DDL may be somebody else than who serves
+            click.echo(f"advice: no row was tried: {error}", err=True)
+            return
+        for doubt in rehearsed.doubts:
+            click.echo(f"advice: {doubt}", err=True)
+        if rehearsed.faults:
+            fail(*rehearsed.faults)
+
+
+async def looked_at(engine: AsyncEngine, mapping: Mapping) -> Live:
+    """The live tables, once they are what the mapping needs."""
+    live = await schema.reflected(engine, mapping)
+    try:
+        schema.store_of(mapping, live)
+    except schema.SchemaFaults as error:
+        fail(*error.faults)
+    for warning in schema.advice(mapping, live):
+        click.echo(f"advice: {warning}", err=True)
+    return live
 
 
 @command("clerk-sync check")
