@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import importlib
 import json
+import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,6 +13,7 @@ import pytest
 import sqlalchemy as sa
 
 from clerk_sync import mapping_file, schema, tables
+from clerk_sync.migrations import versions
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -260,6 +263,21 @@ async def test_deploy_request_without_the_version_table_is_enough(database: Data
 
 LATER: Final = ("clerk_sync_leases", "clerk_sync_cursors", "clerk_sync_runs")
 FIRST: Final = "UPDATE clerk_sync_version SET version_num = '0001'"
+VERSIONS: Final = sorted(
+    (
+        importlib.import_module(f"{versions.__name__}.{found.name}")
+        for found in pkgutil.iter_modules(versions.__path__)
+    ),
+    key=lambda version: str(version.revision),
+)
+HEAD: Final[str] = VERSIONS[-1].revision
+# What later versions add to tables of earlier ones.
+ADDED: Final = [
+    (table, column)
+    for version in VERSIONS
+    for table, columns in getattr(version, "COLUMNS", {}).items()
+    for column in sorted(columns)
+]
 
 
 @pytest.mark.parametrize(
@@ -289,19 +307,56 @@ async def test_first_version_with_its_data_becomes_this_one(
     await database.execute(*filter(str.strip, sql.split(";")))
     await assert_as_declared(database, mapping)
     assert (await schema.migration_sql(database.engine, mapping)).strip() == ""
-    told = [] if recorded else ["recorded version 0002, whose tables were there"]
+    told = [] if recorded else [f"recorded version {HEAD}, whose tables were there"]
     assert await schema.migrate(database.engine, mapping) == told
 
     await database.execute(*since)
     told = [] if recorded else ["recorded version 0001, whose tables were there"]
     assert await schema.migrate(database.engine, mapping) == [
         *told,
-        "clerk-sync's own tables: from 0001 to version 0002",
+        f"clerk-sync's own tables: from 0001 to version {HEAD}",
+        *(f"added column {table}.{column}" for table, column in ADDED if table in LATER),
     ]
     await assert_as_declared(database, mapping)
-    assert await database.rows("SELECT * FROM clerk_sync_version") == [("0002",)]
+    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
     assert await schema.migrate(database.engine, mapping) == []
     assert await database.snapshot("made") == before
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+@pytest.mark.parametrize(
+    "version",
+    [
+        "UPDATE clerk_sync_version SET version_num = '0002'",
+        "DELETE FROM clerk_sync_version",
+        "DROP TABLE clerk_sync_version",
+    ],
+    ids=["recorded", "no row", "no version table"],
+)
+async def test_columns_that_a_later_version_adds(
+    database: Database, version: str, *, printed: bool
+) -> None:
+    mapping = mapped(MADE)
+    await schema.migrate(database.engine, mapping)
+    drops = [f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED]
+    await database.execute(*drops, version)
+    lacking = [fault.partition(",")[0] for fault in await faults(database, mapping)]
+    assert sorted(lacking) == sorted(f"{table} has no column {one}" for table, one in ADDED)
+    if printed:
+        sql = await schema.migration_sql(database.engine, mapping)
+        assert "CREATE" not in sql
+        await database.execute(*filter(str.strip, sql.split(";")))
+        assert (await schema.migration_sql(database.engine, mapping)).strip() == ""
+    else:
+        done = await schema.migrate(database.engine, mapping)
+        assert sorted(f"added column {table}.{column}" for table, column in ADDED) == sorted(
+            one for one in done if "column" in one
+        )
+    await database.store(mapping)
+    await schema.migrate(database.engine, mapping)
+    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
+    assert await schema.migrate(database.engine, mapping) == []
+    await assert_as_declared(database, mapping)
 
 
 async def test_table_made_for_the_mapping_gets_later_columns_and_indexes(

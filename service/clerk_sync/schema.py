@@ -489,7 +489,7 @@ def _migrated(
         if print_to is None or one.name in there:
             done += migration.completed(one, live(one.name))
         elif one.name in own:  # only printed: not there to be looked at
-            done += migration.indexed(one, there=set())
+            done += migration.completed(one, migration.first_made(one))
     return done
 
 

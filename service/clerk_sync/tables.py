@@ -103,6 +103,8 @@ cursors: Final = sa.Table(
     sa.Column("finished", sa.Boolean, nullable=False),
     sa.Column("begun_at", _TIME, nullable=False),
     sa.Column("moved_at", _TIME, nullable=False),
+    # What was written so far, as a hash: the mapping of this kind, and Clerk's instance.
+    sa.Column("mapping", sa.String(64)),
     **_EXACT,
 )
 

@@ -91,6 +91,18 @@ class Migration:
         gone = sorted(name for version in lost for name in version.module.TABLES - there)
         return [f"made table {name} anew, as it was gone" for name in gone]
 
+    def first_made(self, wanted: sa.Table) -> sa.Table:
+        """A table of clerk-sync's own as its version makes it: without what later ones add."""
+        later = {
+            column
+            for version in self._versions()
+            for column in getattr(version.module, "COLUMNS", {}).get(wanted.name, ())
+        }
+        columns = [
+            sa.Column(column.name, column.type) for column in wanted.c if column.name not in later
+        ]
+        return sa.Table(wanted.name, sa.MetaData(), *columns)
+
     def _versions(self, since: str | None = None) -> list[Script]:
         return list(self._script.iterate_revisions("head", since or "base"))[::-1]
 
@@ -131,7 +143,10 @@ class Migration:
         return quoted(name, self._connection.dialect).replace(":", r"\:")
 
     def completed(self, wanted: sa.Table, live: sa.Table) -> list[str]:
-        """Add the columns and plain indexes that an existing table of ours lacks."""
+        """Add the columns and plain indexes that an existing table of ours lacks.
+
+        A column that is added takes null: the rows before it have no value for it.
+        """
         done = []
         for column in wanted.columns:
             if column.name not in live.c:
