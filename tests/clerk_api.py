@@ -359,6 +359,7 @@ class ClerkApi:
         organizations_enabled: bool = True,
         tells_of_cascades: bool = False,
         most: int = MOST,
+        instance_id: str = "ins_2xStandIn",
     ) -> None:
         self.url = ""
         self.key = key
@@ -371,6 +372,7 @@ class ClerkApi:
         self.tells_of_cascades = tells_of_cascades
         # A page holds no more, whatever was asked for.
         self.most = most
+        self.instance_id = instance_id
 
         self.users: dict[str, Object] = {}
         self.organizations: dict[str, Object] = {}
@@ -558,6 +560,7 @@ class ClerkApi:
     async def serving(self, port: int = 0) -> AsyncIterator[None]:
         app = web.Application()
         for path, read in (
+            ("/v1/instance", self._read_instance),
             ("/v1/users", self._read_users),
             ("/v1/users/count", self._read_users_count),
             ("/v1/users/{id}", self._read_user),
@@ -669,6 +672,10 @@ class ClerkApi:
             )
             return fault
         return None
+
+    def _read_instance(self, _: web.Request) -> bytes:
+        found = {"object": "instance", "id": self.instance_id, "environment_type": "development"}
+        return bytes_of({**found, "allowed_origins": None})
 
     def _read_users(self, request: web.Request) -> bytes:
         filters = _TIMES | {"user_id"}

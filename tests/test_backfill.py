@@ -24,11 +24,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
+import sqlalchemy as sa
 
+from clerk_sync import mapping_file, walks
+from clerk_sync.backfill import fingerprint
 from clerk_sync.clerk import PAGE_LIMIT
+from clerk_sync.database_errors import Unavailable
+from clerk_sync.metrics import Metrics
 from clerk_sync.walk import OVERLAP
 from tests import clerk_api, deliveries
 from tests import servers as database_servers
+from tests.walking import settings_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -110,6 +116,11 @@ class Command:
             args=(arguments, kept | environment, str(self._out), terminal or str(self._err)),
         )
         self._process.start()
+
+    @property
+    def said(self) -> str:
+        """What it has written to stderr by now."""
+        return self._err.read_text() if self._err.exists() else ""
 
     def signal(self, number: signal.Signals) -> None:
         """Send a signal, to whom it may not concern any more."""
@@ -256,6 +267,11 @@ def people(users: int, organizations: int = 0, memberships: int = 0, **options: 
         ends["public_user_data"] = {"user_id": f"user_{number % users:05}"}
         put(api.memberships, "orgmem_", number, **ends)
     return api
+
+
+def reached(api: ClerkApi, clerk_id: str) -> int:
+    """Return the time after which a walk asks that has come to this user."""
+    return int(api.users[clerk_id]["created_at"]) - 1
 
 
 def at(time_ms: int | None) -> str | None:
@@ -521,21 +537,22 @@ async def test_an_instance_with_nobody_in_it(embedded_url: str, tmp_path: Path) 
 @dataclass(frozen=True)
 class Cursor:
     kind: str
+    from_ms: int | None
     to_ms: int | None
     after: str | None
+    reached_ms: int | None
     seen: int
     finished: bool
 
 
 async def cursors(here: Site) -> list[Cursor]:
+    after = '"after"' if here.url.startswith("sqlite") else "`after`"
     found = await here.rows(
-        "SELECT kind, to_ms, after, seen, finished FROM clerk_sync_cursors".replace(
-            "after", '"after"' if here.url.startswith("sqlite") else "`after`"
-        )
+        f"SELECT kind, from_ms, to_ms, {after}, reached_ms, seen, finished FROM clerk_sync_cursors"
     )
     return [
-        Cursor(kind, to_ms, after, seen, bool(finished))
-        for kind, to_ms, after, seen, finished in found
+        Cursor(kind, from_ms, to_ms, after, reached_ms, seen, bool(finished))
+        for kind, from_ms, to_ms, after, reached_ms, seen, finished in found
     ]
 
 
@@ -549,8 +566,8 @@ def went_on(asked: Iterable[Asked], kept: list[Cursor]) -> None:
             mine = [one for one in mine if one.query.get("created_at_before") == before]
         if cursor.finished:
             assert mine == []
-        elif mine and cursor.kind == "user" and cursor.after is not None:
-            assert mine[0].query["starting_after"] >= cursor.after
+        elif mine and cursor.kind == "user" and cursor.reached_ms is not None:
+            assert int(mine[0].query["created_at_after"]) + 1 >= cursor.reached_ms
         elif mine and cursor.kind != "user":
             first = min(int(one.query["offset"]) for one in mine)
             assert first >= max(0, cursor.seen - OVERLAP)
@@ -598,15 +615,16 @@ class Reaper:
 
     async def _committed(self, asked: Asked) -> None:
         """Wait until the page before this one is."""
-        after, offset = asked.query.get("starting_after"), int(asked.query.get("offset", 0))
+        after, offset = asked.query.get("created_at_after"), int(asked.query.get("offset", 0))
 
         async def look() -> list[Cursor]:
             return [one for one in await cursors(self._here) if PATHS[one.kind] == asked.path]
 
         def fine(seen: list[Cursor]) -> bool:
             if asked.path == PATHS["user"]:
-                return after is None or after in [one.after for one in seen]
-            return not offset or any(one.seen >= offset + OVERLAP for one in seen)
+                moments = [moment for one in seen for moment in (one.from_ms, one.reached_ms)]
+                return after is None or int(after) + 1 in moments
+            return not offset or any(one.seen > offset for one in seen)
 
         await deliveries.until(look, fine, seconds=10)
 
@@ -639,7 +657,7 @@ async def test_killed_at_every_step_it_goes_on_where_it_was(crash_url: str, tmp_
         groups = f"/v1/organizations?limit={PAGE_LIMIT}&offset"
         members = f"/v1/organization_memberships?limit={PAGE_LIMIT}&offset"
         for page in (
-            *(users, f"{users}&starting_after=user_00499", f"{users}&created_at_after=…"),
+            *(users, f"{users}&created_at_after=…"),
             f"{groups}=0&order_by=%2Bcreated_at&include_members_count=true",
             *(f"{members}={offset}&order_by=%2Bcreated_at" for offset in (0, 480)),
         ):
@@ -669,12 +687,13 @@ async def test_killed_in_windows_each_goes_on_where_it_was(
     api = clerk_api.crowd(2_400, small=True, key=KEY)
     async with site(api, embedded_url, tmp_path) as here:
         # As a backfill of many more plans it.
+        written = fingerprint(mapping_file.load("mirror").tables["user"], api.instance_id)
         bounds = ["NULL", *(str(clerk_api.created_at(number)) for number in (600, 1200, 1800))]
         for number, (from_ms, to_ms) in enumerate(itertools.pairwise([*bounds, "NULL"])):
             await here.rows(
                 "INSERT INTO clerk_sync_cursors (kind, part, from_ms, to_ms, seen, finished,"
-                f" begun_at, moved_at) VALUES ('user', {number}, {from_ms}, {to_ms}, 0, 0,"
-                " datetime('now') || '.000000', datetime('now') || '.000000')"
+                f" begun_at, moved_at, mapping) VALUES ('user', {number}, {from_ms}, {to_ms}, 0, 0,"
+                f" datetime('now') || '.000000', datetime('now') || '.000000', '{written}')"
             )
         reaper = Reaper(here, every=6)
         done = await reaper.reap()
@@ -802,7 +821,7 @@ async def test_told_to_stop_it_gives_its_lease_back(
         assert done.out.startswith("went on from the backfill of 20")
         assert "user: read 10, wrote 10, skipped 0" in done.out
         first_page = next(a for a in here.api.asked[mark:] if a.path == PATHS["user"])
-        assert first_page.query["starting_after"] == "user_00499"
+        assert int(first_page.query["created_at_after"]) == reached(here.api, "user_00499")
         await here.in_step()
 
 
@@ -833,7 +852,7 @@ async def test_restart_begins_anew(embedded_url: str, tmp_path: Path) -> None:
         assert done.code == 0, done.err
         assert done.out.startswith("user: read 510, wrote 10, skipped 500 as in step")
         first_page = next(a for a in here.api.asked[mark:] if a.path == PATHS["user"])
-        assert "starting_after" not in first_page.query
+        assert "created_at_after" not in first_page.query
         await here.in_step()
 
 
@@ -920,17 +939,74 @@ async def test_a_database_that_is_away_is_waited_for(
     mysql_server.drop_database("clerk_sync_away")
 
 
-async def test_a_database_that_is_not_there_is_told(tmp_path: Path) -> None:
-    port = database_servers.free_port()
+async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_path: Path) -> None:
+    url = f"mysql://u:hunter2@127.0.0.1:{database_servers.free_port()}/db"
     api = people(1)
     async with api.serving():
-        here = Site(api, f"mysql://u:hunter2@127.0.0.1:{port}/db", tmp_path)
-        done = await here.run("backfill")
-    assert done.code == 1
-    assert done.err.startswith("clerk-sync: ")
-    assert "Can't connect" in done.err
-    assert "hunter2" not in done.err
-    assert api.asked == []
+        here = Site(api, url, tmp_path)
+        command = here.start("backfill")
+
+        async def said() -> str:
+            return command.said
+
+        await deliveries.until(said, lambda text: "database_away" in text)
+        command.signal(signal.SIGTERM)
+        done = await command.ended(seconds=2)
+        assert done.code == 143
+        (told,) = done.logged("database_away")
+        assert "Can't connect" in told["error"]
+        assert told["seconds"] == 60
+        assert "hunter2" not in done.err
+        assert api.asked == []
+        # For as long as later in a run.
+        settings, mapping = settings_of(url, api), mapping_file.load("mirror")
+        begun = time.monotonic()
+        with pytest.raises(Unavailable, match="Can't connect"):
+            async with walks.walks(settings, mapping, Metrics(), patience=1):
+                pass
+        assert time.monotonic() - begun < 3
+
+
+async def test_a_database_that_does_not_let_us_in_is_told_at_once(
+    mysql_server: Managed, tmp_path: Path
+) -> None:
+    url = mysql_server.create_database("clerk_sync_denied")
+    api = people(1)
+    async with api.serving():
+        for wrong in (url.replace("clerk_sync_denied", "clerk_sync_none"), _denied(url)):
+            done = await Site(api, wrong, tmp_path).run("backfill", seconds=10)
+            assert (done.code, done.logged("database_away")) == (1, [])
+    mysql_server.drop_database("clerk_sync_denied")
+
+
+def _denied(url: str) -> str:
+    return sa.make_url(url).set(username="nobody").render_as_string(hide_password=False)
+
+
+@pytest.mark.parametrize("moment", ["before", "lease"])
+async def test_a_database_that_is_lost_at_the_start_is_waited_for(
+    mysql_server: Managed, tmp_path: Path, moment: str
+) -> None:
+    url = mysql_server.create_database("clerk_sync_start")
+    async with site(people(20, 1, 3), url, tmp_path) as here:
+        if moment == "before":
+            await asyncio.to_thread(mysql_server.kill)
+        else:  # with the lease in hand, and nothing done
+
+            async def away() -> None:
+                await asyncio.to_thread(mysql_server.kill)
+                await asyncio.sleep(1)
+                await asyncio.to_thread(mysql_server.start)
+
+            here.api.before_send(1, away, path="/v1/users/count")
+        command = here.start("backfill")
+        if moment == "before":
+            await asyncio.sleep(1)
+            await asyncio.to_thread(mysql_server.start)
+        done = await command.ended()
+        assert done.code == 0, done.err
+        await here.in_step()
+    mysql_server.drop_database("clerk_sync_start")
 
 
 async def test_tables_that_are_not_there_are_told(embedded_url: str, tmp_path: Path) -> None:
@@ -945,7 +1021,7 @@ async def test_tables_that_are_not_there_are_told(embedded_url: str, tmp_path: P
 @pytest.mark.parametrize("fault", ["reset", "truncated", "not_json", "500", "503"])
 async def test_clerk_fails_now_and_then(embedded_url: str, tmp_path: Path, fault: str) -> None:
     async with site(people(510), embedded_url, tmp_path) as here:
-        where: dict[str, Any] = {"path": "/v1/users", "query": "starting_after"}
+        where: dict[str, Any] = {"path": "/v1/users", "query": "created_at_after"}
         kinds = {"reset": clerk_api.reset, "truncated": clerk_api.truncated}
         kinds["not_json"] = clerk_api.not_json
         make = kinds.get(fault)
@@ -959,7 +1035,7 @@ async def test_clerk_fails_now_and_then(embedded_url: str, tmp_path: Path, fault
 
 async def test_clerk_fails_for_good(embedded_url: str, tmp_path: Path) -> None:
     async with site(people(510), embedded_url, tmp_path) as here:
-        refusal = clerk_api.failing(403, path="/v1/users", query="starting_after", times=100)
+        refusal = clerk_api.failing(403, path="/v1/users", query="created_at_after", times=100)
         here.api.faults.append(refusal)
         done = await here.run("backfill")
         assert (done.code, done.out) == (1, "")
@@ -983,7 +1059,7 @@ async def test_what_is_not_clerk_is_told(embedded_url: str, tmp_path: Path) -> N
 
 async def test_429_is_obeyed(embedded_url: str, tmp_path: Path) -> None:
     async with site(people(510, 2, 3), embedded_url, tmp_path) as here:
-        here.api.faults.append(clerk_api.too_many("1", path="/v1/users", query="starting_after"))
+        here.api.faults.append(clerk_api.too_many("1", path="/v1/users", query="created_at_after"))
         done = await here.run("backfill")
         assert done.code == 0, done.err
         (refused,) = [asked for asked in here.api.asked if asked.status == 429]
@@ -1071,7 +1147,7 @@ async def test_a_terminal_has_a_bar_with_rate_and_time_left(
         assert "wrote 1510" in done.out
         drawn = seen.decode()
         assert re.search(
-            r" 66%\|█+\S* +\| 1\.00k/1\.51k \[00:0\d<00:0\d, [\d.]+k? objects/s, user\]", drawn
+            r" 66%\|█+\S* +\| 999/1\.51k \[00:0\d<00:0\d, [\d.]+k? objects/s, user\]", drawn
         ), drawn
         assert "100%|" in drawn
         assert KEY not in drawn

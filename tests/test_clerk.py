@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import unquote
 
@@ -17,11 +20,14 @@ from aiohttp.test_utils import TestServer
 
 from clerk_sync.clerk import (
     API_VERSION,
+    LONGEST_PAUSE,
     PAGE_LIMIT,
     Clerk,
+    ClerkBusy,
     ClerkRefused,
     ClerkUnavailable,
     Rate,
+    Unconfirmed,
     rate_limit,
 )
 from clerk_sync.metrics import Metrics
@@ -39,12 +45,19 @@ ATTEMPTS: Final = 8
 class Asking:
     """A client, and what it is told: the stand-in, the key, the metrics."""
 
-    def __init__(self, api: ClerkApi, session: aiohttp.ClientSession, *, share: float) -> None:
+    def __init__(
+        self, api: ClerkApi, session: aiohttp.ClientSession, *, share: float, patience: float
+    ) -> None:
         self.api = api
         self.key = api.key
         self.metrics = Metrics()
         self.clerk = Clerk(
-            session, f"{api.url}/v1/", lambda: self.key, share=share, metrics=self.metrics
+            session,
+            f"{api.url}/v1/",
+            lambda: self.key,
+            share=share,
+            metrics=self.metrics,
+            patience=patience,
         )
 
     async def users(self) -> list[str]:
@@ -69,9 +82,9 @@ class Asking:
 
 
 @asynccontextmanager
-async def asking(api: ClerkApi, *, share: float = 1) -> AsyncIterator[Asking]:
+async def asking(api: ClerkApi, *, share: float = 1, patience: float = 60) -> AsyncIterator[Asking]:
     async with api.serving(), aiohttp.ClientSession() as session:
-        yield Asking(api, session, share=share)
+        yield Asking(api, session, share=share, patience=patience)
 
 
 @pytest.fixture
@@ -209,7 +222,31 @@ async def test_what_is_not_there_is_none(ask: Asking) -> None:
         assert await ask.clerk.membership("orgmem_1", **(ends | lost)) is None
 
 
-@pytest.mark.parametrize("body", [b"<html>no such page</html>", b"", b"{}", b'{"errors": []}'])
+def error(**fields: object) -> bytes:
+    said = {
+        "code": "resource_not_found",
+        "message": "not found",
+        "long_message": "No user",
+        **fields,
+    }
+    return clerk_api.bytes_of({"errors": [said]})
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"<html>no such page</html>", b"", b"{}", b'{"errors": []}', b'{"errors": [1]}'),
+        *(error(code=code) for code in (None, 404, 0, "", "host_invalid", "route_not_found")),
+        *(error(code=code) for code in ("RESOURCE_NOT_FOUND", "resource_not_found ", ["x"])),
+        error(code="organization_not_found_or_unauthorized"),
+        *(error(message=None), error(long_message=None)),
+        b'{"errors": [{"code": "resource_not_found"}]}',
+        b'{"errors": {"code": "resource_not_found"}}',
+        b'[{"code": "resource_not_found"}]',
+        clerk_api.bytes_of({"code": "resource_not_found", "message": "not found"}),
+        error()[:-2] + b',{"code":"host_invalid","message":"","long_message":""}]}',
+    ],
+)
 async def test_only_clerk_can_say_that_something_is_not_there(ask: Asking, body: bytes) -> None:
     """A proxy's 404, or another address's, would delete everybody."""
     ask.api.faults.append(clerk_api.failing(404, body=body, times=100))
@@ -220,15 +257,103 @@ async def test_only_clerk_can_say_that_something_is_not_there(ask: Asking, body:
         lambda: ask.clerk.membership("orgmem_1", **ends),
     ]
     for look in looks:
-        with pytest.raises((ClerkRefused, ClerkUnavailable)):
+        with pytest.raises(Unconfirmed):
             await look()
 
 
-@pytest.mark.parametrize("body", [b"[]", b"1", b"null", b'{"id": "user_2"}'])
-async def test_one_object_is_the_one_that_was_asked_for(ask: Asking, body: bytes) -> None:
-    ask.api.faults.append(clerk_api.failing(200, body=body, times=100))
-    with pytest.raises(ClerkUnavailable, match="CLERK_API_URL"):
+@pytest.mark.parametrize("status", [400, 405, 410, 422, 451])
+async def test_another_status_is_no_word_for_it(ask: Asking, status: int) -> None:
+    ask.api.faults.append(clerk_api.failing(status, body=error(), times=3))
+    with pytest.raises(Unconfirmed):
         await ask.clerk.one("user", "user_1")
+    with pytest.raises(Unconfirmed):
+        await ask.clerk.one("organization", "org_1")
+    with pytest.raises(Unconfirmed):
+        await ask.clerk.membership("orgmem_1", organization="org_1", user="user_3")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        *(b"[]", b"1", b"null", b'{"id": "user_2"}', b'{"status": "maintenance"}'),
+        *(error(), b'{"data": {"object": "user", "id": "user_1"}}', b'{"id": "user_1"}'),
+        *(b'{"object": "user", "id": "USER_1"}', b'{"object": "User", "id": "user_1"}'),
+        b'{"object": "session", "id": "user_1", "deleted": true}',
+    ],
+)
+async def test_one_object_is_the_one_that_was_asked_for(ask: Asking, body: bytes) -> None:
+    ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/users/"))
+    with pytest.raises(Unconfirmed, match="CLERK_API_URL"):
+        await ask.clerk.one("user", "user_1")
+    body = body.replace(b"user_1", b"org_1").replace(b"USER_1", b"ORG_1")
+    body = body.replace(b'"user"', b'"organization"').replace(b'"User"', b'"Organization"')
+    ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/organizations/"))
+    with pytest.raises(Unconfirmed, match="CLERK_API_URL"):
+        await ask.clerk.one("organization", "org_1")
+
+
+async def test_an_organization_of_this_slug_is_another_one(ask: Asking) -> None:
+    ask.api.put_organization("org_2", slug="org_gone")
+    with pytest.raises(Unconfirmed):
+        await ask.clerk.one("organization", "org_gone")
+
+
+ANOTHERS: Final = {
+    "object": "organization_membership",
+    "id": "orgmem_2",
+    "organization": {"id": "org_1"},
+    "public_user_data": {"user_id": "user_2"},
+}
+REJOINED: Final = ANOTHERS | {"public_user_data": {"user_id": "user_3"}}
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        *({"data": []}, {"data": [], "total_count": 1}, {"data": [], "total_count": None}),
+        *({"data": {}, "total_count": 0}, {"errors": [], "total_count": 0}, []),
+        # Somebody else's: whoever answers did not look at whose were asked for.
+        *({"data": [ANOTHERS], "total_count": 1}, {"data": [ANOTHERS], "total_count": 700}),
+        {"data": [ANOTHERS, REJOINED], "total_count": 2},
+        {"data": [REJOINED | {"organization": None}], "total_count": 1},
+        {"data": [REJOINED], "total_count": 2},
+        {"data": [REJOINED | {"object": "user", "id": "orgmem_1"}], "total_count": 2},
+    ],
+)
+async def test_a_membership_is_gone_only_by_a_list_that_is_whole(
+    ask: Asking, answer: object
+) -> None:
+    body = clerk_api.bytes_of(answer)
+    ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/organizations/"))
+    with pytest.raises(Unconfirmed):
+        await ask.clerk.membership("orgmem_1", organization="org_1", user="user_3")
+
+
+async def test_a_membership_of_who_joined_again_is_gone(ask: Asking) -> None:
+    body = clerk_api.bytes_of({"data": [REJOINED], "total_count": 1})
+    ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/organizations/"))
+    assert await ask.clerk.membership("orgmem_1", organization="org_1", user="user_3") is None
+
+
+@pytest.mark.parametrize("count", [-1, True, None, "3", 1.5, 10**13])
+async def test_a_count_is_a_number_of_objects(ask: Asking, count: object) -> None:
+    body = clerk_api.bytes_of({"data": [], "total_count": count})
+    ask.api.faults.append(clerk_api.failing(200, body=body, times=9))
+    with pytest.raises(ClerkUnavailable, match="total_count"):
+        await ask.clerk.count("user")
+    with pytest.raises(ClerkUnavailable, match="total_count"):
+        await ask.clerk.listed("organization", 0)
+
+
+async def test_the_instance_of_a_key_is_told_if_at_all(ask: Asking) -> None:
+    assert await ask.clerk.instance() == ask.api.instance_id
+    for fault in (
+        clerk_api.failing(404),
+        clerk_api.failing(403),
+        *(clerk_api.failing(200, body=body) for body in (b"{}", b"[]", b'{"id": 3}')),
+    ):
+        ask.api.faults[:] = [fault]
+        assert await ask.clerk.instance() is None
 
 
 async def test_a_list_that_is_not_there_is_refused(ask: Asking) -> None:
@@ -440,11 +565,54 @@ async def test_a_wait_that_cannot_be_read_is_a_second(ask: Asking, retry_after: 
     reading.cancel()
 
 
-async def test_429_without_end_is_given_up(ask: Asking) -> None:
-    ask.api.faults.append(clerk_api.too_many("0", times=1000))
-    with pytest.raises(ClerkUnavailable, match="429"):
-        await ask.users()
-    assert len(ask.api.asked) < 50
+async def test_429_without_end_is_given_up_and_burns_no_requests() -> None:
+    async with asking(clerk_api.ClerkApi(), patience=4) as ask:
+        ask.api.faults.append(clerk_api.too_many("0", times=1000))
+        with pytest.raises(ClerkBusy, match="429") as busy:
+            await ask.users()
+        first, second, third = ask.api.asked
+        assert second.at - first.at >= 1
+        assert third.at - second.at >= 2
+        assert 0 < busy.value.seconds <= 4
+
+
+def in_seconds(seconds: int) -> str:
+    return format_datetime(datetime.now(UTC) + timedelta(seconds=seconds), usegmt=True)
+
+
+@pytest.mark.parametrize("how", ["seconds", "date"])
+async def test_a_wait_of_a_day_is_a_minute_and_is_said_at_once(
+    how: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whoever has no such patience hears how long it takes, now and for as long as it holds."""
+    async with asking(clerk_api.ClerkApi(), patience=10) as ask:
+        day = "86400" if how == "seconds" else in_seconds(86_400)
+        ask.api.faults.append(clerk_api.too_many(day))
+        for _ in range(2):
+            begun = time.monotonic()
+            with pytest.raises(ClerkBusy) as busy:
+                await ask.users()
+            assert time.monotonic() - begun < 0.5
+            assert 58 < busy.value.seconds <= LONGEST_PAUSE == 60
+        assert len(ask.api.asked) == 1
+    lines = [line for line in capsys.readouterr().out.splitlines() if "clerk_says_wait" in line]
+    assert len(lines) == 1
+    assert re.search(r"pause=60 +seconds=(86400|86399)", lines[0])
+
+
+async def test_a_date_to_wait_for_is_waited_for(ask: Asking) -> None:
+    ask.api.faults.append(clerk_api.too_many(in_seconds(3)))
+    begun = time.monotonic()
+    await ask.users()
+    assert 1.5 < time.monotonic() - begun < 4
+
+
+async def test_the_log_tells_once_of_many_long_waits(
+    ask: Asking, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ask.api.faults.append(clerk_api.too_many("5", times=2))
+    await asyncio.gather(ask.users(), ask.users())
+    assert capsys.readouterr().out.count("clerk_says_wait") == 1
 
 
 async def test_a_share_of_the_rate_is_kept() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, Final
 
@@ -255,6 +256,28 @@ async def test_clerk_hangs(embedded_url: str, api: ClerkApi) -> None:
         # Who gave up has not taken the answer from who did not.
         assert (await second).status == 200
         assert len(api.asked_for(ADA)) == 1
+
+
+async def test_while_clerk_says_to_wait_it_says_so_at_once(
+    embedded_url: str, api: ClerkApi
+) -> None:
+    api.faults.append(clerk_api.too_many("86400", path=ADA))
+    async with served(embedded_url, api) as at:
+        for _ in range(3):
+            begun = time.monotonic()
+            reply = await ensure(at)
+            assert time.monotonic() - begun < 1
+            assert reply.status == 503
+            assert 50 < int(reply.headers["Retry-After"]) <= 60
+            assert "429" in reply.json["error"]
+        assert len(api.asked_for(ADA)) == 1
+
+
+async def test_a_short_wait_is_waited_for(embedded_url: str, api: ClerkApi) -> None:
+    api.faults.append(clerk_api.too_many("0", path=ADA, times=2))
+    async with served(embedded_url, api) as at:
+        assert (await ensure(at)).status == 200
+        assert len(api.asked_for(ADA)) == 3
 
 
 async def test_the_database_goes_while_clerk_is_asked(mysql_server: Managed, api: ClerkApi) -> None:

@@ -391,7 +391,7 @@ async def test_where_a_run_stands_is_kept_by_its_own_lease_only(database: Databa
         f"INSERT INTO clerk_sync_leases VALUES ('{NAME}', 'the second', 2, 0)",
     )
     begun = Part("user", seen=0)
-    await progress.planned(database.engine, [begun])
+    await progress.planned(database.engine, [begun], "")
     await progress.started(database.engine, "backfill")
     further = replace(begun, after="user_b", reached_ms=7, seen=2)
     store = Store({}, Compiler(database.engine.dialect))

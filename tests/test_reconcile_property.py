@@ -29,11 +29,11 @@ if TYPE_CHECKING:
 USERS: Final = ("user_a", "user_A", "user_b", "user_c")
 ORGANIZATIONS: Final = ("org_1", "org_2")
 MEMBERS: Final = {
-    "m_1": ("user_a", "org_1"),
-    "m_2": ("user_b", "org_1"),
-    "m_3": ("user_a", "org_2"),
-    "m_4": ("user_A", "org_2"),
-    "m_5": ("user_c", "org_2"),
+    "orgmem_1": ("user_a", "org_1"),
+    "orgmem_2": ("user_b", "org_1"),
+    "orgmem_3": ("user_a", "org_2"),
+    "orgmem_4": ("user_A", "org_2"),
+    "orgmem_5": ("user_c", "org_2"),
 }
 IDS: Final = (*USERS, *ORGANIZATIONS, *MEMBERS)
 KIND: Final = (
@@ -362,11 +362,11 @@ DAMAGED: Final[tuple[tuple[Damage, str], ...]] = (
     ("column altered", "user_b"),
     ("state ahead", "org_1"),
     ("state older", "org_2"),
-    ("ends altered", "m_1"),
-    ("row missing", "m_2"),
-    ("state ahead", "m_3"),
+    ("ends altered", "orgmem_1"),
+    ("row missing", "orgmem_2"),
+    ("state ahead", "orgmem_3"),
     ("row back", "user_c"),
-    ("row back", "m_5"),
+    ("row back", "orgmem_5"),
     ("unmarked by hand", "user_c"),
 )
 GONE: Final = (Step("delete", "user_c", "delivered"),)
@@ -379,14 +379,14 @@ def then(path: str, what: What, clerk_id: str, *, old: bool = False) -> Meanwhil
 
 # After the page, and before what the walk missed is asked for.
 BEHIND: Final = (
-    then("/v1/users/count", "create", "m_5"),
+    then("/v1/users/count", "create", "orgmem_5"),
     then("/v1/users/count", "delete", "user_a"),
     then("/v1/users/count", "update", "user_b"),
 )
 OUTRUN: Final = (
     then("/v1/users", "delete", "user_A", old=True),
     then("/v1/organizations", "update", "org_2", old=True),
-    then("/v1/organization_memberships", "delete", "m_1", old=True),
+    then("/v1/organization_memberships", "delete", "orgmem_1", old=True),
     then("/v1/organization_memberships", "delete", "user_a", old=True),
 )
 

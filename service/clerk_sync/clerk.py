@@ -7,10 +7,13 @@ obeys 429; and asks again where a server or a connection failed.
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import time
 from collections import deque
 from dataclasses import dataclass
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, urlencode
 
@@ -23,7 +26,7 @@ from pydantic_core import from_json
 from clerk_sync.decoding import decoded
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Callable, Sequence
 
     from clerk_sync.metrics import Metrics
 
@@ -40,16 +43,34 @@ DEVELOPMENT_RATE: Final = 100
 # What the way to Clerk may push together of requests that left further apart.
 _RATE_MARGIN: Final = 0.25
 _ATTEMPTS: Final = 8
-_PATIENCE_429: Final = 30
-_LONGEST_PAUSE: Final = 3600.0
+# A Retry-After of 0 would burn what is left of the limit; one of a day would keep everybody
+# waiting although Clerk may be well again in a minute.
+SHORTEST_PAUSE: Final = 1.0
+LONGEST_PAUSE: Final = 60.0
+# How long a run waits for one answer while Clerk says to wait.
+PATIENCE_SECONDS: Final = 900.0
+# A pause that is worth a line in the log.
+_LONG_PAUSE: Final = 5.0
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60, sock_connect=10)
 # Organizations are a feature that an instance may not have switched on.
 _SWITCHED_OFF: Final = "organization_not_enabled_in_instance"
+# Of a user and of an organization, `UserNotFound` and `OrganizationNotFound`:
+# https://clerk.com/docs/guides/development/errors/backend-api. Another code that comes with 404,
+# `organization_not_found_or_unauthorized`, may mean one that is there.
+_MISSING: Final = "resource_not_found"
+# The key, or the address: true of every other question as well.
+_OF_EVERYTHING: Final = (401, 402, 403)
+_MOST: Final = 10**12
 _NO_ADDRESS: Final = "CLERK_API_URL: is no address such as https://api.clerk.com/v1"
 _PATHS: Final = {
     "user": "users",
     "organization": "organizations",
     "organizationMembership": "organization_memberships",
+}
+_OBJECTS: Final = {
+    "user": "user",
+    "organization": "organization",
+    "organizationMembership": "organization_membership",
 }
 
 
@@ -57,13 +78,32 @@ class ClerkUnavailable(Exception):  # noqa: N818
     """Clerk did not answer, or not usefully, however often it was asked."""
 
 
-class ClerkRefused(Exception):  # noqa: N818
-    """Clerk will not answer this: a wrong key, a feature that is off; `status` is HTTP's."""
+class ClerkBusy(ClerkUnavailable):
+    """Clerk says to wait for longer than may be waited: `seconds` from now."""
 
-    def __init__(self, status: int, code: str, message: str) -> None:
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"Clerk answers 429, for {math.ceil(seconds)} s more: its rate limit is used up, by "
+            "your app or by another run"
+        )
+        self.seconds = seconds
+
+
+class Unconfirmed(ClerkUnavailable):
+    """Clerk neither gave this very object nor said, in its own words, that there is none."""
+
+
+class ClerkRefused(Exception):  # noqa: N818
+    """Clerk will not answer this: a wrong key, a feature that is off; `status` is HTTP's.
+
+    `missing` says that it is Clerk's own word for an object that is not there.
+    """
+
+    def __init__(self, status: int, code: str, message: str, *, missing: bool = False) -> None:
         super().__init__(message)
         self.status = status
         self.code = code
+        self.missing = missing
 
     @property
     def switched_off(self) -> bool:
@@ -96,13 +136,23 @@ class Rate:
         """Begin nothing for so long."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
-    async def turn(self) -> None:
-        """Wait until one more may begin."""
+    async def turn(self, patience: float = math.inf) -> None:
+        """Wait until one more may begin.
+
+        Raises ClerkBusy where Clerk says to wait for more than `patience` seconds.
+        """
+        self._check(patience)
         async with self._turn:
             while (wait := self._wait()) > 0:
+                self._check(patience)
                 self._waited(wait)
                 await asyncio.sleep(wait)
             self._begun.append(time.monotonic())
+
+    def _check(self, patience: float) -> None:
+        paused = self._paused_until - time.monotonic()
+        if paused > patience:
+            raise ClerkBusy(paused)
 
     def _wait(self) -> float:
         now = time.monotonic()
@@ -128,14 +178,30 @@ class Clerk:
         *,
         share: float,
         metrics: Metrics,
+        patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """`key` gives the secret key as it is now, `share` the part of its rate limit to use."""
+        """`key` gives the secret key as it is now, `share` the part of its rate limit to use.
+
+        `patience` is how many seconds one answer may take while Clerk says to wait.
+        """
         self._session = session
         self._url = url.rstrip("/")
         self._key = key
         self._metrics = metrics
         self._share = share
+        self._patience = patience
         self._rate: Rate | None = None
+        # The log has been told that Clerk says to wait.
+        self._told = False
+
+    async def instance(self) -> str | None:
+        """The id of the instance that the key is of, None where whoever answers does not tell."""
+        try:
+            found = (await self._get("instance")).json
+        except (ClerkRefused, ClerkUnavailable):
+            return None
+        name = found.get("id") if isinstance(found, dict) else None
+        return name if isinstance(name, str) and name.startswith("ins_") else None
 
     async def count(self, kind: str) -> int:
         """How many objects of a listed kind there are."""
@@ -146,14 +212,24 @@ class Clerk:
         return _whole(counted, "total_count")
 
     async def users(
-        self, *, after: str | None, from_ms: int | None, to_ms: int | None, limit: int = PAGE_LIMIT
+        self,
+        *,
+        from_ms: int | None,
+        to_ms: int | None,
+        after: str | None = None,
+        offset: int | None = None,
+        limit: int = PAGE_LIMIT,
     ) -> Read:
-        """Users in the order of creation; those created in [from_ms, to_ms), after this id."""
+        """Users in the order of creation: those created in [from_ms, to_ms).
+
+        Those after this id, or beyond so many; Clerk does not take both.
+        """
         read = await self._get(
             "users",
             limit=limit,
             order_by="+created_at",
             starting_after=after,
+            offset=offset,
             **_window(from_ms, to_ms),
         )
         return Read(_objects(read.json), read.began_ms)
@@ -162,7 +238,7 @@ class Clerk:
         """How many of these users there are; at most 100 may be asked for."""
         return _whole((await self._get("users/count", user_id=[*ids])).json, "total_count")
 
-    async def count_users(self, from_ms: int, to_ms: int) -> int:
+    async def count_users(self, from_ms: int | None, to_ms: int | None) -> int:
         """How many users were created in [from_ms, to_ms)."""
         counted = await self._get("users/count", **_window(from_ms, to_ms))
         return _whole(counted.json, "total_count")
@@ -177,35 +253,51 @@ class Clerk:
         return Read(objects, read.began_ms), _whole(read.json, "total_count")
 
     async def one(self, kind: str, clerk_id: str) -> Read | None:
-        """A user or an organization as it is now; None when Clerk answers that there is none."""
+        """A user or an organization as it is now; None when Clerk says that there is none.
+
+        Raises Unconfirmed for every answer that is neither.
+        """
         if clerk_id == "count":  # GET /users/count is another question
-            return None
+            raise Unconfirmed(f"Clerk cannot be asked for a {kind} of this id")
         extra = {"include_members_count": "true"} if kind == "organization" else {}
         read = await self._found(f"{_PATHS[kind]}/{_segment(clerk_id)}", **extra)
-        if read is None or (isinstance(read.json, dict) and read.json.get("id") == clerk_id):
+        if read is None or _is(read.json, kind, clerk_id):
             return read
-        if kind == "organization" and isinstance(read.json, dict):
-            return None  # found by its slug, which an id may look like
-        raise ClerkUnavailable(f"CLERK_API_URL: what answers there is not Clerk: no {kind}")
+        # An organization is found by its slug as well, which an id may look like.
+        raise Unconfirmed(f"CLERK_API_URL: what answers there is not Clerk: not this {kind}")
 
     async def membership(self, clerk_id: str, *, organization: str, user: str) -> Read | None:
-        """A membership as it is now; None when its organization or its user has it no more."""
+        """A membership as it is now; None when its organization or its user has it no more.
+
+        None only by Clerk's word for the organization, or by a list of this user's memberships
+        that is whole. Raises Unconfirmed for every other answer.
+        """
         path = f"organizations/{_segment(organization)}/memberships"
         read = await self._found(path, user_id=user, limit=PAGE_LIMIT)
         if read is None:
             return None
-        objects = _objects(read.json.get("data") if isinstance(read.json, dict) else None)
-        there = next((one for one in objects if one.get("id") == clerk_id), None)
-        return None if there is None else Read(there, read.began_ms)
+        try:
+            objects = _objects(read.json.get("data") if isinstance(read.json, dict) else None)
+            total = _whole(read.json, "total_count")
+        except ClerkUnavailable as error:
+            raise Unconfirmed(str(error)) from None
+        for one in objects:
+            if _is(one, "organizationMembership", clerk_id):
+                return Read(one, read.began_ms)
+        if total == len(objects) and all(_ends(one) == (organization, user) for one in objects):
+            return None
+        raise Unconfirmed("Clerk's list of one user's memberships is not whole, or not this user's")
 
     async def _found(self, path: str, **query: object) -> Read | None:
         try:
             return await self._get(path, **query)
         except ClerkRefused as error:
-            # Without a code it is not Clerk's: a proxy's, or that of a wrong address.
-            if error.status == 404 and error.code:  # noqa: PLR2004
+            if error.missing:
                 return None
-            raise
+            if error.status in _OF_EVERYTHING or error.status < 400:  # noqa: PLR2004
+                raise
+            # A proxy's, or that of a wrong address, or of a question that Clerk does not take.
+            raise Unconfirmed(str(error)) from None
 
     async def _get(self, path: str, **query: object) -> Read:
         # yarl would leave a `+` as it is, which a server reads as a space.
@@ -220,21 +312,31 @@ class Clerk:
                 on=_Again, attempts=_ATTEMPTS, timeout=None, wait_initial=0.25, wait_max=10
             ):
                 with attempt:
-                    for _ in range(_PATIENCE_429):
-                        read = await self._attempt(url)
-                        if read is not None:
-                            return read
-                    raise ClerkUnavailable("Clerk answers 429, whatever the wait")
+                    return await self._answered(url)
         except _Again as error:
             raise ClerkUnavailable(f"Clerk, {url.path}: {error}") from error
         raise AssertionError  # the loop returns or raises
 
-    async def _attempt(self, url: yarl.URL) -> Read | None:
-        """One request; None when Clerk says to wait, which the next one will do."""
+    async def _answered(self, url: yarl.URL) -> Read:
+        """Ask until Clerk does not say to wait. Raises ClerkBusy when that takes too long."""
+        deadline = time.monotonic() + self._patience
+        least = SHORTEST_PAUSE
+        while True:
+            left = max(0.0, deadline - time.monotonic())
+            read = await self._attempt(url, patience=left, least=least)
+            if read is not None:
+                return read
+            least = min(2 * least, LONGEST_PAUSE)
+
+    async def _attempt(self, url: yarl.URL, *, patience: float, least: float) -> Read | None:
+        """One request; None when Clerk says to wait, which the next one will do.
+
+        `patience` is for its turn, `least` the shortest pause if Clerk says to wait: in seconds.
+        """
         if self._rate is None:
             limit = int(rate_limit(self._key()) * self._share)
             self._rate = Rate(limit, self._metrics.clerk_waited)
-        await self._rate.turn()
+        await self._rate.turn(patience)
         key = self._key()
         headers = {
             "Authorization": f"Bearer {key}",
@@ -254,8 +356,14 @@ class Clerk:
             raise _Again(f"no answer: {type(error).__name__}") from None
         self._metrics.clerk_asked(response.status)
         if response.status == 429:  # noqa: PLR2004
-            self._rate.pause(_seconds(response.headers.get("Retry-After")))
+            said = _seconds(response.headers.get("Retry-After"))
+            pause = min(max(said, least), LONGEST_PAUSE)
+            self._rate.pause(pause)
+            if pause >= _LONG_PAUSE and not self._told:
+                self._told = True
+                log.warning("clerk_says_wait", seconds=math.ceil(said), pause=math.ceil(pause))
             return None
+        self._told = False
         if response.status >= 500:  # noqa: PLR2004
             raise _Again(f"answers {response.status}")
         if response.status != 200:  # noqa: PLR2004
@@ -287,32 +395,75 @@ def _objects(value: object) -> list[dict[str, Any]]:
     return value
 
 
+def _is(value: object, kind: str, clerk_id: str) -> bool:
+    """Whether this is that very object."""
+    return (
+        isinstance(value, dict)
+        and value.get("object") == _OBJECTS[kind]
+        and value.get("id") == clerk_id
+    )
+
+
+def _ends(membership: dict[str, Any]) -> tuple[object, object]:
+    """The ids of its organization and its user, None where it does not tell."""
+    organization, user = membership.get("organization"), membership.get("public_user_data")
+    return (
+        organization.get("id") if isinstance(organization, dict) else None,
+        user.get("user_id") if isinstance(user, dict) else None,
+    )
+
+
 def _whole(value: object, name: str) -> int:
     number = value.get(name) if isinstance(value, dict) else None
-    if not isinstance(number, int):
+    if not isinstance(number, int) or isinstance(number, bool) or not 0 <= number <= _MOST:
         raise ClerkUnavailable(f"CLERK_API_URL: what answers there is not Clerk: no {name}")
     return number
 
 
 def _seconds(retry_after: str | None) -> float:
-    """Clerk's Retry-After is in seconds."""
-    if retry_after is None or not re.fullmatch(r"\d{1,6}", retry_after):
-        return 1.0
-    return min(float(retry_after), _LONGEST_PAUSE)
+    """How long to wait: Clerk's Retry-After is in seconds, a proxy's may be a date."""
+    text = (retry_after or "").strip()
+    if re.fullmatch(r"[0-9]{1,9}", text):
+        return float(text)
+    try:
+        until = parsedate_to_datetime(text)
+    except ValueError:
+        return SHORTEST_PAUSE
+    until = until if until.tzinfo is not None else until.replace(tzinfo=UTC)
+    return max(0.0, (until - datetime.now(UTC)).total_seconds())
 
 
 def _refused(status: int, path: str, body: bytes) -> ClerkRefused:
     """Clerk's own words, from {errors: [{code, message}]}; and what to do, where that is known."""
-    code = message = ""
-    try:
-        errors: Mapping[str, Any] = from_json(body)["errors"][0]
-        code, message = str(errors.get("code", "")), str(errors.get("message", ""))
-    except (ValueError, TypeError, LookupError, AttributeError):
-        pass
+    errors = _errors(body)
+    first = errors[0] if errors else {}
+    code, message = (
+        value if isinstance(value := first.get(name), str) else "" for name in ("code", "message")
+    )
     told = f": {message[:200]}" if message else ""
     hint = ""
     if status in (401, 403) and code != _SWITCHED_OFF:
         hint = "; copy the secret key (sk_…) of this instance into CLERK_SECRET_KEY again"
     elif status in range(300, 400):
         hint = "; CLERK_API_URL is not where Clerk's API is"
-    return ClerkRefused(status, code, f"Clerk answers {status} to {path}{told}{hint}")
+    # As its API's description requires them all, which gateways do not know.
+    missing = bool(errors) and all(
+        one.get("code") == _MISSING
+        and isinstance(one.get("message"), str)
+        and isinstance(one.get("long_message"), str)
+        for one in errors
+    )
+    text = f"Clerk answers {status} to {path}{told}{hint}"
+    return ClerkRefused(status, code, text, missing=missing and status == 404)  # noqa: PLR2004
+
+
+def _errors(body: bytes) -> list[dict[str, Any]]:
+    """The errors in an answer of Clerk's form, none where it has another."""
+    try:
+        answer = from_json(body)
+    except ValueError:
+        return []
+    errors = answer.get("errors") if isinstance(answer, dict) else None
+    if not isinstance(errors, list) or not all(isinstance(one, dict) for one in errors):
+        return []
+    return errors

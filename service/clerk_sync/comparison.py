@@ -148,7 +148,9 @@ def _compared(
         ):
             return lingering(change, target, stored, change.event_ms)
     places = target.differing(row, stored) if stored is not None else []
-    behind = state is None or state.version_ms < change.version_ms
+    # Without a time of its own, an object's version is when it was asked for.
+    dated = change.version_ms != change.event_ms
+    behind = state is None or (state.version_ms < change.version_ms and (dated or bool(places)))
     # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
     far = state is not None and state.version_ms > change.version_ms + SETTLED_MS
     if stored is not None and not places and not behind and not far:

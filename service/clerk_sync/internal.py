@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
@@ -10,7 +11,7 @@ from aiohttp import web
 
 from clerk_sync import profiles
 from clerk_sync.answers import RETRY_AFTER_SECONDS, Outcome, Reason
-from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
+from clerk_sync.clerk import ClerkBusy, ClerkRefused, ClerkUnavailable
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Unmapped
 
@@ -127,6 +128,8 @@ class InternalListener:
             return _json({"error": str(error)}, status=404)
         except ClerkRefused as error:
             return _json({"error": str(error)}, status=502)
+        except ClerkBusy as error:
+            return _sorry(str(error), retry_after=str(math.ceil(error.seconds)))
         except (ClerkUnavailable, Unavailable, TimeoutError):
             return _sorry("Clerk or the database is not reachable")
         if ensured.row is not None:
@@ -144,7 +147,7 @@ def _json(value: object, status: int = 200) -> web.Response:
     )
 
 
-def _sorry(detail: str) -> web.Response:
+def _sorry(detail: str, *, retry_after: str = RETRY_AFTER_SECONDS) -> web.Response:
     response = _json({"error": detail}, status=503)
-    response.headers["Retry-After"] = RETRY_AFTER_SECONDS
+    response.headers["Retry-After"] = retry_after
     return response

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
@@ -13,7 +13,7 @@ import stamina
 import structlog
 
 from clerk_sync import events
-from clerk_sync.answers import DRIFTS, Outcome, Verdict
+from clerk_sync.answers import DRIFTS, Outcome, Reason, Verdict
 from clerk_sync.columns import as_text
 from clerk_sync.comparison import Compared, compared
 from clerk_sync.database import COMMIT, NO_PARAMETERS
@@ -40,6 +40,9 @@ _READERS: Final = 2
 _PATIENCE_SECONDS: Final = 60.0
 _FIRST_WAIT: Final = 0.1
 _LONGEST_WAIT: Final = 5.0
+# Refusals that other rows decide: a key that refers to a row, a value that somebody else has.
+_OF_OTHERS: Final = (Reason.REFUSED, Reason.CONFLICT)
+_REFUSED_MOST: Final = 10_000
 
 _T = TypeVar("_T")
 
@@ -92,6 +95,8 @@ class Mending:
         self._told = told
         # The kinds of whose last page nothing was here.
         self._new: set[str] = set()
+        # What the database refused for what else is there, or is not: with when it was read.
+        self._refused: dict[str, dict[str, tuple[dict[str, Any], int]]] = defaultdict(dict)
         self._idle: list[Connection] = []
         self._turns = asyncio.Semaphore(_READERS)
 
@@ -100,15 +105,26 @@ class Mending:
         while self._idle:
             self._idle.pop().close()
 
+    def refused(self, kind: str) -> list[tuple[dict[str, Any], int]]:
+        """Objects that the database refused for what other rows hold, and when each was read.
+
+        They are forgotten here.
+        """
+        return [*self._refused.pop(kind, {}).values()]
+
     async def take(
-        self, kind: str, objects: Sequence[dict[str, Any]], *, began_ms: int
+        self, kind: str, objects: Sequence[dict[str, Any]], *, began_ms: int, again: bool = False
     ) -> list[Compared]:
         """Bring the rows of these objects into step; those that are `ahead` are left, and given.
 
-        Raises Unavailable when the database stays away.
+        `again` says that they were counted as refused. Raises Unavailable when the database
+        stays away.
         """
         tally = self.tallies[kind]
-        tally.read += len(objects)
+        if again:
+            tally.found[Verdict.UNFIT] -= len(objects)
+        else:
+            tally.read += len(objects)
         changes = self._changes(kind, objects, began_ms, tally)
         if not changes:
             return []
@@ -127,7 +143,14 @@ class Mending:
                 log.warning("deleted_here", kind=kind, clerk_id=one.clerk_id)
             if one.mend is None:
                 tally.found[one.verdict] += 1
-        await self.mend(kind, [one for one in found if one.mend is not None and one.ahead is None])
+        refused = await self.mend(
+            kind, [one for one in found if one.mend is not None and one.ahead is None]
+        )
+        if refused and not again:
+            there = {one.get("id"): one for one in objects}
+            kept = self._refused[kind]
+            for clerk_id in refused[: max(0, _REFUSED_MOST - len(kept))]:
+                kept[clerk_id] = (there[clerk_id], began_ms)
         self._expect(kind, found)
         return [one for one in found if one.ahead is not None]
 
@@ -191,15 +214,19 @@ class Mending:
         # With no event's time, so that the mend, which has one, is newer.
         await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms))
 
-    async def mend(self, kind: str, found: Sequence[Compared]) -> None:
-        """Write these mends, and count what they came to."""
+    async def mend(self, kind: str, found: Sequence[Compared]) -> list[str]:
+        """Write these mends, and count what they came to.
+
+        The ids of those that the database refused for what other rows hold.
+        """
+        refused: list[str] = []
         tally = self.tallies[kind]
         mends = [(one, one.mend) for one in found if one.mend is not None]
         if self._committer is None:
             for one, _ in mends:
                 tally.found[one.verdict] += 1
                 self._told(kind, one)
-            return
+            return refused
         answers = await self._committed([change for _, change in mends])
         for (one, _), answer in zip(mends, answers, strict=True):
             match answer.outcome:
@@ -211,10 +238,13 @@ class Mending:
                     reason = answer.reason.value if answer.reason else None
                     log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
                     tally.found[Verdict.UNFIT] += 1
+                    if answer.reason in _OF_OTHERS:
+                        refused.append(one.clerk_id)
                 case Outcome.ERROR:
                     raise RuntimeError(f"{kind} {one.clerk_id} could not be written")
                 case _:  # something newer came between
                     tally.found[Verdict.NEWER] += 1
+        return refused
 
     async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
         """Commit the changes, again and again while the database is away. Raises Lost."""

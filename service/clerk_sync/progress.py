@@ -26,8 +26,11 @@ if TYPE_CHECKING:
     from clerk_sync.mending import Mending
 
 Name = Literal["backfill", "reconcile", "count"]
-# A walk outlives a failover.
-_patient: Final = stamina.retry(on=Unavailable, attempts=20, timeout=60.0, wait_max=5.0)
+PATIENCE_SECONDS: Final = 60.0
+"""How long a database may be away before a walk gives up."""
+patient: Final = stamina.retry(
+    on=Unavailable, attempts=None, timeout=PATIENCE_SECONDS, wait_max=5.0
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,6 +44,7 @@ class Run:
     report: Mapping[str, Any] | None
 
 
+@patient
 async def begun(engine: AsyncEngine) -> datetime | None:
     """When the backfill began whose cursors are kept, None where there is none."""
     with engine_errors_told():
@@ -49,6 +53,7 @@ async def begun(engine: AsyncEngine) -> datetime | None:
     return at if at is None or isinstance(at, datetime) else datetime.fromisoformat(str(at))
 
 
+@patient
 async def parts(engine: AsyncEngine) -> dict[str, list[Part]]:
     """The parts of the backfill that was not finished, by kind."""
     query = sa.select(cursors).order_by(cursors.c.kind, cursors.c.part)
@@ -70,8 +75,20 @@ async def parts(engine: AsyncEngine) -> dict[str, list[Part]]:
     return found
 
 
-async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
-    """Keep these parts, none of which is kept yet."""
+async def mappings(engine: AsyncEngine) -> dict[str, str | None]:
+    """For what the parts of each kind are kept: a hash of its mapping."""
+    query = sa.select(cursors.c.kind, cursors.c.mapping).distinct()
+    found: dict[str, str | None] = {}
+    with engine_errors_told():
+        async with engine.connect() as connection:
+            for kind, mapping in await connection.execute(query):
+                found[kind] = mapping if found.get(kind, mapping) == mapping else None
+    return found
+
+
+@patient
+async def planned(engine: AsyncEngine, new: Sequence[Part], mapping: str) -> None:
+    """Keep these parts, all there are of their kind, for what has this hash."""
     now = _now()
     rows = [
         {
@@ -85,11 +102,14 @@ async def planned(engine: AsyncEngine, new: Sequence[Part]) -> None:
             "finished": part.finished,
             "begun_at": now,
             "moved_at": now,
+            "mapping": mapping,
         }
         for part in new
     ]
     with engine_errors_told():
         async with engine.begin() as connection:
+            kinds = {part.kind for part in new}
+            await connection.execute(sa.delete(cursors).where(cursors.c.kind.in_(kinds)))
             await connection.execute(sa.insert(cursors), rows)
 
 
@@ -107,14 +127,16 @@ async def moved(mending: Mending, part: Part) -> None:
     await mending.write(mending.store.moved(part.kind, part.number, to=to))
 
 
-@_patient
-async def forget(engine: AsyncEngine, lease: Lease) -> None:
-    """Forget all parts, as long as the lease is ours: the backfill is done, or starts anew."""
+@patient
+async def forget(engine: AsyncEngine, lease: Lease, kind: str | None = None) -> None:
+    """Forget all parts, or a kind's, as long as the lease is ours: it is done, or starts anew."""
+    its = sa.true() if kind is None else cursors.c.kind == kind
     with engine_errors_told():
         async with engine.begin() as connection:
-            await connection.execute(sa.delete(cursors).where(_ours(lease)))
+            await connection.execute(sa.delete(cursors).where(_ours(lease), its))
 
 
+@patient
 async def started(engine: AsyncEngine, name: Name) -> datetime:
     """Note that a run begins; how the last one ended stays until this one has."""
     now = _now()
@@ -128,6 +150,7 @@ async def started(engine: AsyncEngine, name: Name) -> datetime:
     return now
 
 
+@patient
 async def finished(
     engine: AsyncEngine, name: Name, ending: Ending, report: Mapping[str, Any], lease: Lease
 ) -> None:
@@ -165,6 +188,18 @@ async def counted(engine: AsyncEngine, report: Mapping[str, Any]) -> None:
     with engine_errors_told():
         async with engine.begin() as connection:
             await connection.execute(sa.update(runs).where(runs.c.name == "count").values(values))
+
+
+@patient
+async def instance(engine: AsyncEngine) -> str | None:
+    """The Clerk instance that the last run was of which knew its own; None where none did."""
+    runs = [await last(engine, name) for name in ("reconcile", "backfill")]
+    known = [
+        (run.started_at, str(run.report["instance"]))
+        for run in runs
+        if run is not None and run.report is not None and run.report.get("instance")
+    ]
+    return max(known)[1] if known else None
 
 
 async def last(engine: AsyncEngine, name: Name) -> Run | None:

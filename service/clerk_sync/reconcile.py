@@ -5,26 +5,32 @@ from __future__ import annotations
 import asyncio
 import math
 import time
-from array import array
-from bisect import bisect_left
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from clerk_sync import erasure
-from clerk_sync.clerk import ClerkUnavailable, Read
+from clerk_sync.clerk import Read, Unconfirmed
 from clerk_sync.columns import as_text
 from clerk_sync.comparison import SETTLED_MS, Compared, lingering, states_of
 from clerk_sync.database import COMMIT
 from clerk_sync.events import READ, Action
 from clerk_sync.mapping import Change
 from clerk_sync.mending import Tally
-from clerk_sync.report import BREAKER_LEAST, Report, Stopped, check_instance, count, listed
+from clerk_sync.report import BREAKER_LEAST, Report, Stopped, listed
+from clerk_sync.settling import (
+    again,
+    check_growth,
+    check_instance,
+    check_listed,
+    is_clerks,
+    settle,
+)
 from clerk_sync.targets import IDS_LIMIT
-from clerk_sync.walk import AT_ONCE, Page, Part, parts_of, walk
+from clerk_sync.walk import AT_ONCE, Met, Page, Part, parts_of, walk
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -38,45 +44,19 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# A walk that met so much less than Clerk counts, in percent, has missed something.
-_EARLY_PERCENT: Final = 5
 _CONFIRMED_AT_ONCE: Final = 8
 # A row that a webhook has just brought is asked for twice before it is deleted: the API may lag.
 _YOUNG_SECONDS: Final = 5.0
-_BUCKETS: Final = 4096
+
+
+_NO_ENDS: Final = (
+    "the table does not hold what it takes to ask for it: map organization.id and "
+    "public_user_data.user_id"
+)
 
 
 class _Unaskable(Exception):  # noqa: N818
     """The table does not hold what it takes to ask Clerk for this object."""
-
-
-class _Seen:
-    """The ids that a walk met, in eight bytes each: a few MiB for a million.
-
-    Python's hash of a text has 64 bits, salted by process. Were two ids to share one, a deleted
-    row would be found by the next run.
-    """
-
-    def __init__(self) -> None:
-        self._buckets = [array("q") for _ in range(_BUCKETS)]
-
-    def add(self, clerk_ids: Iterable[str]) -> None:
-        for clerk_id in clerk_ids:
-            number = hash(clerk_id)
-            self._buckets[number % _BUCKETS].append(number)
-
-    def settle(self) -> None:
-        """Sort, so that it can be asked."""
-        self._buckets = [array("q", sorted(set(bucket))) for bucket in self._buckets]
-
-    def __len__(self) -> int:
-        return sum(map(len, self._buckets))
-
-    def __contains__(self, clerk_id: str) -> bool:
-        number = hash(clerk_id)
-        bucket = self._buckets[number % _BUCKETS]
-        place = bisect_left(bucket, number)
-        return place < len(bucket) and bucket[place] == number
 
 
 class _Absent:
@@ -98,6 +78,7 @@ class Reconcile:
         engine: AsyncEngine,
         lease: Lease | None,
         *,
+        instance: str | None,
         breaker_percent: float,
         report: Report,
         on_page: Callable[[str, int, int], None],
@@ -108,6 +89,7 @@ class Reconcile:
         self._mending = mending
         self._engine = engine
         self._lease = lease
+        self._instance = instance
         self._breaker_percent = breaker_percent
         self._report = report
         self._on_page = on_page
@@ -123,52 +105,60 @@ class Reconcile:
         report = self._report
         report.tallies = self._mending.tallies
         counted = await listed(self._clerk, self._mapping, report)
-        await check_instance(self._clerk, self._mending)
+        await check_instance(
+            self._clerk, self._mending, self._engine, report, expected=self._instance
+        )
         report.tallies |= {kind: Tally() for kind in counted}
-        seen = await self._walked(counted)
         absent = {}
-        for kind in counted:
-            seen[kind].settle()
-            await self._check_end(kind, len(seen[kind]), counted[kind])
-            absent[kind] = await self._absent(kind, seen[kind])
+        ends: dict[str, Part] = {}
+        for kind, total in counted.items():
+            met = await self._walked(kind, total, ends)
+            check_listed(kind, len(met), total, await self._clerk.count(kind))
+            absent[kind] = await self._absent(kind, met)
         for kind, missed in absent.items():
             self._check_breaker(kind, missed)
-        for kind, missed in absent.items():
+        # Rows that refer to others go before them.
+        for kind, missed in reversed(absent.items()):
             self._check_lease()
             await self._remove(kind, missed.ids)
+        await again(self._clerk, self._mending, counted)
+        dry_run = self._lease is None
         now_ms = _now_ms()
         purged = await erasure.purge(
-            self._engine, self._mending.store, now_ms=now_ms, dry_run=self._lease is None
+            self._engine, self._mending.store, now_ms=now_ms, dry_run=dry_run
         )
         report.purged = sum(purged.values())
-        await count(self._clerk, self._mending, counted, report)
+        await settle(self._clerk, self._mending, counted, ends, report, dry_run=dry_run)
 
     def _check_lease(self) -> None:
         if self._lease is not None:
             self._lease.check()
 
-    async def _walked(self, counted: Mapping[str, int]) -> dict[str, _Seen]:
-        """Compare all that Clerk lists, and mend it; the ids that there were."""
-        seen = {kind: _Seen() for kind in counted}
-        taken = dict.fromkeys(counted, 0)
+    async def _walked(self, kind: str, total: int, ends: dict[str, Part]) -> Met:
+        """Compare all that Clerk lists of one kind, and mend it; the ids that there were."""
+        met = Met()
+        taken = 0
 
         async def take(page: Page) -> None:
-            kind = page.part.kind
+            nonlocal taken
             self._check_lease()
-            seen[kind].add(str(one.get("id")) for one in page.objects)
+            for data in page.objects:
+                met.add(str(data.get("id")))
             ahead = await self._mending.take(kind, page.objects, began_ms=page.began_ms)
             if ahead:
                 objects = {one.get("id"): one for one in page.objects}
                 for one in ahead:
                     await self._outdo(kind, one, objects[one.clerk_id])
-            taken[kind] += len(page.objects)
-            self._on_page(kind, taken[kind], counted[kind])
+            taken += len(page.objects)
+            if page.part.number == ends[kind].number:
+                ends[kind] = page.part
+            check_growth(kind, taken, total)
+            self._on_page(kind, taken, total)
 
-        parts: list[Part] = []
-        for kind, total in counted.items():
-            parts += await parts_of(self._clerk, kind, count=total)
+        parts = await parts_of(self._clerk, kind, count=total)
+        ends[kind] = parts[-1]
         await walk(self._clerk, parts, take, at_once=self._at_once)
-        return seen
+        return met
 
     async def _outdo(self, kind: str, one: Compared, data: Mapping[str, Any]) -> None:
         """Mend a row whose version is ahead of Clerk's, for a while already: but ask again."""
@@ -181,6 +171,9 @@ class Reconcile:
                 user=user.get("user_id") if isinstance(user, dict) else None,
             )
         except _Unaskable:
+            return
+        except Unconfirmed as error:
+            self._unconfirmed(kind, one.clerk_id, str(error))
             return
         # Where it moves meanwhile, a webhook will tell, or the next run.
         if read is not None and read.json.get("updated_at") == data.get("updated_at"):
@@ -202,16 +195,6 @@ class Reconcile:
             return math.inf
         return max(BREAKER_LEAST, rows * self._breaker_percent / 100)
 
-    async def _check_end(self, kind: str, met: int, before: int) -> None:
-        """A walk that met far fewer than Clerk counts ended early, whatever it looked like."""
-        # Who came or went meanwhile is in one of the two counts only.
-        counted = min(before, await self._clerk.count(kind))
-        if counted - met >= max(BREAKER_LEAST, counted * _EARLY_PERCENT / 100):
-            raise ClerkUnavailable(
-                f"the walk ended early: Clerk counts {counted} {kind}s and listed {met}; "
-                "nothing was deleted"
-            )
-
     def _check_breaker(self, kind: str, absent: _Absent) -> None:
         if len(absent.ids) >= self._threshold(absent.rows):
             raise Stopped(
@@ -222,15 +205,32 @@ class Reconcile:
                 "deleted on purpose, run it again with --breaker 100"
             )
 
-    async def _absent(self, kind: str, seen: _Seen) -> _Absent:
+    async def _absent(self, kind: str, met: Met) -> _Absent:
         """Go over the table by its key, and note the ids that the walk did not meet."""
         absent = _Absent()
         ids = await self._mending.ids(kind, after="")
         while ids:
             absent.rows += len(ids)
-            absent.ids += [clerk_id for clerk_id in ids if clerk_id not in seen]
+            missed = [clerk_id for clerk_id in ids if clerk_id not in met]
+            foreign = await self._foreign(kind, missed)
+            self._report.foreign[kind] += len(foreign)
+            absent.ids += [clerk_id for clerk_id in missed if clerk_id not in foreign]
             ids = await self._mending.ids(kind, after=ids[-1])
         return absent
+
+    async def _foreign(self, kind: str, ids: Sequence[str]) -> set[str]:
+        """Those of these keys that are no ids of Clerk's, nor ever came from it."""
+        odd = [one for one in ids if not is_clerks(kind, one)]
+        if not odd:
+            return set()
+        states = await self._mending.reading(
+            lambda connection: states_of(connection, self._mending.store, kind, odd)
+        )
+        return {*odd} - states.keys()
+
+    def _unconfirmed(self, kind: str, clerk_id: str, why: str) -> None:
+        log.warning("unconfirmed", kind=kind, clerk_id=clerk_id, error=why)
+        self._report.unconfirmed += 1
 
     async def _remove(self, kind: str, ids: Sequence[str]) -> None:
         """Delete these rows, each once Clerk has said that it has no such object."""
@@ -282,8 +282,10 @@ class Reconcile:
                 try:
                     read = await self._ask(kind, clerk_id, organization=organization, user=user)
                 except _Unaskable:
-                    log.warning("unconfirmed", kind=kind, clerk_id=clerk_id)
-                    self._report.unconfirmed += 1
+                    self._unconfirmed(kind, clerk_id, _NO_ENDS)
+                    return None
+                except Unconfirmed as error:
+                    self._unconfirmed(kind, clerk_id, str(error))
                     return None
                 if read is not None:
                     await self._mending.take(kind, [read.json], began_ms=read.began_ms)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
 
 # The breaker does not mind fewer than this, however small the table.
 BREAKER_LEAST: Final = 10
-# As many ids as Clerk takes in one question.
-SAMPLE: Final = 100
 
 
 @dataclass(slots=True)
@@ -28,8 +27,11 @@ class Report:
     """What a run found and did, by kind.
 
     `clerk` and `table` are what both sides counted at the end, `absent` the kinds that the
-    Clerk instance has switched off, `unconfirmed` rows that Clerk did not list and that nothing
-    in the table allows to ask for.
+    Clerk instance has switched off. `unconfirmed` are rows that Clerk did not list, and that it
+    neither gave nor said, in its own words, to have no more. `foreign` are rows, by kind, whose
+    keys are no ids of Clerk's: they are left. `doubts` say in sentences why both sides do not
+    agree. `instance` is whose users these are, `anew` why a backfill did not go on where the
+    last one was left off.
     """
 
     tallies: dict[str, Tally] = field(default_factory=dict)
@@ -37,8 +39,12 @@ class Report:
     table: dict[str, int] = field(default_factory=dict)
     absent: list[str] = field(default_factory=list)
     unconfirmed: int = 0
+    foreign: Counter[str] = field(default_factory=Counter)
+    doubts: list[str] = field(default_factory=list)
     purged: int = 0
     resumed: datetime | None = None
+    anew: list[str] = field(default_factory=list)
+    instance: str | None = None
 
     @property
     def drift(self) -> dict[str, dict[str, int]]:
@@ -58,7 +64,7 @@ class Report:
     @property
     def ending(self) -> Ending:
         """How a run with this report ended, if it did get to its end."""
-        if self.unfit or self.unconfirmed:
+        if self.unfit or self.unconfirmed or self.doubts:
             return Ending.UNMENDED
         return Ending.MENDED if self.found else Ending.IN_STEP
 
@@ -72,29 +78,15 @@ class Report:
             "clerk": self.clerk,
             "table": self.table,
             "unconfirmed": self.unconfirmed,
+            "foreign": dict(self.foreign),
+            "doubts": self.doubts,
             "purged": self.purged,
+            "instance": self.instance,
         }
 
 
 class Stopped(Exception):  # noqa: N818
     """What Clerk says is more likely a mistake than true, and nothing was done about it."""
-
-
-async def check_instance(clerk: Clerk, mending: Mending) -> None:
-    """Ask Clerk for some of the users in the table. Raises Stopped when it knows none of them.
-
-    With the key of another instance, all of that instance's users would be written first.
-    """
-    if "user" not in mending.store.targets:
-        return
-    ids = await mending.ids("user", after="")
-    some = ids[:: max(1, len(ids) // SAMPLE)][:SAMPLE]
-    if len(some) >= BREAKER_LEAST and not await clerk.known_users(some):
-        raise Stopped(
-            f"Clerk knows none of {len(some)} users of this table: nothing was changed. Is "
-            "CLERK_SECRET_KEY the key of this database's instance? If all of them were deleted on "
-            "purpose, `clerk-sync erase` removes each"
-        )
 
 
 async def listed(clerk: Clerk, mapping: Mapping, report: Report) -> dict[str, int]:

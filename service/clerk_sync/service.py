@@ -21,7 +21,7 @@ from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Ensure
 from clerk_sync.held import HOLD_SECONDS
-from clerk_sync.internal import InternalListener, Readiness
+from clerk_sync.internal import ENSURE_SECONDS, InternalListener, Readiness
 from clerk_sync.metrics import Metrics
 from clerk_sync.retries import Retries
 from clerk_sync.schedule import Schedule
@@ -308,7 +308,9 @@ async def running(
             stack.push_async_callback(tracing.close)
         ensure = None
         if settings.clerk_key is not None:
-            clerk = await stack.enter_async_context(clerk_of(settings, metrics))
+            clerk = await stack.enter_async_context(
+                clerk_of(settings, metrics, patience=ENSURE_SECONDS)
+            )
             ensure = Ensure(clerk, mapping, committer, engine, lambda: watch.users)
         internal = InternalListener(
             engine=engine,

@@ -7,15 +7,16 @@ import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, TypeVar
 
 import aiohttp
 import structlog
+from asyncmy.errors import MySQLError
 
 from clerk_sync import progress, schema
 from clerk_sync.answers import Ending
 from clerk_sync.backfill import backfill
-from clerk_sync.clerk import Clerk, ClerkUnavailable
+from clerk_sync.clerk import PATIENCE_SECONDS, Clerk, ClerkUnavailable
 from clerk_sync.committer import Committer
 from clerk_sync.database import Connection, connect, engine_of
 from clerk_sync.database_errors import Unavailable
@@ -48,6 +49,11 @@ _WRITERS: Final = 2
 # Nobody waits for an answer here: a page may take its time.
 _STATEMENT_SECONDS: Final = 30.0
 
+# Access denied, no such database, no such user here: https://dev.mysql.com/doc/mysql-errors/9.4/en/
+_REFUSALS: Final = frozenset({1044, 1045, 1049, 1130, 1142, 1698})
+
+_T = TypeVar("_T")
+
 OnPage = Callable[[str, int, int], None]
 Told = Callable[[str, "Compared"], None]
 
@@ -57,8 +63,13 @@ def quiet(*_: object) -> None:
 
 
 @contextlib.asynccontextmanager
-async def clerk_of(settings: Settings, metrics: Metrics) -> AsyncIterator[Clerk]:
-    """A client of Clerk's API. Raises InvalidSettings when there is no key."""
+async def clerk_of(
+    settings: Settings, metrics: Metrics, *, patience: float = PATIENCE_SECONDS
+) -> AsyncIterator[Clerk]:
+    """A client of Clerk's API, for `patience` see there.
+
+    Raises InvalidSettings when there is no key.
+    """
     secret = settings.clerk_key
     if secret is None:
         raise InvalidSettings([KEYLESS])
@@ -80,7 +91,34 @@ async def clerk_of(settings: Settings, metrics: Metrics) -> AsyncIterator[Clerk]
             key,
             share=settings.clerk_share,
             metrics=metrics,
+            patience=patience,
         )
+
+
+async def ridden_out(work: Callable[[], Awaitable[_T]], seconds: float | None = None) -> _T:
+    """Do this, again and again while the database is away: for a minute, as later in a run.
+
+    Not where it is there and does not let us in. Raises Unavailable.
+    """
+    seconds = progress.PATIENCE_SECONDS if seconds is None else seconds
+    deadline, wait, told = time.monotonic() + seconds, 0.1, False
+    while True:
+        try:
+            return await work()
+        except Unavailable as error:
+            if _is_refusal(error) or time.monotonic() + wait > deadline:
+                raise
+            if not told:
+                told = True
+                log.warning("database_away", error=str(error), seconds=round(seconds))
+        await asyncio.sleep(wait)
+        wait = min(2 * wait, 5.0)
+
+
+def _is_refusal(error: Unavailable) -> bool:
+    """Whether the database answered, and another try would have the same answer."""
+    cause = getattr(error.__cause__, "orig", None)
+    return isinstance(cause, MySQLError) and bool(cause.args) and cause.args[0] in _REFUSALS
 
 
 def connecting(settings: Settings, seconds: float) -> Connect:
@@ -107,7 +145,10 @@ class Walks:
     metrics: Metrics
 
     async def backfill(self, *, restart: bool, report: Report, on_page: OnPage) -> Ending:
-        """Run a backfill. Raises lease.Held, ClerkUnavailable, ClerkRefused, Unavailable, Lost."""
+        """Run a backfill.
+
+        Raises lease.Held, ClerkUnavailable, ClerkRefused, Unavailable, Lost, Stopped.
+        """
 
         async def work(mending: Mending, lease: Lease) -> None:
             await backfill(
@@ -116,6 +157,7 @@ class Walks:
                 mending,
                 self.engine,
                 lease,
+                instance=self.settings.instance_id,
                 restart=restart,
                 report=report,
                 on_page=on_page,
@@ -132,7 +174,7 @@ class Walks:
         patience: bool = True,
         at_once: int = AT_ONCE,
     ) -> Ending:
-        """Run a reconcile. Raises as `backfill` does, and Stopped.
+        """Run a reconcile. Raises as `backfill` does.
 
         Without patience it does not wait to see whether the lease's holder is still alive.
         `at_once` is how many parts are walked at the same time.
@@ -179,6 +221,7 @@ class Walks:
             mending,
             self.engine,
             lease,
+            instance=self.settings.instance_id,
             breaker_percent=breaker_percent,
             report=report,
             on_page=on_page,
@@ -208,7 +251,12 @@ class Walks:
     ) -> Ending:
         """Do the work under the lease, alone; how it ends is kept for metrics."""
         holder = f"{name} on {holder_name()}"
-        async with held(self.engine, LEASE, holder, patience=patience) as lease:
+        async with contextlib.AsyncExitStack() as stack:
+            lease = await ridden_out(
+                lambda: stack.enter_async_context(
+                    held(self.engine, LEASE, holder, patience=patience)
+                )
+            )
             began = time.monotonic()
             ending: Ending | None = Ending.FAILED
             await progress.started(self.engine, name)
@@ -255,12 +303,17 @@ class Walks:
 
 
 @contextlib.asynccontextmanager
-async def walks(settings: Settings, mapping: Mapping, metrics: Metrics) -> AsyncIterator[Walks]:
-    """Open what a walk needs. Raises InvalidSettings, SchemaFaults, Unavailable."""
+async def walks(
+    settings: Settings, mapping: Mapping, metrics: Metrics, *, patience: float | None = None
+) -> AsyncIterator[Walks]:
+    """Open what a walk needs; a database that is away is waited for, `patience` seconds.
+
+    Raises InvalidSettings, SchemaFaults, Unavailable.
+    """
     engine = engine_of(settings.locate, size=3)
     try:
         async with clerk_of(settings, metrics) as clerk:
-            store = await schema.bound(engine, mapping)
+            store = await ridden_out(lambda: schema.bound(engine, mapping), patience)
             yield Walks(settings, mapping, clerk, engine, store, metrics)
     finally:
         await engine.dispose()

@@ -77,7 +77,8 @@ def backfill(*, restart: bool) -> None:
     """Write all users, organizations and memberships that Clerk has.
 
     Safe beside the running service: a row that is newer stays. After a crash or Ctrl-C the same
-    command goes on where it was. Exit code 1 if anything could not be written.
+    command goes on where it was. Exit code 1 if anything could not be written, or if Clerk and
+    the tables do not have the same number in the end.
     """
 
     async def work(walks: Walks) -> int:
@@ -89,6 +90,8 @@ def backfill(*, restart: bool) -> None:
         if report.resumed is not None:
             at = report.resumed.isoformat(sep=" ", timespec="seconds")
             click.echo(f"went on from the backfill of {at}")
+        for why in report.anew:
+            click.echo(why)
         for kind, tally in report.tallies.items():
             older = tally.read - tally.written - tally.unfit
             click.echo(
@@ -96,6 +99,11 @@ def backfill(*, restart: bool) -> None:
                 f"newer here, could not write {tally.unfit}; {_counts(report, kind)}"
             )
         _say_absent(report)
+        _say_doubts(
+            report,
+            "not all is in step: the log names what could not be written; `clerk-sync reconcile` "
+            "finds the rest, and removes rows of what Clerk has no more",
+        )
         return FAILED if ending is Ending.UNMENDED else IN_STEP
 
     _walked(work)
@@ -146,14 +154,15 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended
             drift = ", ".join(f"{number} {name}" for name, number in tally.drift.items())
             unfit = f", {tally.unfit} that the table cannot take" if tally.unfit else ""
             click.echo(f"{kind}: {drift}{unfit}; {_counts(report, kind)}")
-        if report.unconfirmed:
-            click.echo(
-                f"{report.unconfirmed} rows that Clerk did not list were left, as the table holds "
-                "too little to ask for them: map organization.id and public_user_data.user_id"
-            )
+        _say_left(report)
         if report.purged:
             click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
         _say_absent(report)
+        _say_doubts(
+            report,
+            "both sides do not agree: run it again; if it stays, see `deleted_here`"
+            " and `unconfirmed` in the log, and whether Clerk's API is well",
+        )
         fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
         return IN_STEP if ending in fine else DRIFT
 
@@ -240,6 +249,22 @@ def _counts(report: Report, kind: str) -> str:
 def _say_absent(report: Report) -> None:
     for kind in report.absent:
         click.echo(f"{kind}: not looked at, this Clerk instance has organizations switched off")
+
+
+def _say_left(report: Report) -> None:
+    if report.unconfirmed:
+        click.echo(
+            f"{report.unconfirmed} rows that Clerk did not list were left, as Clerk did not say, "
+            "in its own words, that it has them no more: the log tells which, and why"
+        )
+    for kind, rows in report.foreign.items():
+        if rows:
+            click.echo(f"{kind}: {rows} rows were left whose keys are no ids of Clerk's")
+
+
+def _say_doubts(report: Report, advice: str) -> None:
+    for doubt in report.doubts:
+        click.echo(f"clerk-sync: {doubt}: {advice}", err=True)
 
 
 @contextlib.contextmanager
