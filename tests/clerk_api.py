@@ -23,11 +23,12 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from random import Random
 from typing import Any, Final, Literal, Protocol
 
 import uvloop
 from aiohttp import web
-from multidict import MultiMapping
+from multidict import MultiDict, MultiMapping
 
 from clerk_sync import samples
 
@@ -124,6 +125,34 @@ class _LostCursor(Exception):  # noqa: N818 -- it is named for what it is about
 
 
 @dataclass(frozen=True, slots=True)
+class Lies:
+    """How answers about one kind differ from what is so: each way by itself, or several at once.
+
+    Only for what a test put there, not for a crowd.
+    """
+
+    # Of a number of objects: what is told instead.
+    count: Callable[[int], Any] = lambda number: number
+    # Parameters that are not looked at.
+    ignores: frozenset[str] = frozenset()
+    # Those of one moment come in another order each time.
+    shuffles: Random | None = None
+    # On no list, though each is there when asked for.
+    hides: frozenset[str] = frozenset()
+    # Pages, counted from 1, that come empty, or as the one before them.
+    empties: frozenset[int] = frozenset()
+    repeats: frozenset[int] = frozenset()
+    # Behind the end the list begins again.
+    circles: bool = False
+    # So many more are on a page than were asked for.
+    longer: int = 0
+    # Whose time of creation is null.
+    undated: frozenset[str] = frozenset()
+    # The answer to a question for this object: status and body.
+    instead: Mapping[str, tuple[int, bytes]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
 class _Wanted:
     """What a list request asks for."""
 
@@ -139,6 +168,7 @@ class _Wanted:
     excluded: frozenset[str] = frozenset()
     # The user or organization whose memberships they are.
     of: str | None = None
+    lies: Lies | None = None
 
 
 def _integer(query: Query, name: str) -> int | None:
@@ -214,7 +244,7 @@ class _Table(Protocol):
     def page(self, wanted: _Wanted) -> Iterable[bytes]:
         """Return what is wanted. Raises _LostCursor."""
 
-    def count(self, wanted: _Wanted) -> int:
+    def count(self, wanted: _Wanted) -> Any:
         """Count what is wanted, on whatever page."""
 
     def one(self, clerk_id: str) -> bytes | None: ...
@@ -238,6 +268,8 @@ class _Held:
             return value is not None, value, one["id"]
 
         found = sorted(self._matching(wanted), key=place, reverse=wanted.descending)
+        if wanted.lies is not None:
+            return self._lied(wanted, wanted.lies, found)
         if wanted.after is not None:
             known = {**self.gone, **self.objects} if wanted.keeps_gone else self.objects
             if wanted.after not in known:
@@ -251,8 +283,28 @@ class _Held:
         page = found[wanted.offset : wanted.offset + wanted.limit]
         return [bytes_of(self.view(one)) for one in page]
 
-    def count(self, wanted: _Wanted) -> int:
-        return len(self._matching(wanted))
+    def _lied(self, wanted: _Wanted, lies: Lies, found: list[Object]) -> Iterable[bytes]:
+        if lies.shuffles is not None:
+            lies.shuffles.shuffle(found)
+            found.sort(key=lambda one: self.rank(one, wanted.order), reverse=wanted.descending)
+        found = [one for one in found if one["id"] not in lies.hides]
+        offset = wanted.offset
+        if wanted.after is not None:
+            places = [place for place, one in enumerate(found) if one["id"] == wanted.after]
+            if not places:
+                raise _LostCursor
+            offset = places[0] + 1
+        if lies.circles and found:
+            offset %= len(found)
+        page = found[offset : offset + wanted.limit + lies.longer]
+        return [
+            bytes_of(self.view(one | {"created_at": None} if one["id"] in lies.undated else one))
+            for one in page
+        ]
+
+    def count(self, wanted: _Wanted) -> Any:
+        number = len(self._matching(wanted))
+        return number if wanted.lies is None else wanted.lies.count(number)
 
     def one(self, clerk_id: str) -> bytes | None:
         found = self.objects.get(clerk_id)
@@ -379,6 +431,10 @@ class ClerkApi:
         self.memberships: dict[str, Object] = {}
         self.events: list[Event] = []
 
+        # By kind.
+        self.lies: dict[str, Lies] = {}
+        self._lied_pages: Counter[str] = Counter()
+        self._last_page: dict[str, list[bytes]] = {}
         self.faults: list[Fault] = []
         self.asked: list[Asked] = []
         self.most_at_once = 0
@@ -679,25 +735,26 @@ class ClerkApi:
 
     def _read_users(self, request: web.Request) -> bytes:
         filters = _TIMES | {"user_id"}
-        wanted = _wanted(request.query, _USER_ORDERS, filters=filters, cursor=True)
-        wanted = replace(self._capped(wanted), keeps_gone=self.lost_cursor == "kept")
+        wanted = self._asked("user", request, _USER_ORDERS, filters=filters, cursor=True)
+        wanted = replace(wanted, keeps_gone=self.lost_cursor == "kept")
         try:
-            page = self._users.page(wanted)
+            page = self._shown("user", self._users.page(wanted))
         except _LostCursor:
             if self.lost_cursor in ("refused", "kept"):
                 raise _invalid("starting_after", "is no user's id") from None
             page = []
             if self.lost_cursor == "first":
-                page = self._users.page(replace(wanted, after=None))
+                page = [*self._users.page(replace(wanted, after=None))]
         return b"[%b]" % b",".join(page)
 
     def _read_users_count(self, request: web.Request) -> bytes:
         # Of user_id's + and - only the list's description speaks, not the count's.
         filters = _TIMES | {"user_id"}
-        wanted = _wanted(request.query, _USER_ORDERS, filters=filters, signed=False)
+        wanted = self._asked("user", request, _USER_ORDERS, filters=filters, signed=False)
         return bytes_of({"object": "total_count", "total_count": self._users.count(wanted)})
 
     def _read_user(self, request: web.Request) -> bytes:
+        self._lie_about("user", request)
         found = self._users.one(request.match_info["id"])
         if found is None:
             raise _no_user(request.match_info["id"])
@@ -705,11 +762,12 @@ class ClerkApi:
 
     def _read_organizations(self, request: web.Request) -> bytes:
         self._need_organizations()
-        wanted = _wanted(request.query, _ORGANIZATION_ORDERS)
-        return _list(self._counting(request), self._capped(wanted))
+        wanted = self._asked("organization", request, _ORGANIZATION_ORDERS)
+        return self._list("organization", self._counting(request), wanted)
 
     def _read_organization(self, request: web.Request) -> bytes:
         self._need_organizations()
+        self._lie_about("organization", request)
         asked = request.match_info["id"]
         slugs = {one["slug"]: one["id"] for one in self.organizations.values() if one["slug"]}
         found = self._counting(request).one(slugs.get(asked, asked))
@@ -719,28 +777,64 @@ class ClerkApi:
 
     def _read_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
-        wanted = _wanted(request.query, _MEMBERSHIP_ORDERS)
-        return _list(self._memberships, self._capped(wanted))
+        wanted = self._asked("organizationMembership", request, _MEMBERSHIP_ORDERS)
+        return self._list("organizationMembership", self._memberships, wanted)
 
     def _read_organization_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
+        self._lie_about("organizationMembership", request)
         owner = request.match_info["id"]
         if self._organizations.one(owner) is None:
             raise _no_organization()
-        filters = _TIMES | {"user_id"}
-        wanted = _wanted(request.query, _MEMBERSHIP_ORDERS, filters=filters)
-        return _list(self._memberships, replace(self._capped(wanted), of=owner))
+        wanted = self._asked(
+            "organizationMembership", request, _MEMBERSHIP_ORDERS, filters=_TIMES | {"user_id"}
+        )
+        page, number = _listing(self._memberships, replace(wanted, of=owner))
+        return _list_of(page, number)
 
     def _read_user_memberships(self, request: web.Request) -> bytes:
         self._need_organizations()
         owner = request.match_info["id"]
         if self._users.one(owner) is None:
             raise _no_user(owner)
-        wanted = _wanted(request.query, _MEMBERSHIP_ORDERS)
-        return _list(self._memberships, replace(self._capped(wanted), of=owner))
+        wanted = self._asked("organizationMembership", request, _MEMBERSHIP_ORDERS)
+        page, number = _listing(self._memberships, replace(wanted, of=owner))
+        return _list_of(page, number)
 
-    def _capped(self, wanted: _Wanted) -> _Wanted:
-        return replace(wanted, limit=min(wanted.limit, self.most))
+    def _asked(
+        self, kind: str, request: web.Request, orders: frozenset[str], **options: Any
+    ) -> _Wanted:
+        lies = self.lies.get(kind)
+        query: Query = request.query
+        if lies is not None:
+            query = MultiDict((k, v) for k, v in query.items() if k not in lies.ignores)
+        wanted = _wanted(query, orders, **options)
+        return replace(wanted, limit=min(wanted.limit, self.most), lies=lies)
+
+    def _list(self, kind: str, table: _Table, wanted: _Wanted) -> bytes:
+        page, number = _listing(table, wanted)
+        return _list_of(self._shown(kind, page), number)
+
+    def _shown(self, kind: str, found: Iterable[bytes]) -> list[bytes]:
+        """Return this page of a kind's list, or what is shown in its place."""
+        page, lies = [*found], self.lies.get(kind)
+        if lies is None:
+            return page
+        self._lied_pages[kind] += 1
+        if self._lied_pages[kind] in lies.empties:
+            page = []
+        elif self._lied_pages[kind] in lies.repeats:
+            page = self._last_page.get(kind, page)
+        self._last_page[kind] = page
+        return page
+
+    def _lie_about(self, kind: str, request: web.Request) -> None:
+        lies = self.lies.get(kind)
+        asked = request.query.get("user_id", request.match_info["id"])
+        if lies is not None and asked in lies.instead:
+            refused = _Refused(*lies.instead[asked][:1], "", "")
+            refused.body = lies.instead[asked][1]
+            raise refused
 
     def _counting(self, request: web.Request) -> _Table:
         asked = request.query.get("include_members_count") == "true"
@@ -758,6 +852,10 @@ class ClerkApi:
                 "access denied",
                 "The organizations feature is not enabled for this instance.",
             )
+
+
+def _list_of(page: list[bytes], number: Any) -> bytes:
+    return b'{"data":[%b],"total_count":%b}' % (b",".join(page), bytes_of(number))
 
 
 def _read_nothing(request: web.Request) -> bytes:
@@ -782,9 +880,9 @@ def _rank_user(user: Object, order: str) -> Any:
     return next((one[name] for one in user[_IDENTIFIERS[order]]), None)
 
 
-def _list(table: _Table, wanted: _Wanted) -> bytes:
-    page = b",".join(table.page(wanted))
-    return b'{"data":[%b],"total_count":%d}' % (page, table.count(wanted))
+def _listing(table: _Table, wanted: _Wanted) -> tuple[list[bytes], Any]:
+    """Return a page, and how many there are."""
+    return [*table.page(wanted)], table.count(wanted)
 
 
 def _json(body: bytes, status: int = 200, headers: Mapping[str, str] | None = None) -> web.Response:

@@ -944,6 +944,7 @@ async def reconciled(world: Walking, lease: Any) -> None:
             world.database.engine,
             lease,
             instance=None,
+            pauses=(),
             breaker_percent=5,
             report=Report(),
             on_page=quiet,

@@ -113,6 +113,11 @@ class Walking:
         )
         return ending, report
 
+    async def backfill(self, *, restart: bool = False) -> tuple[Ending, Report]:
+        report = Report()
+        ending = await self.walks.backfill(restart=restart, report=report, on_page=quiet)
+        return ending, report
+
     async def look(self) -> tuple[Report, list[tuple[str, Compared]]]:
         report, told = Report(), list[tuple[str, "Compared"]]()
         await self.walks.look(
@@ -156,7 +161,8 @@ async def walking(
         store = store or await database.store(mapping)
         settings, metrics = settings_of(url, api), Metrics()
         async with clerk_of(settings, metrics) as clerk:
-            walks = Walks(settings, mapping, clerk, database.engine, store, metrics)
+            # Nothing is on its way here that could be waited for.
+            walks = Walks(settings, mapping, clerk, database.engine, store, metrics, (0.0,))
             yield Walking(api, database, mapping, store, walks)
 
 

@@ -14,7 +14,14 @@ from clerk_sync.answers import Verdict
 from clerk_sync.clerk import ClerkUnavailable
 from clerk_sync.mending import Tally
 from clerk_sync.report import BREAKER_LEAST, Report, listed
-from clerk_sync.settling import again, check_growth, check_instance, check_listed, settle
+from clerk_sync.settling import (
+    Walked,
+    again,
+    check_growth,
+    check_instance,
+    check_listed,
+    settle,
+)
 from clerk_sync.walk import OVERLAP, Page, Part, parts_of, walk
 
 if TYPE_CHECKING:
@@ -44,6 +51,7 @@ async def backfill(
     lease: Lease,
     *,
     instance: str | None,
+    pauses: Sequence[float],
     restart: bool,
     report: Report,
     on_page: Callable[[str, int, int], None],
@@ -51,9 +59,9 @@ async def backfill(
     """Write all that Clerk has and the tables have not, from where the last backfill was.
 
     Users first, then organizations, then memberships, as rows may refer to those before them.
-    `instance` is Clerk's that the settings name. `on_page` hears of each page: the kind, how
-    many objects were taken by now, and how many there are. Raises Stopped, ClerkUnavailable,
-    ClerkRefused, Unavailable, Lost.
+    `instance` is Clerk's that the settings name, `pauses` is for `settle`. `on_page` hears of
+    each page: the kind, how many objects were taken by now, and how many there are. Raises
+    Stopped, ClerkUnavailable, ClerkRefused, Unavailable, Lost.
     """
     report.tallies = mending.tallies
     counted = await listed(clerk, mapping, report)
@@ -63,7 +71,7 @@ async def backfill(
         await progress.forget(engine, lease)
     kept = await _kept(mapping, mending, engine, lease, report)
     mending.tallies |= {kind: Tally() for kind in counted}
-    ends: dict[str, Part] = {}
+    walked: dict[str, Walked] = {}
     for kind, total in counted.items():
         parts = kept.get(kind) or await parts_of(clerk, kind, count=total)
         if kind not in kept:
@@ -71,7 +79,7 @@ async def backfill(
                 engine, parts, fingerprint(mapping.tables[kind], report.instance)
             )
         taken = Counter({kind: sum(_taken(part) for part in parts)})
-        ends[kind] = parts[-1]
+        walked[kind] = Walked(total, parts[-1])
 
         async def take(page: Page, taken: Counter[str] = taken) -> None:
             lease.check()
@@ -80,33 +88,33 @@ async def backfill(
             mending.tallies[kind].found[Verdict.NEWER] += len(ahead)
             await progress.moved(mending, page.part)
             taken[kind] += len(page.objects)
-            if page.part.number == ends[kind].number:
-                ends[kind] = page.part
+            if page.part.number == walked[kind].end.number:
+                walked[kind].end = page.part
             check_growth(kind, taken[kind], counted[kind])
             on_page(kind, taken[kind], counted[kind])
 
         await walk(clerk, parts, take)
-        _doubt(report, kind, taken[kind], total, await clerk.count(kind), went_on=kind in kept)
+        walked[kind].after = await clerk.count(kind)
+        _doubt(report, kind, taken[kind], walked[kind], went_on=kind in kept)
     await again(clerk, mending, counted)
     await progress.forget(engine, lease)
-    await settle(clerk, mending, counted, ends, report)
+    await settle(clerk, mending, walked, report, pauses=pauses)
 
 
-def _doubt(
-    report: Report, kind: str, taken: int, before: int, after: int, *, went_on: bool
-) -> None:
+def _doubt(report: Report, kind: str, taken: int, walked: Walked, *, went_on: bool) -> None:
     """Note when the list was not what Clerk counts.
 
     A run that went on counts those again that were created at the moment where it was left off.
     """
     try:
         if not went_on:
-            check_listed(kind, taken, before, after)
+            check_listed(kind, taken, walked)
     except ClerkUnavailable as error:
         report.doubts.append(str(error).partition(";")[0])
         return
-    if taken < min(before, after):
-        report.doubts.append(f"Clerk counts {min(before, after)} {kind}s and listed {taken}")
+    least = min(walked.before, walked.after)
+    if taken < least:
+        report.doubts.append(f"Clerk counts {least} {kind}s and listed {taken}")
 
 
 async def _kept(

@@ -19,6 +19,7 @@ from clerk_sync.mapping import Change
 from clerk_sync.mending import Tally
 from clerk_sync.report import BREAKER_LEAST, Report, Stopped, listed
 from clerk_sync.settling import (
+    Walked,
     again,
     check_growth,
     check_instance,
@@ -27,7 +28,7 @@ from clerk_sync.settling import (
     settle,
 )
 from clerk_sync.targets import IDS_LIMIT
-from clerk_sync.walk import AT_ONCE, Met, Page, Part, parts_of, walk
+from clerk_sync.walk import AT_ONCE, Met, Page, parts_of, walk
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -79,6 +80,7 @@ class Reconcile:
         lease: Lease | None,
         *,
         instance: str | None,
+        pauses: Sequence[float],
         breaker_percent: float,
         report: Report,
         on_page: Callable[[str, int, int], None],
@@ -90,6 +92,7 @@ class Reconcile:
         self._engine = engine
         self._lease = lease
         self._instance = instance
+        self._pauses = pauses
         self._breaker_percent = breaker_percent
         self._report = report
         self._on_page = on_page
@@ -110,10 +113,10 @@ class Reconcile:
         )
         report.tallies |= {kind: Tally() for kind in counted}
         absent = {}
-        ends: dict[str, Part] = {}
+        walked: dict[str, Walked] = {}
         for kind, total in counted.items():
-            met = await self._walked(kind, total, ends)
-            check_listed(kind, len(met), total, await self._clerk.count(kind))
+            met, walked[kind] = await self._walked(kind, total)
+            check_listed(kind, len(met), walked[kind])
             absent[kind] = await self._absent(kind, met)
         for kind, missed in absent.items():
             self._check_breaker(kind, missed)
@@ -128,13 +131,20 @@ class Reconcile:
             self._engine, self._mending.store, now_ms=now_ms, dry_run=dry_run
         )
         report.purged = sum(purged.values())
-        await settle(self._clerk, self._mending, counted, ends, report, dry_run=dry_run)
+        await settle(
+            self._clerk,
+            self._mending,
+            walked,
+            report,
+            pauses=self._pauses,
+            dry_run=dry_run,
+        )
 
     def _check_lease(self) -> None:
         if self._lease is not None:
             self._lease.check()
 
-    async def _walked(self, kind: str, total: int, ends: dict[str, Part]) -> Met:
+    async def _walked(self, kind: str, total: int) -> tuple[Met, Walked]:
         """Compare all that Clerk lists of one kind, and mend it; the ids that there were."""
         met = Met()
         taken = 0
@@ -150,15 +160,16 @@ class Reconcile:
                 for one in ahead:
                     await self._outdo(kind, one, objects[one.clerk_id])
             taken += len(page.objects)
-            if page.part.number == ends[kind].number:
-                ends[kind] = page.part
+            if page.part.number == walked.end.number:
+                walked.end = page.part
             check_growth(kind, taken, total)
             self._on_page(kind, taken, total)
 
         parts = await parts_of(self._clerk, kind, count=total)
-        ends[kind] = parts[-1]
+        walked = Walked(total, parts[-1])
         await walk(self._clerk, parts, take, at_once=self._at_once)
-        return met
+        walked.after = await self._clerk.count(kind)
+        return met, walked
 
     async def _outdo(self, kind: str, one: Compared, data: Mapping[str, Any]) -> None:
         """Mend a row whose version is ahead of Clerk's, for a while already: but ask again."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import re
+from collections import Counter
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from clerk_sync import progress
@@ -13,7 +15,7 @@ from clerk_sync.report import BREAKER_LEAST, Report, Stopped, count
 from clerk_sync.walk import later
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Iterable, Mapping, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -29,7 +31,7 @@ _APART_PERCENT: Final = 5
 _LONGEST_FACTOR: Final = 10
 _LONGEST_LEAST: Final = 100_000
 # Events of the last moments are on their way: so long may they take, in seconds.
-_PAUSES: Final = (0.0, 0.5, 1.5)
+PAUSES: Final = (0.0, 0.5, 1.5)
 # https://clerk.com/docs/reference/backend-api: every id has its kind's prefix.
 _IDS: Final = {
     "user": re.compile(r"user_[0-9A-Za-z]+"),
@@ -89,13 +91,12 @@ def check_growth(kind: str, listed: int, counted: int) -> None:
         )
 
 
-def check_listed(kind: str, listed: int, before: int, after: int) -> None:
+def check_listed(kind: str, listed: int, walked: Walked) -> None:
     """Raise ClerkUnavailable when a list and its counts cannot both be right.
 
-    `before` and `after` are what Clerk counted around the walk: whoever came or went meanwhile
-    may be in one of them only.
+    Whoever came or went during the walk may be in one of the two counts only.
     """
-    least, most = min(before, after), max(before, after)
+    least, most = sorted((walked.before, walked.after))
     if least - listed >= _slack(least):
         raise ClerkUnavailable(
             f"the walk ended early: Clerk counts {least} {kind}s and listed {listed}; "
@@ -144,46 +145,65 @@ async def _bring(clerk: Clerk, mending: Mending, kind: str, ids: Iterable[str]) 
             await mending.take(kind, [read.json], began_ms=read.began_ms)
 
 
+@dataclass(slots=True)
+class Walked:
+    """The walk over one kind: what Clerk counted before and after it, and where it ended."""
+
+    before: int
+    end: Part
+    after: int = 0
+
+
 async def settle(
     clerk: Clerk,
     mending: Mending,
-    counted: Mapping[str, int],
-    ends: Mapping[str, Part],
+    walked: Mapping[str, Walked],
     report: Report,
     *,
+    pauses: Sequence[float],
     dry_run: bool = False,
 ) -> None:
     """Count both sides, into the report; where they do not agree, a doubt says so.
 
-    `counted` is what Clerk counted at the beginning, `ends` where the walk over each kind ended:
-    who came after it is written first, and events that are on their way are waited for.
+    Who came after the walk is written first, and events that are on their way are waited for, in
+    these pauses of so many seconds.
     """
-    differed: dict[str, list[int]] = {kind: [] for kind in counted}
+    tallies, late = mending.tallies, Counter[str]()
+    differed: dict[str, list[int]] = {kind: [] for kind in walked}
+    counts: dict[str, list[int]] = {kind: [] for kind in walked}
 
-    def apart(kind: str) -> bool:
-        tally = mending.tallies[kind]
-        would = tally.found[Verdict.MISSING] - tally.found[Verdict.DELETED] if dry_run else 0
+    def differs(kind: str) -> bool:
+        found = tallies[kind].found
+        would = found[Verdict.MISSING] - found[Verdict.DELETED] if dry_run else 0
         rows = report.table[kind] + would - report.foreign[kind]
-        difference = report.clerk[kind] - rows
-        differed[kind].append(difference)
-        moved = report.clerk[kind] - counted[kind]
-        # Somebody came or went a moment ago; or both, while this was being counted.
-        explained = min(0, moved) <= difference <= max(0, moved)
-        return not (explained or min(differed[kind]) < 0 < max(differed[kind]))
+        counts[kind].append(report.clerk[kind])
+        differed[kind].append(report.clerk[kind] - rows)
+        return differed[kind][-1] != 0
 
-    await count(clerk, mending, counted, report)
-    different = [kind for kind in counted if apart(kind)]
-    for pause in _PAUSES:
+    def explained(kind: str) -> bool:
+        """Whether those who come and go make the difference, as no count is of one moment."""
+        its, now, difference = walked[kind], counts[kind][-1], differed[kind][-1]
+        if min(differed[kind]) < 0 < max(differed[kind]):
+            return True  # it goes both ways, while events come
+        moved = now - counts[kind][-2] if len(counts[kind]) > 1 else 0
+        gone = max(0, its.before - its.after) + max(0, its.after + late[kind] - now)
+        return min(-gone, moved) <= difference <= max(0, moved)
+
+    await count(clerk, mending, walked, report)
+    different = [kind for kind in walked if differs(kind)]
+    for pause in pauses:
         if not different or report.unfit or report.unconfirmed:
             break
         await asyncio.sleep(pause)
-        for kind, part in ends.items():
-            read = await later(clerk, part)
+        for kind, its in walked.items():
+            read = await later(clerk, its.end)
+            missing = tallies[kind].found[Verdict.MISSING]
             if read.json:
                 await mending.take(kind, read.json, began_ms=read.began_ms)
-        await again(clerk, mending, counted)
-        await count(clerk, mending, counted, report)
-        different = [kind for kind in different if apart(kind)]
+            late[kind] += tallies[kind].found[Verdict.MISSING] - missing
+        await again(clerk, mending, walked)
+        await count(clerk, mending, walked, report)
+        different = [kind for kind in walked if differs(kind) and not explained(kind)]
     for kind in different:
         report.doubts.append(
             f"Clerk counts {report.clerk[kind]} {kind}s, `{_table(mending, kind)}` has "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -26,6 +26,7 @@ from clerk_sync.metrics import Metrics
 from clerk_sync.reconcile import Reconcile
 from clerk_sync.report import Report, Stopped, listed
 from clerk_sync.settings import InvalidSettings, Settings
+from clerk_sync.settling import PAUSES
 from clerk_sync.walk import AT_ONCE
 from clerk_sync.writer import Connect
 
@@ -135,7 +136,7 @@ def connecting(settings: Settings, seconds: float) -> Connect:
 
 @dataclass(frozen=True, slots=True)
 class Walks:
-    """What every walk needs, open."""
+    """What every walk needs, open. `pauses`, in seconds, are for counts that do not agree yet."""
 
     settings: Settings
     mapping: Mapping
@@ -143,6 +144,7 @@ class Walks:
     engine: AsyncEngine
     store: Store
     metrics: Metrics
+    pauses: Sequence[float] = PAUSES
 
     async def backfill(self, *, restart: bool, report: Report, on_page: OnPage) -> Ending:
         """Run a backfill.
@@ -158,6 +160,7 @@ class Walks:
                 self.engine,
                 lease,
                 instance=self.settings.instance_id,
+                pauses=self.pauses,
                 restart=restart,
                 report=report,
                 on_page=on_page,
@@ -222,6 +225,7 @@ class Walks:
             self.engine,
             lease,
             instance=self.settings.instance_id,
+            pauses=self.pauses,
             breaker_percent=breaker_percent,
             report=report,
             on_page=on_page,
