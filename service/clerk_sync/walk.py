@@ -41,6 +41,9 @@ _SHORTEST_MS: Final = 1000
 _SMALLEST_LIMIT: Final = 10
 # How often at most the same is walked again, because its order does not hold.
 _SWEEPS: Final = 20
+# How often in a row that may bring nothing new, by chance: each finds one that is left with some
+# 60 %.
+_IDLE: Final = 5
 # What a list that moves up may cost, beside eight times its pages.
 _SPARE_PAGES: Final = 32
 _LOST_CURSOR: Final = (400, 404, 422)
@@ -289,8 +292,26 @@ async def _swept(
                 part = replace(part, after=_id(new[-1]), seen=part.seen + len(new))
                 yield Page(new, read.began_ms, part)
         idle = idle + 1 if len(met) == before else 0
-        if idle == len(("cursor", "offset")) or len(met) >= await clerk.count_users(from_ms, to_ms):
+        if idle == _IDLE or len(met) >= await clerk.count_users(from_ms, to_ms):
             return
+
+
+@dataclass(slots=True)
+class _Sweeps:
+    """How often a list is walked from its beginning, because its order does not hold."""
+
+    number: int = 1
+    found: int = 0
+    idle: int = 0
+    unordered: bool = False
+
+    def again(self) -> bool:
+        """Whether to walk it once more, as it lists fewer than Clerk counts."""
+        self.idle = 0 if self.found else self.idle + 1
+        if not self.unordered or self.idle >= _IDLE or self.number >= _SWEEPS:
+            return False
+        self.number, self.found = self.number + 1, 0
+        return True
 
 
 async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
@@ -299,14 +320,14 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
     One that shares nothing with the end of the page before it has moved up. The end is a page
     that is not full and brings nothing new, whatever Clerk counts. Where more are of one moment
     than pages share, and so perhaps in another order each time, the list is walked again until
-    there are as many as Clerk counts, or nothing is new.
+    there are as many as Clerk counts, or nothing is new for a while.
     """
     asked: deque[tuple[int, asyncio.Task[tuple[Read, int]]]] = deque()
     offset = taken = max(0, part.seen - OVERLAP)
     total = offset + 1  # nothing is asked for ahead before it is known
     tail = {part.after} if part.after else set[str]()
     met = Met()
-    longest, pages, sweeps, found, unordered = _SMALLEST_LIMIT, 0, 1, 0, False
+    longest, pages, sweeps = _SMALLEST_LIMIT, 0, _Sweeps()
 
     async def dropped() -> None:
         await _cancel([task for _, task in asked])
@@ -321,31 +342,30 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             read, total = await task
             ids = [_id(one) for one in read.json]
             pages += 1
-            if pages > _SPARE_PAGES + 8 * sweeps * (len(met) + taken) // _step(longest):
+            if pages > _SPARE_PAGES + 8 * sweeps.number * (len(met) + taken) // _step(longest):
                 raise ClerkUnavailable(_ENDLESS.format(part.kind, pages, len(met), total))
             if tail and at > 0 and not tail & set(ids):
                 await dropped()
                 offset = max(0, at - PAGE_LIMIT)
                 continue
             new = [one for one, id_ in zip(read.json, ids, strict=True) if met.add(id_)]
-            found += len(new)
+            sweeps.found += len(new)
             full = len(ids) >= longest
             longest = max(longest, len(ids))
             overlap = min(OVERLAP, len(ids) // 2)
-            unordered = unordered or _is_cut(read.json, overlap)
+            sweeps.unordered = sweeps.unordered or _is_cut(read.json, overlap)
             end = at + len(ids)
             # Nobody has so small a limit that this page could be full.
             small = len(ids) < _SMALLEST_LIMIT and end >= total
             ended = small or (not full and not new)
-            again = ended and unordered and found and len(met) + taken < total
-            if again and sweeps < _SWEEPS:
-                await dropped()
-                offset = taken = found = 0
-                tail, sweeps = set(), sweeps + 1
-                continue
+            again = ended and len(met) + taken < total and sweeps.again()
+            ended = ended and not again
             tail = set(ids[-OVERLAP:]) or tail
             part = replace(part, after=ids[-1] if ids else part.after, seen=end, finished=ended)
-            if not ended and len(ids) < PAGE_LIMIT:  # the end, or a smaller limit than was asked
+            if again:
+                await dropped()
+                offset, taken, tail = 0, 0, set()
+            elif not ended and len(ids) < PAGE_LIMIT:  # the end, or a smaller limit than asked
                 await dropped()
                 offset = max(at + 1, end - overlap)
             yield Page(new, read.began_ms, part)
