@@ -200,6 +200,36 @@ async def test_reconcile_cannot_write_all(embedded_url: str, tmp_path: Path) -> 
         assert [line["clerk_id"] for line in done.logged("unfit")] == ["user_00001"]
 
 
+async def test_counts_that_differ_are_no_success(embedded_url: str, tmp_path: Path) -> None:
+    async with site(people(3, 3, 2), embedded_url, tmp_path) as here:
+        here.api.lies["organization"] = clerk_api.Lies(count=lambda number: number + 1)
+        doubt = "Clerk counts 4 organizations, `clerk_organizations` has 3 of them: "
+        for arguments, code in (
+            (("backfill",), 1),
+            (("reconcile",), 2),
+            (("reconcile", "--mended-ok"), 2),
+            (("reconcile", "--dry-run"), 2),
+        ):
+            done = await here.run(*arguments)
+            assert done.code == code, arguments
+            assert f"clerk-sync: {doubt}" in done.err
+            assert "Clerk counts 4, the table 3" in done.out
+        here.api.lies.clear()
+        for arguments in (("backfill",), ("reconcile",), ("reconcile", "--dry-run")):
+            assert (await here.run(*arguments)).code == 0
+        await here.in_step()
+
+
+async def test_rows_of_the_apps_own_are_told_and_left(embedded_url: str, tmp_path: Path) -> None:
+    async with filled(people(3), embedded_url, tmp_path) as here:
+        await here.rows("INSERT INTO clerk_users (clerk_id) VALUES ('admin'), ('root')")
+        done = await here.run("reconcile")
+        assert (done.code, done.err) == (0, "")
+        assert "user: 2 rows were left whose keys are no ids of Clerk's" in done.out
+        assert {"admin", "root"} <= await here.ids("clerk_users")
+        assert (await here.run("reconcile", "--dry-run")).code == 0
+
+
 # ensure
 
 
