@@ -55,7 +55,6 @@ def upgrade() -> None:
         sa.Column("detail", sa.String(255)),
         sa.Column("payload", sa.Text().with_variant(mysql.LONGTEXT(), "mysql", "mariadb")),
         sa.Column("quarantined_at", _TIME, nullable=False),
-        sa.Column("retry_at", _TIME),
         if_not_exists=True,
         **_OPTIONS,
     )
