@@ -339,12 +339,20 @@ async def test_columns_that_a_later_version_adds(
     mapping = mapped(MADE)
     await schema.migrate(database.engine, mapping)
     drops = [f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED]
+    if database.sqlite:  # which drops no column that an index is on
+        over = [
+            index.name
+            for table, column in ADDED
+            for index in tables.metadata.tables[table].indexes
+            if column in index.columns
+        ]
+        drops = [*(f"DROP INDEX {name}" for name in over), *drops]
     await database.execute(*drops, version)
     lacking = [fault.partition(",")[0] for fault in await faults(database, mapping)]
     assert sorted(lacking) == sorted(f"{table} has no column {one}" for table, one in ADDED)
     if printed:
         sql = await schema.migration_sql(database.engine, mapping)
-        assert "CREATE" not in sql
+        assert "CREATE TABLE" not in sql
         await database.execute(*filter(str.strip, sql.split(";")))
         assert (await schema.migration_sql(database.engine, mapping)).strip() == ""
     else:

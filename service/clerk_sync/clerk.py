@@ -448,7 +448,10 @@ def _refused(status: int, path: str, body: bytes) -> ClerkRefused:
         hint = "; CLERK_API_URL is not where Clerk's API is"
     # Gateways write other codes, or none.
     missing = bool(errors) and all(
-        one.get("code") == _MISSING and isinstance(one.get("message"), str) for one in errors
+        one.get("code") == _MISSING
+        and isinstance(one.get("message"), str)
+        and isinstance(one.get("long_message", ""), str)
+        for one in errors
     )
     text = f"Clerk answers {status} to {path}{told}{hint}"
     return ClerkRefused(status, code, text, missing=missing and status == 404)  # noqa: PLR2004
