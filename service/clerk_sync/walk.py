@@ -229,7 +229,7 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
                 continue
             if moment != part.reached_ms:
                 known = set()
-            known |= {_id(one) for one in read.json if _created(one) in (moment, None)}
+            known |= _at_the_end(read.json, moment)
             part = replace(
                 part, after=_id(read.json[-1]), reached_ms=moment, seen=part.seen + len(new)
             )
@@ -238,6 +238,12 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
                 yield Page(new, read.began_ms, part)
     finally:
         await _cancel([asked])
+
+
+def _at_the_end(objects: Sequence[dict[str, Any]], moment: int | None) -> set[str]:
+    """The ids of those at the end of a page that were created at this moment."""
+    last = itertools.takewhile(lambda one: _created(one) in (moment, None), reversed(objects))
+    return {*map(_id, last)}
 
 
 def _reached(part: Part) -> int | None:
