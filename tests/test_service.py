@@ -156,7 +156,7 @@ async def test_another_instance_is_told_never_to_send_it_again(at: At) -> None:
 
 
 async def test_wrong_path_method_and_size(at: At) -> None:
-    for path in ("/", "/webhooks", PATH + "/", "//webhooks/clerk", "/webhooks/Clerk"):
+    for path in ("/", "/webhooks", PATH + "//", "//webhooks/clerk", "/webhooks/Clerk"):
         assert (await at.post(b"{}", path=path)).said == (404, "rejected", "path")
     for method in ("GET", "PUT", "DELETE", "OPTIONS", "PATCH"):
         reply = await at.request(method, at.url + PATH)
@@ -178,7 +178,18 @@ async def test_each_listener_has_its_own_paths_only(at: At) -> None:
     assert (await at.request("POST", at.internal_url + "/profiles")).status == 405
 
 
-async def test_another_path_for_the_webhook(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("configured", "takes", "takes_not"),
+    [
+        (PATH, (PATH, PATH + "/", PATH + "/?x=1"), (PATH + "//", PATH + "/x")),
+        ("/in/here", ("/in/here", "/in/here/"), (PATH, "/in", "/in/")),
+        ("/in/here/", ("/in/here", "/in/here/"), ("/in/here//",)),
+        ("/", ("/", ""), ("//", PATH)),
+    ],
+)
+async def test_the_webhook_s_path_with_and_without_a_slash_behind_it(
+    tmp_path: Path, configured: str, takes: tuple[str, ...], takes_not: tuple[str, ...]
+) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
     async with deliveries.served(url, CLERK_SYNC_WEBHOOK_PATH="/in/here") as at:
         assert (await at.post(event("user.created", "user_a"))).status == 404

@@ -175,7 +175,7 @@ class WebhookListener:
         return response
 
     async def _answer(self, request: web.BaseRequest, seen: _Seen) -> Answer:
-        if request.path != self._path:
+        if request.path.removesuffix("/") != self._path.removesuffix("/"):
             raise Rejected(Reason.PATH)
         if request.method != "POST":
             raise Rejected(Reason.METHOD)

@@ -180,12 +180,16 @@ def test_the_internal_listener_stays_inside(case: Case) -> None:
         assert "defaultBackend" not in ingress["spec"]
         for rule in ingress["spec"]["rules"]:
             assert rule["host"]
-            (only,) = rule["http"]["paths"]
-            assert (only["path"], only["pathType"]) == (path, "Exact")
-            assert reaching[only["backend"]["service"]["name"]] == {webhook}
+            # The service takes a slash behind its path.
+            assert [one["path"] for one in rule["http"]["paths"]] == [path, f"{path}/"]
+            for one in rule["http"]["paths"]:
+                assert one["pathType"] == "Exact"
+                assert reaching[one["backend"]["service"]["name"]] == {webhook}
     for route in rules.of_kind(objects, "HTTPRoute"):
         (rule,) = route["spec"]["rules"]
-        assert [one["path"] for one in rule["matches"]] == [{"type": "Exact", "value": path}]
+        assert [one["path"] for one in rule["matches"]] == [
+            {"type": "Exact", "value": one} for one in (path, f"{path}/")
+        ]
         assert [reaching[one["name"]] for one in rule["backendRefs"]] == [{webhook}]
         assert route["spec"]["hostnames"]
 

@@ -118,13 +118,15 @@ def test_selectors_find_pods_and_services_their_ports(objects: tuple[Object, ...
 def test_only_the_webhooks_path_is_published(objects: tuple[Object, ...]) -> None:
     for one in rules.of_kind(objects, "Ingress"):
         (rule,) = one["spec"]["rules"]
-        (path,) = rule["http"]["paths"]
-        assert (path["path"], path["pathType"]) == ("/webhooks/clerk", "Exact")
-        assert path["backend"]["service"] == {"name": "clerk-sync", "port": {"number": 80}}
+        paths = rule["http"]["paths"]
+        assert [path["path"] for path in paths] == ["/webhooks/clerk", "/webhooks/clerk/"]
+        for path in paths:
+            assert path["pathType"] == "Exact"
+            assert path["backend"]["service"] == {"name": "clerk-sync", "port": {"number": 80}}
     for one in rules.of_kind(objects, "HTTPRoute"):
         (rule,) = one["spec"]["rules"]
         assert [match["path"] for match in rule["matches"]] == [
-            {"type": "Exact", "value": "/webhooks/clerk"}
+            {"type": "Exact", "value": path} for path in ("/webhooks/clerk", "/webhooks/clerk/")
         ]
         assert rule["backendRefs"] == [{"name": "clerk-sync", "port": 80}]
 

@@ -91,6 +91,12 @@ app.kubernetes.io/component: webhook
 {{- .Values.listen.webhookPort | default (eq .Values.mode "sidecar" | ternary 18080 8080) | int -}}
 {{- end -}}
 
+{{/* The webhook's path as it may be asked for: without and with a slash behind it. A YAML list. */}}
+{{- define "clerk-sync.paths" -}}
+{{- $path := trimSuffix "/" .Values.listen.path -}}
+{{ list $path (print $path "/") | compact | toYaml }}
+{{- end -}}
+
 {{- define "clerk-sync.internalPort" -}}
 {{- .Values.listen.internalPort | default (eq .Values.mode "sidecar" | ternary 18081 8081) | int -}}
 {{- end -}}
