@@ -92,7 +92,8 @@ class InternalListener:
         if hasattr(pool, "checkedout"):
             self._metrics.pool_in_use.set(pool.checkedout())
             self._metrics.pool_size.set(pool.size())
-        body, content_type = self._metrics.exposed(request.headers.get("Accept", ""))
+        accept = ",".join(request.headers.getall("Accept", ()))
+        body, content_type = self._metrics.exposed(accept)
         return web.Response(body=body, headers={"Content-Type": content_type})
 
     async def profiles(self, request: web.Request) -> web.Response:

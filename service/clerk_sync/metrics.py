@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final, TypeVar
 
@@ -38,6 +39,7 @@ SETTLED: Final = (
     Outcome.QUARANTINED,
 )
 _KNOWN: Final = frozenset(TYPES)
+_VERSION: Final = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){0,3} *", re.ASCII)
 
 _Made = TypeVar("_Made", bound=MetricWrapperBase)
 
@@ -259,7 +261,7 @@ class Metrics:
         OpenMetrics has the times at which series were made, so that a counter's first increase
         counts. In the plain text format they would be series of their own, and are left out.
         """
-        encode, content_type = choose_encoder(accept)
+        encode, content_type = choose_encoder(_readable(accept))
         if "openmetrics" in content_type:
             return encode(self.registry), content_type
         return encode(_Uncreated(self.registry)), content_type
@@ -331,6 +333,18 @@ class Metrics:
             self._unavailable[answer.reason].inc()
         else:
             self.errors.inc()
+
+
+def _readable(accept: str) -> str:
+    """What of an `Accept` header may be given to the library.
+
+    It compares versions as numbers, fails where they are none, and repeats them in its answer.
+    """
+    return ",".join(
+        accepted
+        for accepted in accept.split(",")
+        if all(map(_VERSION.fullmatch, re.findall(r"version=([^;]*)", accepted)))
+    )
 
 
 class _Uncreated(Collector):
