@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 import socket
 import sqlite3
+import sys
 import time
 from collections import Counter
 from typing import TYPE_CHECKING, Final
@@ -216,3 +218,29 @@ async def test_strangers_cannot_fill_the_log_and_clerk_s_lines_stay(tmp_path: Pa
     assert left_out == {"wrong": 50, "path": 2, "expired": 5}
     for reason, number in (("wrong", 60), ("path", 12), ("expired", 15)):
         assert after.grown_since(before)[f"rejected{{reason={reason}}}"] == number
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux limits another process")
+async def test_a_full_disk_under_the_embedded_database_is_not_ready(tmp_path: Path) -> None:
+    """Files may not grow: as on a full disk, what is there can be read and written over."""
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    async with deliveries.process(tmp_path, url) as (process, at):
+        await at.until_ready()
+        created = [deliveries.event("user.created", f"user_{n}") for n in range(40)]
+        for one in created:
+            assert (await at.post(one)).status == 200
+        limit = (tmp_path / "x.db-wal").stat().st_size
+        assert limit > 2 * len(process.log)
+        whole = resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, (limit, whole[1]))
+        reply = await at.until_ready(ready=False)
+        assert reply.json["reason"] == "database"
+        assert (await at.post(created[0])).said == (503, "unavailable", "database")
+        # It stays so, for as long as nothing can be written.
+        seen = {(await at.inside("/readyz")).status for _ in range(200)}
+        assert seen == {503}
+        resource.prlimit(process.process.pid, resource.RLIMIT_FSIZE, whole)
+        await at.until_ready()
+        assert (await at.post(deliveries.event("user.created", "user_new"))).outcome == "applied"
+        assert await rows(url, "SELECT * FROM clerk_sync_entities WHERE kind = ''") == []

@@ -111,6 +111,7 @@ async def _of_schema(
         # to write to yet.
         if not schema.lacks_own(live):
             await housekeeping.probe_rights(engine)
+            await housekeeping.probe(engine)
     except Unavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return

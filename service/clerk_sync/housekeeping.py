@@ -48,14 +48,24 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
 
 
 async def probe(engine: AsyncEngine) -> None:
-    """Ask the database whether it takes writes, with one that finds no row. Raises Unavailable.
+    """Ask the database whether it takes writes, with one that changes nothing. Raises Unavailable.
 
-    After a failover the old primary still answers every SELECT.
+    After a failover the old primary still answers every SELECT. A server's full disk stops the
+    server, or shows in its numbers; SQLite's shows when pages are written, and in nothing less.
     """
-    nothing = sa.update(entities).where(entities.c.kind == "").values(synced_at=None)
+    none = entities.c.kind == ""
+    nothing = sa.update(entities).where(none).values(synced_at=None)
     with engine_errors_told():
         async with engine.connect() as connection:
             await connection.execute(nothing)
+            if connection.dialect.name == "sqlite":
+                now = datetime.now(UTC).replace(tzinfo=None)
+                row = entities.insert().values(
+                    kind="", clerk_id="", version_ms=0, event_ms=0, source="", synced_at=now
+                )
+                await connection.execute(row)
+                await connection.execute(sa.delete(entities).where(none))
+                await connection.commit()
 
 
 async def probe_rights(engine: AsyncEngine) -> None:
