@@ -203,6 +203,11 @@ class Clerk:
         name = found.get("id") if isinstance(found, dict) else None
         return name if isinstance(name, str) and name.startswith("ins_") else None
 
+    @property
+    def per_window(self) -> int:
+        """Requests that may begin within RATE_SECONDS. Raises ClerkUnavailable without a key."""
+        return max(1, int(rate_limit(self._key()) * self._share))
+
     async def count(self, kind: str) -> int:
         """How many objects of a listed kind there are."""
         if kind == "user":
@@ -334,8 +339,7 @@ class Clerk:
         `patience` is for its turn, `least` the shortest pause if Clerk says to wait: in seconds.
         """
         if self._rate is None:
-            limit = int(rate_limit(self._key()) * self._share)
-            self._rate = Rate(limit, self._metrics.clerk_waited)
+            self._rate = Rate(self.per_window, self._metrics.clerk_waited)
         await self._rate.turn(patience)
         key = self._key()
         headers = {

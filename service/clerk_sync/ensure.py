@@ -22,6 +22,10 @@ if TYPE_CHECKING:
     from clerk_sync.targets import Target
 
 
+class Busy(Exception):  # noqa: N818
+    """More users are asked for than Clerk's rate limit lets through in time."""
+
+
 class Unmapped(LookupError):  # noqa: N818
     """The mapping has no table for users, or the schema is not known yet."""
 
@@ -36,6 +40,14 @@ class Ensured:
     row: dict[str, Any] | None
     outcome: Outcome | None = None
     reason: Reason | None = None
+
+
+@dataclass(slots=True)
+class _Asked:
+    """One request to Clerk, and how many wait for its answer."""
+
+    task: asyncio.Task[Ensured]
+    callers: int = 0
 
 
 class Ensure:
@@ -54,20 +66,30 @@ class Ensure:
         self._committer = committer
         self._engine = engine
         self._users = users
-        self._asked: dict[str, asyncio.Task[Ensured]] = {}
+        self._asked: dict[str, _Asked] = {}
 
     async def __call__(self, user_id: str) -> Ensured:
         """The user's row, once it is what Clerk says.
 
-        Raises Unmapped, ClerkUnavailable, ClerkRefused, Unavailable.
+        Raises Unmapped, Busy, ClerkUnavailable, ClerkRefused, Unavailable.
         """
-        task = self._asked.get(user_id)
-        if task is None:
-            task = asyncio.create_task(self._ensured(user_id))
-            self._asked[user_id] = task
-            task.add_done_callback(lambda _: self._asked.pop(user_id, None))
-        # One caller that goes away must not take the others' answer along.
-        return await asyncio.shield(task)
+        asked = self._asked.get(user_id)
+        if asked is None:
+            # Of more, the last would wait for longer than anybody does.
+            if len(self._asked) >= self._clerk.per_window:
+                raise Busy
+            asked = _Asked(asyncio.create_task(self._ensured(user_id)))
+            self._asked[user_id] = asked
+        asked.callers += 1
+        try:
+            # One caller that goes away must not take the others' answer along.
+            return await asyncio.shield(asked.task)
+        finally:
+            asked.callers -= 1
+            if not asked.callers:
+                # Nobody waits for it any more: it makes room, and does not ask Clerk.
+                asked.task.cancel()
+                self._asked.pop(user_id, None)
 
     async def _ensured(self, user_id: str) -> Ensured:
         users = self._users()

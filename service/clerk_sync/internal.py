@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -13,10 +14,10 @@ from clerk_sync import profiles
 from clerk_sync.answers import RETRY_AFTER_SECONDS, Outcome, Reason
 from clerk_sync.clerk import ClerkBusy, ClerkRefused, ClerkUnavailable
 from clerk_sync.database_errors import Unavailable
-from clerk_sync.ensure import Unmapped
+from clerk_sync.ensure import Busy, Unmapped
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -25,8 +26,12 @@ if TYPE_CHECKING:
     from clerk_sync.targets import Target
 
 READ_SECONDS: Final = 3.0
+# A database answers so many within READ_SECONDS, even one that is slow and far away.
+READ_LIMIT: Final = 64
 # The app waits with a person in front of it.
 ENSURE_SECONDS: Final = 10.0
+# Of callers. How many users they may ask for together follows from Clerk's rate limit.
+ENSURE_LIMIT: Final = 256
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +41,28 @@ class Readiness:
     ready: bool
     reason: Reason | None = None
     detail: str = ""
+
+
+class Full(Exception):  # noqa: N818
+    """As many as may are being answered, or wait."""
+
+
+class _Places:
+    """How many may be answered or wait at once; who comes beyond is told to come again."""
+
+    def __init__(self, limit: int) -> None:
+        self._free = limit
+
+    @contextlib.contextmanager
+    def taken(self) -> Iterator[None]:
+        """Take a place while this lasts. Raises Full."""
+        if not self._free:
+            raise Full
+        self._free -= 1
+        try:
+            yield
+        finally:
+            self._free += 1
 
 
 class InternalListener:
@@ -55,6 +82,8 @@ class InternalListener:
         self._readiness = readiness
         self._users = users
         self._ensure = ensure
+        self._reads = _Places(READ_LIMIT)
+        self._ensures = _Places(ENSURE_LIMIT)
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -106,10 +135,13 @@ class InternalListener:
             return _json({"error": "the mapping names no table for `user`"}, status=404)
         username = request.query.get("username")
         try:
-            async with asyncio.timeout(READ_SECONDS):
-                if username is None:
-                    return _json(await profiles.some(self._engine, users))
-                return _json(await profiles.named(self._engine, users, username))
+            with self._reads.taken():
+                async with asyncio.timeout(READ_SECONDS):
+                    if username is None:
+                        return _json(await profiles.some(self._engine, users))
+                    return _json(await profiles.named(self._engine, users, username))
+        except Full:
+            return _sorry(f"{READ_LIMIT} others are read already")
         except LookupError as error:
             return _json({"error": str(error)}, status=400)
         except (Unavailable, TimeoutError):
@@ -123,8 +155,11 @@ class InternalListener:
         if not readiness.ready:
             return _sorry(readiness.detail or "not ready")
         try:
-            async with asyncio.timeout(ENSURE_SECONDS):
-                ensured = await self._ensure(request.match_info["user_id"])
+            with self._ensures.taken():
+                async with asyncio.timeout(ENSURE_SECONDS):
+                    ensured = await self._ensure(request.match_info["user_id"])
+        except (Full, Busy):
+            return _sorry("too many users are asked for at once")
         except Unmapped as error:
             return _json({"error": str(error)}, status=404)
         except ClerkRefused as error:

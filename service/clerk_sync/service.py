@@ -335,7 +335,13 @@ async def running(
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)
         # Probes and metrics are answered until the very end.
-        probes = web.AppRunner(internal.app(), access_log=None, shutdown_timeout=1.0)
+        probes = web.AppRunner(
+            internal.app(),
+            access_log=None,
+            shutdown_timeout=1.0,
+            # What is asked for /ensure, and for /profiles, ends with who asked.
+            handler_cancellation=True,
+        )
         internal_url = await _listen(stack, probes, settings.host, settings.internal_port)
         await _at_most(watch.looked.wait(), PING_SECONDS)
         receiver = web.ServerRunner(
