@@ -532,3 +532,10 @@ def engine_of(locate: Locate, *, size: int) -> AsyncEngine:
         # PlanetScale cuts connections after a day; an hour also lets a rotated password in.
         pool_recycle=3600,
     )
+
+
+async def close_idle(engine: AsyncEngine) -> None:
+    """Close what the engine's pool keeps open, unless some of it is in use."""
+    pool: Any = engine.pool
+    if not pool.checkedout():
+        await engine.dispose()

@@ -18,6 +18,7 @@ import structlog
 from clerk_sync import progress, walks
 from clerk_sync.answers import Ending
 from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
+from clerk_sync.database import close_idle
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.lease import Held, Lost
 from clerk_sync.report import Report, Stopped
@@ -72,6 +73,7 @@ class Schedule:
                         await self._reconcile()
                         await self._due()
                     await self._count()
+                    await close_idle(self._engine)
                 except (
                     *(Unavailable, ClerkUnavailable, ClerkRefused),
                     *(InvalidSettings, SchemaFaults),

@@ -17,7 +17,7 @@ from aiohttp import web
 from clerk_sync import __version__, housekeeping, quarantine, schema
 from clerk_sync.answers import UNREADINESSES, Reason
 from clerk_sync.committer import Committer
-from clerk_sync.database import Connection, connect, engine_of
+from clerk_sync.database import Connection, close_idle, connect, engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Ensure
 from clerk_sync.held import HOLD_SECONDS
@@ -89,10 +89,14 @@ class Watch:
         committer: Committer,
         metrics: Metrics,
         settings: Settings,
+        *,
+        reads: AsyncEngine,
     ) -> None:
+        """`engine` is for its looks alone, which wait for nobody; `reads` is everybody's."""
         self.readiness = STARTING
         self.looked = asyncio.Event()
         self._engine = engine
+        self._reads = reads
         self._mapping = mapping
         self._committer = committer
         self._metrics = metrics
@@ -128,6 +132,7 @@ class Watch:
             # A connection from before may still be good where a new one, with the credentials of
             # now, is not let in.
             await self._engine.dispose()
+            await self._reads.dispose()
         if status.store is None or doubtful:
             return await self._bind()
         commits = status.commits
@@ -197,15 +202,16 @@ class Watch:
 
     async def _keep(self) -> None:
         gone = await housekeeping.expire(
-            self._engine,
+            self._reads,
             ledger_days=self._settings.ledger_days,
             quarantine_days=self._settings.quarantine_days,
         )
         if gone:
             log.info("expired", rows=gone)
-        size = await quarantine.size(self._engine)
+        size = await quarantine.size(self._reads)
         self._metrics.quarantine_size.set(size.stuck)
         self._metrics.quarantine_retried.set(size.retried)
+        await close_idle(self._reads)
 
 
 def _unready(error: Exception, seconds: float) -> Readiness:
@@ -270,10 +276,11 @@ async def running(
         raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
     secrets = RotatedSigners(settings.signing_secret)
     metrics = Metrics()
-    engine = engine_of(settings.locate, size=settings.pool_size)
+    looks = engine_of(settings.locate, size=1)
+    engine = engine_of(settings.locate, size=max(1, settings.pool_size - 1))
 
     committer = committer_of(settings, metrics)
-    watch = Watch(engine, mapping, committer, metrics, settings)
+    watch = Watch(looks, mapping, committer, metrics, settings, reads=engine)
     webhook = WebhookListener(
         path=settings.webhook_path,
         signers=secrets,
@@ -331,6 +338,7 @@ async def running(
             asyncio.create_task(work)
             for work in (watch.look(), watch.keep(), schedule.keep(), retries.keep())
         ]
+        stack.push_async_callback(looks.dispose)
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)

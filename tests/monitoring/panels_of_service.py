@@ -82,7 +82,8 @@ DATABASE: Final = Row(
             "lines",
             "none",
             "Database connections: the writers' own, and those of the pool that everything else"
-            " uses. A pool in full use makes readiness and housekeeping wait.",
+            " uses. A pool in full use makes `/profiles`, `/ensure` and"
+            " housekeeping wait. Readiness has a connection of its own.",
             (
                 Query("sum(clerk_sync_writer_connections{$selector})", "writers"),
                 Query("sum(clerk_sync_pool_in_use{$selector})", "pool, in use"),
