@@ -28,13 +28,25 @@ from clerk_sync.answers import (
     Reason,
 )
 from clerk_sync.events import LISTED, PROBE
-from clerk_sync.metrics import CLERK_STATUSES, SETTLED, Metrics
+from clerk_sync.metrics import CLERK_STATUSES, SECRETS, SETTLED, Metrics
+from clerk_sync.settings import Secret, Settings
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW = 1_767_612_345.0
-CLOSED = {"type", "outcome", "reason", "le", "version", "status", "kind", "drift", "result"}
+CLOSED = {
+    "type",
+    "outcome",
+    "reason",
+    "le",
+    "version",
+    "status",
+    "kind",
+    "drift",
+    "result",
+    "secret",
+}
 LABELLED = {
     "clerk_sync_outcomes_total": {
         (("outcome", outcome), ("type", type_))
@@ -47,6 +59,7 @@ LABELLED = {
     "clerk_sync_quarantined_total": {(("reason", reason.value),) for reason in QUARANTINES},
     "clerk_sync_unavailable_total": {(("reason", reason.value),) for reason in UNAVAILABILITIES},
     "clerk_sync_unready": {(("reason", reason.value),) for reason in UNREADINESSES},
+    "clerk_sync_secret_stale": {(("secret", name),) for name in SECRETS},
     "clerk_sync_clerk_requests_total": {(("status", status),) for status in CLERK_STATUSES},
     "clerk_sync_clerk_entities": {(("kind", kind),) for kind in LISTED},
     "clerk_sync_table_entities": {(("kind", kind),) for kind in LISTED},
@@ -214,3 +227,8 @@ def test_two_services_in_one_process_count_apart() -> None:
     one.received.inc()
     assert counted(one, "clerk_sync_received_total") == 1
     assert counted(other, "clerk_sync_received_total") == 0
+
+
+def test_each_secret_has_its_series() -> None:
+    fields = Settings.model_fields.items()
+    assert {name for name, field in fields if field.annotation == Secret | None} == {*SECRETS}

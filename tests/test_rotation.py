@@ -7,6 +7,8 @@ import secrets
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+import pytest
+
 from clerk_sync.settings import Secret
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, SECRET, At, event
@@ -37,7 +39,7 @@ class Mounted:
         made = self.folder / f"..{secrets.token_hex(8)}"
         made.mkdir()
         for name, text in contents.items():
-            (made / name).write_text(text)
+            (made / name).write_text(text, errors="surrogateescape")
         fresh = self.folder / "..data_tmp"
         fresh.symlink_to(made.name)
         fresh.replace(self.folder / "..data")
@@ -175,3 +177,89 @@ async def test_database_url_in_a_file_moves_to_another_server_or_database(
         await until_statuses(at, [200], SECRET)
         assert len(await deliveries.ledger(urls[0])) == 1
         assert len(await deliveries.ledger(urls[1])) >= 1
+
+
+def stale(metrics: deliveries.Metrics) -> set[str]:
+    """Return the secrets whose files are of no use, as the metrics tell."""
+    labels = {
+        dict(labels)["secret"]: value
+        for (name, labels), value in metrics.samples.items()
+        if name == "clerk_sync_secret_stale"
+    }
+    return {name for name, value in labels.items() if value}
+
+
+@pytest.mark.parametrize("how", ["gone", "empty", "blank", "binary"])
+async def test_a_secret_s_file_that_is_of_no_use_is_told_once_and_when_it_is_back(
+    tmp_path: Path, how: str
+) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    contents = {
+        "DATABASE_URL": url,
+        "CLERK_WEBHOOK_SIGNING_SECRET": SECRET,
+        "CLERK_SECRET_KEY": "sk_test_bm90IHRvIGJlIHNlZW4",
+        "CLERK_SYNC_APP_TOKEN": "6a09e667f3bcc908b2fb1366ea957d3e",
+    }
+    fields = {"database_url", "signing_secret", "secret_key", "app_token"}
+    mounted = Mounted(tmp_path / "secrets", **contents)
+    environment = {f"{name}_FILE": mounted[name] for name in contents}
+    # Nothing is there to be asked.
+    environment["CLERK_API_URL"] = "http://127.0.0.1:9"
+    async with deliveries.process(tmp_path, **environment) as (process, at):
+        await at.until_ready()
+        assert stale(await at.metrics()) == set()
+
+        async def until(expected: set[str]) -> None:
+            await deliveries.until(at.metrics, lambda seen: stale(seen) == expected)
+
+        for turn in (1, 2):
+            bad = dict.fromkeys(contents, {"empty": "", "blank": " \n"}.get(how, "\udcff"))
+            mounted.write(**({} if how == "gone" else bad))
+            await until(fields)
+            # The last good ones are still used.
+            assert (await at.inside("/readyz")).status == 200
+            assert await statuses(at, SECRET) == [200]
+            mounted.write(**contents)
+            await until(set())
+            lines = process.lines()
+            for event_, level in (("secret_stale", "error"), ("secret_fresh", "info")):
+                told = [line for line in lines if line["event"] == event_]
+                assert sorted(line["name"] for line in told) == sorted([*contents] * turn)
+                assert {line["level"] for line in told} == {level}
+        errors = {line["error"] for line in lines if line["event"] == "secret_stale"}
+        said = {"gone": "No such file or directory", "binary": "not text"}
+        assert errors == {said.get(how, "is empty")}
+        for text in (*contents.values(), "sk_test"):
+            assert text not in process.log or text == url
+
+
+async def test_a_key_that_was_never_there_is_told_too(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    path = tmp_path / "key"
+    environment = {"CLERK_SECRET_KEY_FILE": str(path), "CLERK_API_URL": "http://127.0.0.1:9"}
+    async with deliveries.process(tmp_path, url, **environment) as (process, at):
+        await at.until_ready()
+        await deliveries.until(at.metrics, lambda seen: stale(seen) == {"secret_key"})
+        path.write_text("sk_test_bm90IHRvIGJlIHNlZW4")
+        await deliveries.until(at.metrics, lambda seen: stale(seen) == set())
+        told = [line["event"] for line in process.lines() if line["event"].startswith("secret_")]
+        assert told == ["secret_stale", "secret_fresh"]
+
+
+async def test_a_secret_that_makes_no_sense_is_stale_until_it_does(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path}/x.db"
+    await deliveries.migrate(url)
+    mounted = Mounted(tmp_path / "secret", signing=SECRET)
+    environment = {"CLERK_WEBHOOK_SIGNING_SECRET_FILE": mounted["signing"]}
+    async with deliveries.process(tmp_path, url, **environment) as (process, at):
+        await at.until_ready()
+        mounted.write(signing="whsec_oops!")
+        # Nobody has to send anything for it to be noticed.
+        await deliveries.until(at.metrics, lambda seen: stale(seen) == {"signing_secret"})
+        mounted.write(signing=OTHER_SECRET)
+        await deliveries.until(at.metrics, lambda seen: stale(seen) == set())
+        assert await statuses(at, SECRET, OTHER_SECRET) == [401, 200]
+        told = [line["event"] for line in process.lines() if "signing_secret" in line["event"]]
+        assert told == ["signing_secret_invalid", "signing_secret_changed"]

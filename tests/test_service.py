@@ -191,9 +191,11 @@ async def test_the_webhook_s_path_with_and_without_a_slash_behind_it(
     tmp_path: Path, configured: str, takes: tuple[str, ...], takes_not: tuple[str, ...]
 ) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
-    async with deliveries.served(url, CLERK_SYNC_WEBHOOK_PATH="/in/here") as at:
-        assert (await at.post(event("user.created", "user_a"))).status == 404
-        assert (await at.post(event("user.created", "user_a"), path="/in/here")).status == 200
+    async with deliveries.served(url, CLERK_SYNC_WEBHOOK_PATH=configured) as at:
+        for path in takes:
+            assert (await at.post(event("user.created", "user_a"), path=path)).status == 200
+        for path in takes_not:
+            assert (await at.post(event("user.created", "user_a"), path=path)).status == 404
 
 
 async def test_without_a_secret_it_refuses_to_start(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Final, Literal
 import aiohttp
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from clerk_sync import housekeeping, mapping_file, rehearsal, schema, signature
+from clerk_sync import access, housekeeping, mapping_file, rehearsal, schema, signature
 from clerk_sync.address import Target
 from clerk_sync.database import engine_of
 from clerk_sync.database_errors import Unavailable
@@ -49,6 +49,19 @@ def signing_faults(settings: Settings) -> list[str]:
     return []
 
 
+def token_faults(settings: Settings) -> list[str]:
+    """What is wrong with the app's token, if there is one."""
+    if settings.app_token is None:
+        return []
+    try:
+        access.tokens(settings.app_token.read())
+    except access.InvalidToken as error:
+        return [f"{settings.app_token.name}: {error}"]
+    except InvalidSettings as error:
+        return list(error.faults)
+    return []
+
+
 async def findings(
     settings: Settings, faults: Sequence[str], doubts: Sequence[str]
 ) -> AsyncIterator[Finding]:
@@ -63,6 +76,9 @@ async def findings(
         yield Finding("warn", "settings", doubt)
     for finding in _failed_or("secrets", signing_faults(settings), "the signing secret is one"):
         yield finding
+    if settings.app_token is not None:
+        for finding in _failed_or("app token", token_faults(settings), "is one"):
+            yield finding
     mapping = None
     try:
         mapping = mapping_file.load(settings.config)

@@ -1,4 +1,7 @@
-"""The internal listener: probes, metrics, and the read side. An Ingress never reaches it."""
+"""The internal listener: probes, metrics, and the read side. An Ingress never reaches it.
+
+People's data is for the app alone: see `access`.
+"""
 
 from __future__ import annotations
 
@@ -8,22 +11,26 @@ import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
+import structlog
 from aiohttp import web
 
-from clerk_sync import profiles
+from clerk_sync import access, profiles
 from clerk_sync.answers import RETRY_AFTER_SECONDS, Outcome, Reason
 from clerk_sync.clerk import ClerkBusy, ClerkRefused, ClerkUnavailable
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Busy, Unmapped
+from clerk_sync.logs import Ration
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Awaitable, Callable, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from clerk_sync.ensure import Ensure
     from clerk_sync.metrics import Metrics
     from clerk_sync.targets import Target
+
+log = structlog.get_logger()
 
 READ_SECONDS: Final = 3.0
 # A database answers so many within READ_SECONDS, even one that is slow and far away.
@@ -76,14 +83,17 @@ class InternalListener:
         readiness: Callable[[], Readiness],
         users: Callable[[], Target | None],
         ensure: Ensure | None,
+        tokens: Callable[[], Sequence[bytes]],
     ) -> None:
         self._engine = engine
         self._metrics = metrics
         self._readiness = readiness
         self._users = users
         self._ensure = ensure
+        self._tokens = tokens
         self._reads = _Places(READ_LIMIT)
         self._ensures = _Places(ENSURE_LIMIT)
+        self._ration = Ration()
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -91,9 +101,34 @@ class InternalListener:
         app.router.add_get("/livez", self.livez)
         app.router.add_get("/readyz", self.readyz)
         app.router.add_get("/metrics", self.metrics)
-        app.router.add_get("/profiles", self.profiles)
-        app.router.add_post("/ensure/{user_id}", self.ensure)
+        app.router.add_get("/profiles", self._for_the_app(self.profiles))
+        app.router.add_post("/ensure/{user_id}", self._for_the_app(self.ensure))
         return app
+
+    def close(self) -> None:
+        """Say what the log left out."""
+        self._ration.end()
+
+    def _for_the_app(
+        self, answer: Callable[[web.Request], Awaitable[web.Response]]
+    ) -> Callable[[web.Request], Awaitable[web.Response]]:
+        """Answer the app alone; others are told what to set."""
+
+        async def answered(request: web.Request) -> web.Response:
+            transport = request.transport
+            refusal = access.refusal(
+                request.headers,
+                peer=transport and transport.get_extra_info("peername"),
+                own=transport and transport.get_extra_info("sockname"),
+                known=self._tokens(),
+            )
+            if refusal is None:
+                return await answer(request)
+            if self._ration.allows(reason="forbidden"):
+                log.warning("forbidden", peer=request.remote, error=refusal)
+            return _json({"error": refusal}, status=403)
+
+        return answered
 
     async def livez(self, request: web.Request) -> web.Response:
         """The process runs its event loop. Nothing else: a restart mends no database."""

@@ -38,6 +38,19 @@ SETTLED: Final = (
     Outcome.IGNORED,
     Outcome.QUARANTINED,
 )
+# The settings that may be read from a file.
+SECRETS: Final = (
+    "database_url",
+    "database_host",
+    "database_port",
+    "database_name",
+    "database_username",
+    "database_password",
+    "signing_secret",
+    "secret_key",
+    "api_key",
+    "app_token",
+)
 _KNOWN: Final = frozenset(TYPES)
 _VERSION: Final = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){0,3} *", re.ASCII)
 
@@ -153,6 +166,12 @@ class Metrics:
             "1 for why the service takes no deliveries. All are 0 while it does.",
             "1 or 0",
             reason=UNREADINESSES,
+        )
+        self.secret_stale = self._gauge(
+            "secret_stale",
+            "1 while a secret's file is gone, empty or makes no sense. The last good one is used.",
+            "1 or 0",
+            secret=SECRETS,
         )
         self.last_success = self._gauge(
             "last_success_timestamp_seconds",

@@ -24,15 +24,14 @@ from clerk_sync.held import HOLD_SECONDS
 from clerk_sync.internal import ENSURE_SECONDS, InternalListener, Readiness
 from clerk_sync.metrics import Metrics
 from clerk_sync.retries import Retries
+from clerk_sync.rotation import Rotation
 from clerk_sync.schedule import Schedule
-from clerk_sync.settings import InvalidSettings, Secret, Settings
-from clerk_sync.signature import InvalidSecret, signers
+from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.walks import clerk_of
 from clerk_sync.webhook import WebhookListener
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from svix.webhooks import Webhook
 
     from clerk_sync.mapping import Mapping
     from clerk_sync.targets import Target
@@ -56,27 +55,6 @@ class Running:
 
     url: str
     internal_url: str
-
-
-class RotatedSigners:
-    """The signers of the secret as it is now. A rotation that makes no sense keeps the last."""
-
-    def __init__(self, secret: Secret) -> None:
-        self._secret = secret
-        self._text = secret.read()
-        self._signers = signers(self._text)
-
-    def __call__(self) -> tuple[Webhook, ...]:
-        """The signers now."""
-        text = self._secret.read()
-        if text != self._text:
-            self._text = text
-            try:
-                self._signers = signers(text)
-                log.info("signing_secret_changed", secrets=len(self._signers))
-            except InvalidSecret as error:
-                log.error("signing_secret_invalid", name=self._secret.name, error=str(error))
-        return self._signers
 
 
 class Watch:
@@ -272,9 +250,7 @@ async def running(
     Raises InvalidSettings and OSError before it listens. `committer_of` is for the bench,
     which leaves the database out to see what the rest costs. `tracing` is closed at the end.
     """
-    if settings.signing_secret is None:
-        raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
-    secrets = RotatedSigners(settings.signing_secret)
+    secrets = Rotation(settings)
     metrics = Metrics()
     looks = engine_of(settings.locate, size=1)
     engine = engine_of(settings.locate, size=max(1, settings.pool_size - 1))
@@ -283,7 +259,7 @@ async def running(
     watch = Watch(looks, mapping, committer, metrics, settings, reads=engine)
     webhook = WebhookListener(
         path=settings.webhook_path,
-        signers=secrets,
+        signers=secrets.signers,
         mapping=mapping,
         instance_id=settings.instance_id,
         committer=committer,
@@ -325,7 +301,9 @@ async def running(
             readiness=readiness,
             users=lambda: watch.users,
             ensure=ensure,
+            tokens=secrets.tokens,
         )
+        stack.callback(internal.close)
         committer.start()
         retries = Retries(
             engine,
@@ -336,7 +314,13 @@ async def running(
         )
         tasks = [
             asyncio.create_task(work)
-            for work in (watch.look(), watch.keep(), schedule.keep(), retries.keep())
+            for work in (
+                watch.look(),
+                watch.keep(),
+                schedule.keep(),
+                retries.keep(),
+                secrets.keep(metrics),
+            )
         ]
         stack.push_async_callback(looks.dispose)
         stack.push_async_callback(engine.dispose)

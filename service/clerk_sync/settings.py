@@ -38,7 +38,9 @@ class Secret:
     def __init__(self, name: str, *, value: str = "", path: Path | None = None) -> None:
         self.name = name
         self._value = value.strip()  # a Secret made by `echo` ends with a newline
-        self._path = path
+        self.path = path
+        # What is wrong with the file now, so that the last value from it stays; else empty.
+        self.fault = ""
         self._stamp: tuple[int, int, int] | None = None
         self._looked = 0.0
 
@@ -51,21 +53,22 @@ class Secret:
         Raises InvalidSettings when there has never been one.
         """
         now = time.monotonic()
-        if self._path is None or (self._value and now - self._looked < _FILE_LOOK_SECONDS):
+        if self.path is None or (self._value and now - self._looked < _FILE_LOOK_SECONDS):
             return self._value
         self._looked = now
         try:
-            status = self._path.stat()
+            status = self.path.stat()
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
             if stamp != self._stamp:
-                self._value = self._path.read_text().strip() or self._value
-                self._stamp = stamp
+                text = self.path.read_text().strip()
+                self._stamp, self.fault = stamp, "" if text else "is empty"
+                self._value = text or self._value
         except (OSError, UnicodeDecodeError) as error:
-            if not self._value:
-                what = error.strerror if isinstance(error, OSError) else "not text"
-                raise InvalidSettings([f"{self.name}_FILE: {self._path}: {what}"]) from None
+            self._stamp = None  # it may come back as it was
+            what = error.strerror if isinstance(error, OSError) else "not text"
+            self.fault = what or type(error).__name__
         if not self._value:
-            raise InvalidSettings([f"{self.name}_FILE: {self._path}: is empty"])
+            raise InvalidSettings([f"{self.name}_FILE: {self.path}: {self.fault}"])
         return self._value
 
 
@@ -147,6 +150,7 @@ class Settings(BaseSettings):
     )
     secret_key: Secret | None = Field(default=None, validation_alias="CLERK_SECRET_KEY")
     api_key: Secret | None = Field(default=None, validation_alias="CLERK_API_KEY")
+    app_token: Secret | None = Field(default=None, validation_alias="CLERK_SYNC_APP_TOKEN")
     api_url: str = Field(default="https://api.clerk.com/v1", validation_alias="CLERK_API_URL")
     instance_id: str | None = Field(default=None, validation_alias="CLERK_INSTANCE_ID")
     config: str = Field(default=PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
@@ -230,6 +234,12 @@ class Settings(BaseSettings):
         if self.database_url is None and self.database_host is None:
             found.append(f"DATABASE_URL is not set: the embedded {self.DEFAULT_DATABASE} is used")
         return found
+
+    @property
+    def secrets(self) -> dict[str, Secret]:
+        """Every secret that is given, by its field."""
+        values = {field: getattr(self, field) for field in type(self).model_fields}
+        return {field: value for field, value in values.items() if isinstance(value, Secret)}
 
     @property
     def clerk_key(self) -> Secret | None:

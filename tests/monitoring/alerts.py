@@ -198,6 +198,15 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         " was dropped or renamed.",
     ),
     Alert(
+        "ClerkSyncSecretStale",
+        "warning",
+        "5m",
+        f"max by ({BY}, secret) (clerk_sync_secret_stale{{$selector}}) == 1",
+        "A secret's file is gone, empty or makes no sense.",
+        f"A process of {WHERE} cannot use the file of {{{{ $labels.secret }}}}. It goes on with the"
+        " last good one, until it starts anew or that one ends.",
+    ),
+    Alert(
         "ClerkSyncQuarantineNotEmpty",
         "warning",
         "15m",

@@ -31,6 +31,7 @@ from tests.monitoring.series import (
     queue,
     reconciled,
     rejected,
+    stale,
     steady,
     unavailable,
     unready,
@@ -335,6 +336,21 @@ CASES: Final = (
         "ClerkSyncSchemaBehind",
         "a migration runs beside the start",
         [unready("schema", within(0, 4 * MINUTE, 1))],
+        5 * MINUTE,
+    ),
+    Case(
+        "ClerkSyncSecretStale",
+        "a file was emptied",
+        [stale("app_token", until(10 * MINUTE, 0, 1)), stale("signing_secret", steady(0))],
+        16 * MINUTE,
+        "A process of clerk-sync in shop cannot use the file of app_token. It goes on with the last"
+        " good one, until it starts anew or that one ends.",
+        labels={**WHERE, "secret": "app_token"},
+    ),
+    Case(
+        "ClerkSyncSecretStale",
+        "it was mended in time",
+        [stale("app_token", within(0, 4 * MINUTE, 1))],
         5 * MINUTE,
     ),
     Case(

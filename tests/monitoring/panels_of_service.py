@@ -232,7 +232,8 @@ PROCESS: Final = Row(
             "Processes and starts",
             "lines",
             "none",
-            "Processes by version, and how often one of them started anew within an hour.",
+            "Processes by version, how often one of them started anew within an hour, and how many"
+            " secrets' files are gone, empty or make no sense.",
             (
                 Query(
                     "count by (version) (clerk_sync_build_info{$selector})", "version {{version}}"
@@ -244,9 +245,10 @@ PROCESS: Final = Row(
                     " last_over_time(clerk_sync_build_info{$selector}[1h]))",
                     "starts of one",
                 ),
+                Query("sum(max by (secret) (clerk_sync_secret_stale{$selector}))", "stale secrets"),
             ),
             levels=(Level(thresholds.RESTARTS + 1, TICKET),),
-            alerts=("ClerkSyncRestarting", "ClerkSyncAbsent"),
+            alerts=("ClerkSyncRestarting", "ClerkSyncAbsent", "ClerkSyncSecretStale"),
         ),
     ),
 )

@@ -137,6 +137,10 @@ def unready(reason: str, value: Value, target: Mapping[str, str] = POD) -> Serie
     return Series("clerk_sync_unready", value, {"reason": reason}, target)
 
 
+def stale(secret: str, value: Value) -> Series:
+    return Series("clerk_sync_secret_stale", value, {"secret": secret})
+
+
 def quarantined(value: Value) -> Series:
     return Series("clerk_sync_quarantined_total", value, {"reason": "too_long"})
 

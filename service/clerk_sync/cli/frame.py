@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from clerk_sync import __version__, logs
-from clerk_sync.check import signing_faults
+from clerk_sync.check import signing_faults, token_faults
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import Mapping
 from clerk_sync.mapping_file import InvalidMapping
@@ -90,7 +90,7 @@ def unnamed(settings: Settings) -> list[str]:
 
 
 def settled(
-    *, signing: bool, mapped: bool, located: bool = True
+    *, signing: bool, mapped: bool, located: bool = True, token: bool = False
 ) -> tuple[Settings, Mapping | None]:
     """Settings and mapping, or the end: with every fault in them at once."""
     settings, faults = load_settings()
@@ -101,6 +101,8 @@ def settled(
             faults += error.faults
     if signing:
         faults += signing_faults(settings)
+    if token:
+        faults += token_faults(settings)
     mapping = None
     if mapped:
         try:

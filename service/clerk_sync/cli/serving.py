@@ -33,7 +33,7 @@ def serve() -> None:
     It never changes the schema: with one that is missing or old it is live, not ready, and says
     what to run.
     """
-    settings, mapping = settled(signing=True, mapped=True)
+    settings, mapping = settled(signing=True, mapped=True, token=True)
     assert mapping is not None
     from clerk_sync import service  # noqa: PLC0415 -- the other commands start sooner without it
 

@@ -1,0 +1,120 @@
+"""Secrets that change while the service runs: what is made of them, and what is told of them."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Generic, TypeVar
+
+import structlog
+
+from clerk_sync import access, signature
+from clerk_sync.settings import InvalidSettings
+
+if TYPE_CHECKING:
+    from svix.webhooks import Webhook
+
+    from clerk_sync.metrics import Metrics
+    from clerk_sync.settings import Secret, Settings
+
+log = structlog.get_logger()
+
+LOOK_SECONDS: Final = 1.0
+
+_T = TypeVar("_T")
+
+
+class Rotated(Generic[_T]):
+    """What a secret stands for, made anew when it changes; what makes no sense keeps the last."""
+
+    def __init__(
+        self,
+        secret: Secret,
+        made: Callable[[str], Sequence[_T]],
+        told: Callable[[Sequence[_T], str], None],
+    ) -> None:
+        """`told` hears of each change: what is used from now on, and why if that is the last.
+
+        `made` raises ValueError, whose message never repeats the secret. Raises InvalidSettings.
+        """
+        self.invalid = ""
+        self._secret = secret
+        self._made = made
+        self._told = told
+        self._text = secret.read()
+        try:
+            self._last = made(self._text)
+        except ValueError as error:
+            raise InvalidSettings([f"{secret.name}: {error}"]) from None
+
+    def __call__(self) -> Sequence[_T]:
+        """What it stands for now."""
+        text = self._secret.read()
+        if text != self._text:
+            self._text = text
+            try:
+                self._last, self.invalid = self._made(text), ""
+            except ValueError as error:
+                self.invalid = str(error)
+            self._told(self._last, self.invalid)
+        return self._last
+
+
+def _signers_told(signers: Sequence[Webhook], invalid: str) -> None:
+    if invalid:
+        log.error("signing_secret_invalid", name="CLERK_WEBHOOK_SIGNING_SECRET", error=invalid)
+    else:
+        log.info("signing_secret_changed", secrets=len(signers))
+
+
+def _tokens_told(tokens: Sequence[bytes], invalid: str) -> None:
+    if invalid:
+        log.error("app_token_invalid", name="CLERK_SYNC_APP_TOKEN", error=invalid)
+    else:
+        log.info("app_token_changed", tokens=len(tokens))
+
+
+class Rotation:
+    """The secrets of one service, as they are now. Raises InvalidSettings."""
+
+    def __init__(self, settings: Settings) -> None:
+        if settings.signing_secret is None:
+            raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
+        self.signers = Rotated(settings.signing_secret, signature.signers, _signers_told)
+        self._tokens: Rotated[bytes] | None = None
+        if settings.app_token is not None:
+            self._tokens = Rotated(settings.app_token, access.tokens, _tokens_told)
+        self._secrets = settings.secrets
+
+    def tokens(self) -> Sequence[bytes]:
+        """The app's tokens; empty where there are none."""
+        return self._tokens() if self._tokens is not None else ()
+
+    async def keep(self, metrics: Metrics) -> None:
+        """Tell when a secret's file is of no use, and when it is again; until cancelled."""
+        faults = dict.fromkeys(self._secrets, "")
+        while True:
+            for field, secret in self._secrets.items():
+                fault = _fault(secret)
+                if fault and not faults[field]:
+                    log.error("secret_stale", name=secret.name, file=str(secret.path), error=fault)
+                elif faults[field] and not fault:
+                    log.info("secret_fresh", name=secret.name)
+                faults[field] = fault
+            self.signers()
+            self.tokens()
+            invalid = {
+                "signing_secret": self.signers.invalid,
+                "app_token": self._tokens.invalid if self._tokens is not None else "",
+            }
+            for field, fault in faults.items():
+                metrics.secret_stale.labels(field).set(bool(fault or invalid.get(field)))
+            await asyncio.sleep(LOOK_SECONDS)
+
+
+def _fault(secret: Secret) -> str:
+    """What is wrong with the file now."""
+    with contextlib.suppress(InvalidSettings):  # there has never been one
+        secret.read()
+    return secret.fault
