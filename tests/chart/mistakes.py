@@ -163,6 +163,31 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "An `externalSecret` is set, but no store",
         {"clerk": {"secretKey": {"externalSecret": {"key": "clerk"}}}},
     ),
+    # The app's token
+    (
+        "`appToken.existingSecret`, `appToken.file` are all set",
+        {"appToken": {"existingSecret": "app", "file": "/mnt/app-token"}},
+    ),
+    (
+        "`appToken.existingSecret` is not the name of a Secret",
+        {"appToken": {"existingSecret": "6A09E667F3BCC908"}},
+    ),
+    ("`appToken.key` has to be the name of a key", {"appToken": {"key": "6a09/+="}}),
+    ("`appToken.file` has to be the path of a file", {"appToken": {"file": "6a09e667f3bcc908"}}),
+    (
+        "`appToken.externalSecret` has to say what to fetch",
+        {
+            "appToken": {"externalSecret": {"property": "token"}},
+            "externalSecrets": {"store": {"name": "vault"}},
+        },
+    ),
+    ("`appToken.value` has to be a token of 16", {"appToken": {"value": "short"}}),
+    ("`appToken.value` has to be a token", {"appToken": {"value": "6a09e667f3bcc908 short"}}),
+    ("`appToken.value` has to be a token of 16", {"appToken": {"value": " "}}),
+    (
+        "An `externalSecret` is set, but no store",
+        {"appToken": {"externalSecret": {"key": "shop"}}},
+    ),
     # Mapping, listeners
     (
         "`config.preset`, `config.existingConfigMap` are all set",

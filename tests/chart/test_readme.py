@@ -109,6 +109,7 @@ def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
             *("rollout", "scale", "delete"),
         },
         "rm": {"clerk-sync.env"},
+        "curl": {"-H"},  # below
     }
     strange = [words for words in commands() if verb_of(words) not in tried.get(words[0], ())]
     assert strange == []
@@ -165,7 +166,7 @@ def test_the_secret_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
     (env,) = [text for text in blocks("") if text.startswith("url=")]
     (tmp_path / "clerk-sync.env").write_text(env)
     created = of("kubectl", "create")
-    namespace, secret = (kubectl(*words[1:], folder=tmp_path) for words in created)
+    namespace, secret, token = (kubectl(*words[1:], folder=tmp_path) for words in created)
     assert rules.name_of(namespace) == secret["metadata"]["namespace"]
     first = files()[0]
     asked = [
@@ -177,6 +178,16 @@ def test_the_secret_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
     ]
     assert {name for name, _ in asked} == {rules.name_of(secret)}
     assert {key for _, key in asked} == secret["data"].keys()
+    # The app's token has one of its own, and the app's request leads to the Service.
+    (given,) = [yaml.safe_load(text)["appToken"] for text in files() if "appToken" in text]
+    key = yaml.safe_load((CHART / "values.yaml").read_text("utf-8"))["appToken"]["key"]
+    assert (rules.name_of(token), [*token["data"]]) == (given["existingSecret"], [key])
+    assert token["metadata"]["namespace"] == rules.name_of(namespace)
+    (curl,) = of("curl", "-H")
+    service = rules.the(installed(first), "Service", "-internal")
+    (port,) = service["spec"]["ports"]
+    where = f"{rules.name_of(service)}.{rules.name_of(namespace)}:{port['port']}"
+    assert curl[1:] == ["-H", "Authorization: Bearer $TOKEN", f"http://{where}/profiles"]
 
 
 def test_the_patch_gives_pods_the_label_that_is_asked_for(tmp_path: Path) -> None:

@@ -52,6 +52,7 @@ INLINE = (
     ("database", "password"),
     ("clerk", "signingSecret", "value"),
     ("clerk", "secretKey", "value"),
+    ("appToken", "value"),
 )
 
 

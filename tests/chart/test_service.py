@@ -14,7 +14,8 @@ import pytest
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from clerk_sync import mapping_file, settings
+from clerk_sync import access, mapping_file, settings
+from clerk_sync.access import InvalidToken
 from clerk_sync.cli import cli
 from clerk_sync.events import ACTIONS
 from clerk_sync.settings import Secret, Settings
@@ -25,6 +26,7 @@ from tests.chart.helm import (
     LEAST,
     ROOT,
     VERSIONS,
+    HelmError,
     Scenario,
     merged,
     nested,
@@ -50,6 +52,7 @@ HIDDEN: Final = {
     "DATABASE_PASSWORD": "password",
     "CLERK_WEBHOOK_SIGNING_SECRET": SECRET,
     "CLERK_SECRET_KEY": "sk_test_secret",
+    "CLERK_SYNC_APP_TOKEN": "6a09e667f3bcc908b2fb1366ea957d3e",
 }
 
 # Which value of the chart stands for which setting of the service.
@@ -149,7 +152,10 @@ def test_the_service_has_the_commands(scenario: Scenario) -> None:
 
 
 def test_each_container_gets_what_it_needs_and_no_more() -> None:
-    given = LEAST | {"clerk": LEAST["clerk"] | {"secretKey": {"existingSecret": "clerk"}}}
+    given = LEAST | {
+        "clerk": LEAST["clerk"] | {"secretKey": {"existingSecret": "clerk"}},
+        "appToken": {"existingSecret": "app"},
+    }
     objects = render(given | {"reconcile": {"mode": "cronJob"}})
     secrets = {
         one["command"][1] if one["command"][0] == "clerk-sync" else one["name"]: {
@@ -161,11 +167,58 @@ def test_each_container_gets_what_it_needs_and_no_more() -> None:
         for one in pod.containers
     }
     assert secrets == {
-        "serve": {"DATABASE_URL", "CLERK_WEBHOOK_SIGNING_SECRET", "CLERK_SECRET_KEY"},
+        "serve": {
+            *("DATABASE_URL", "CLERK_WEBHOOK_SIGNING_SECRET", "CLERK_SECRET_KEY"),
+            "CLERK_SYNC_APP_TOKEN",
+        },
         "migrate": {"DATABASE_URL"},
         "reconcile": {"DATABASE_URL", "CLERK_SECRET_KEY"},
         "test": {"CLERK_WEBHOOK_SIGNING_SECRET"},
     }
+
+
+@pytest.mark.parametrize("mode", ["standalone", "sidecar"])
+@pytest.mark.parametrize("given", ["value", "externalSecret"])
+def test_the_app_s_token_is_in_a_secret_of_its_own(mode: str, given: str) -> None:
+    """The app reads it, and shall not be able to read the signing secret with it."""
+    token = {"value": HIDDEN["CLERK_SYNC_APP_TOKEN"], "externalSecret": {"key": "shop"}}[given]
+    values = {
+        "mode": mode,
+        **({"sidecar": {"injection": {"enabled": True}}} if mode == "sidecar" else {}),
+        "clerk": {"signingSecret": {"value": SECRET}},
+        "database": {"url": HIDDEN["DATABASE_URL"]},
+        "appToken": {given: token},
+        "externalSecrets": {"store": {"name": "vault"}},
+    }
+    objects = render(values, "--kube-version=1.37")
+    kind = "Secret" if given == "value" else "ExternalSecret"
+    own = rules.the(objects, kind, "-app-token")
+    if given == "value":
+        assert own["data"].keys() == {"app-token"}
+    else:
+        assert [one["secretKey"] for one in own["spec"]["data"]] == ["app-token"]
+        assert own["spec"]["target"]["name"] == rules.name_of(own)
+    for other in rules.of_kind(objects, "Secret", "ExternalSecret"):
+        if other is not own:
+            assert "app-token" not in str(other)
+    # And the container has it.
+    assert rules.name_of(own) in str([one for one in objects if one is not own])
+
+
+@pytest.mark.parametrize(
+    "text", ["a" * 15, "6a09e667f3bcc908 short", " ", "\u00e9" * 32, "x" * 513]
+)
+def test_a_token_that_the_service_refuses_is_refused_by_the_chart(text: str) -> None:
+    with pytest.raises(InvalidToken):
+        access.tokens(text)
+    with pytest.raises(HelmError, match=r"`appToken\.value` has to be a token"):
+        render(LEAST | {"appToken": {"value": text}})
+
+
+@pytest.mark.parametrize("text", ["a" * 16, "~" * 512, "6a09e667f3bcc908, 6a09e667f3bcc909\n"])
+def test_a_token_that_the_service_takes_is_taken_by_the_chart(text: str) -> None:
+    assert access.tokens(text)
+    assert render(LEAST | {"appToken": {"value": text}})
 
 
 def test_mappings_of_scenarios_are_mappings() -> None:

@@ -80,7 +80,7 @@ def otherwise(folder: Path) -> Path:
     text = text.replace("components/ingress #", "components/http-route #")
     offered = r"^( *)# (- \.\./.*|configMapGenerator:|  - name: .*|    files: .*)$"
     text, count = re.subn(offered, r"\1\2", text, flags=re.MULTILINE)
-    assert count == 5
+    assert count == 6
     (overlay / "kustomization.yaml").write_text(text, "utf-8")
     (overlay / "mapping.yaml").write_text("tables: {}\n", "utf-8")
     return overlay

@@ -67,6 +67,7 @@ def generated() -> dict[Path, str]:
     alone, beside = standalone(), sidecar()
     keyed, keyed_beside = standalone("reconcile"), sidecar("reconcile")
     mapped, mapped_beside = standalone("reconcile", "mapping"), sidecar("mapping")
+    asked = standalone("app-token")
     public, watched = standalone("exposure", "monitor"), sidecar("monitor")
     files = {
         "base/deployment.yaml": rules.of_kind(alone, "Deployment"),
@@ -83,6 +84,7 @@ def generated() -> dict[Path, str]:
         "components/mapping/sidecar.yaml": [addition(beside, mapped_beside, "Deployment")],
         "components/mapping/job.yaml": [addition(keyed, mapped, "Job")],
         "components/mapping/cron-job.yaml": [addition(keyed, mapped, "CronJob")],
+        "components/app-token/deployment.yaml": [addition(alone, asked, "Deployment")],
         "components/ingress/ingress.yaml": rules.of_kind(public, "Ingress"),
         "components/http-route/http-route.yaml": rules.of_kind(public, "HTTPRoute"),
         "components/network-policy/network-policies.yaml": rules.of_kind(public, "NetworkPolicy"),

@@ -52,6 +52,16 @@ def test_components_make_of_the_base_what_values_make_of_the_chart(
         assert _pods(built, "CronJob") == _pods(sidecar(*names), "CronJob")
 
 
+def test_the_app_s_token_comes_to_the_pods_and_to_nothing_else(tmp_path: Path) -> None:
+    built, charted = build(alone(tmp_path, "reconcile", "app-token")), standalone("app-token")
+    (tmp_path / "own").mkdir()
+    own = build(alone(tmp_path / "own", "app-token"))
+    assert _pods(own, "Deployment") == _pods(charted, "Deployment")
+    assert _pods(own, "Job") == _pods(standalone(), "Job")
+    assert "CLERK_SYNC_APP_TOKEN_FILE" in str(_pods(built, "Deployment"))
+    assert "CLERK_SYNC_APP_TOKEN" not in str(_pods(built, "CronJob"))
+
+
 @each_choice
 @pytest.mark.parametrize("kind", ["Deployment", "StatefulSet"])
 def test_the_sidecar_is_the_charts(names: tuple[str, ...], kind: str, tmp_path: Path) -> None:

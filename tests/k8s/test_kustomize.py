@@ -31,7 +31,14 @@ CASES: Final[dict[str, Callable[[Path], Path]]] = {
         folder, "sidecar", "migrate", "reconcile", "pod-monitor", "http-route", "ingress", "mapping"
     ),
     "all of the base": lambda folder: alone(
-        folder, "reconcile", "service-monitor", "http-route", "ingress", "network-policy", "mapping"
+        folder,
+        "reconcile",
+        "app-token",
+        "service-monitor",
+        "http-route",
+        "ingress",
+        "network-policy",
+        "mapping",
     ),
 }
 

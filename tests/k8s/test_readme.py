@@ -10,18 +10,19 @@ from typing import TYPE_CHECKING
 
 import yaml
 
+from clerk_sync import access
 from tests import tools
 from tests.chart import rules
 from tests.chart.helm import Object
 from tests.k8s.examples import MARK, app
-from tests.k8s.generate import K8S, sidecar
+from tests.k8s.generate import K8S, sidecar, standalone
 from tests.k8s.kustomize import README, VERSION, build, commands, example, write
 
 if TYPE_CHECKING:
     from pathlib import Path
 
 # Each command is run here; or on a cluster, by `make test-cluster`; or has to have containers.
-HERE = ("cp ", "grep ", "rm ", "kubectl kustomize ")
+HERE = ("cp ", "grep ", "rm ", "openssl ", "kubectl kustomize ")
 ON_A_CLUSTER = (
     "kubectl apply ",
     "kubectl create ",
@@ -31,7 +32,13 @@ ON_A_CLUSTER = (
     "kubectl rollout ",
     "kubectl wait ",
 )
-IN_CONTAINERS = ("kubectl exec ", "kubectl get --raw ", "kubectl logs ", "kubectl port-forward ")
+IN_CONTAINERS = (
+    "curl ",
+    "kubectl exec ",
+    "kubectl get --raw ",
+    "kubectl logs ",
+    "kubectl port-forward ",
+)
 
 
 def text() -> str:
@@ -161,6 +168,29 @@ def test_the_secrets_keys_are_those_that_pods_mount() -> None:
         for item in source.get("secret", {"items": []})["items"]
     ]
     assert sorted(told) == sorted(mounted)
+
+
+def test_the_app_s_token_is_one_and_in_the_secret_that_the_component_mounts(
+    tmp_path: Path,
+) -> None:
+    section = _section("An app in other pods")
+    make = next(command for command in commands() if command.startswith("openssl "))
+    assert make in section
+    run(make, tmp_path)
+    assert len(access.tokens((tmp_path / "app-token").read_text("utf-8"))) == 1
+    (volume,) = (
+        one
+        for one in rules.the(standalone("app-token"), "Deployment")["spec"]["template"]["spec"][
+            "volumes"
+        ]
+        if one["name"] == "clerk-sync-app-token"
+    )
+    (item,) = volume["secret"]["items"]
+    name = volume["secret"]["secretName"]
+    assert f"create secret generic {name} --from-file={item['key']}" in section
+    service = rules.the(standalone(), "Service", "-internal")
+    (port,) = service["spec"]["ports"]
+    assert f"http://{rules.name_of(service)}.clerk-sync:{port['port']}/profiles" in section
 
 
 def test_every_component_is_in_the_table() -> None:

@@ -4,7 +4,7 @@ clerk-sync's container, the only one there is: the Deployment has it, a parent c
 */}}
 
 {{- define "clerk-sync.serving" -}}
-{{- $needs := list "database" "signing" "key" "mapping" -}}
+{{- $needs := list "database" "signing" "key" "app" "mapping" -}}
 {{- $sidecar := eq .Values.mode "sidecar" -}}
 {{- if and $sidecar (not .Values.serviceAccount.automount) }}{{ $needs = append $needs "no-token" }}{{ end -}}
 {{- $limits := .Values.limits -}}

@@ -1,10 +1,10 @@
 {{/*
 Settings: variables, secrets and their files. A container gets those that it needs and no more:
-`needs` is a list of `database`, `signing`, `key`, `mapping`, `no-token`.
+`needs` is a list of `database`, `signing`, `key`, `app`, `mapping`, `no-token`.
 
 A secret is an entry of this list:
 
-  of: database | signing | key
+  of: database | signing | key | app
   env: DATABASE_PASSWORD        its variable; with _FILE behind it, that of its file
   file: database-password       its name in the mounted directory
   and one of
@@ -31,7 +31,8 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
   {{- if $database.url }}{{ $found = append $found "url" }}{{ end -}}
   {{- if $database.password }}{{ $found = append $found "password" }}{{ end -}}
 {{- else -}}
-  {{- $source := index .root.Values.clerk (eq .secret "signing" | ternary "signingSecret" "secretKey") -}}
+  {{- $values := .root.Values -}}
+  {{- $source := index (dict "signing" $values.clerk.signingSecret "key" $values.clerk.secretKey "app" $values.appToken) .secret -}}
   {{- range list "existingSecret" "externalSecret" "file" "value" -}}
     {{- if index $source . }}{{ $found = append $found . }}{{ end -}}
   {{- end -}}
@@ -93,21 +94,23 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
     {{- end -}}
   {{- end -}}
 {{- end -}}
-{{- $clerk := list
+{{- /* The app's token is a Secret of its own: whoever may read it may not read the others. */ -}}
+{{- $others := list
   (dict "of" "signing" "env" "CLERK_WEBHOOK_SIGNING_SECRET" "file" "signing-secret" "source" $values.clerk.signingSecret)
-  (dict "of" "key" "env" "CLERK_SECRET_KEY" "file" "secret-key" "source" $values.clerk.secretKey) -}}
+  (dict "of" "key" "env" "CLERK_SECRET_KEY" "file" "secret-key" "source" $values.clerk.secretKey)
+  (dict "of" "app" "env" "CLERK_SYNC_APP_TOKEN" "file" "app-token" "source" $values.appToken "own" (printf "%s-app-token" $full)) -}}
 {{- $needs := .needs -}}
-{{- range $clerk -}}
+{{- range $others -}}
   {{- $entry := pick . "of" "env" "file" -}}
   {{- if not (has .of $needs) -}}
   {{- else if .source.existingSecret -}}
     {{- $entries = append $entries (merge $entry (dict "secret" .source.existingSecret "key" .source.key)) -}}
   {{- else if .source.externalSecret -}}
-    {{- $entries = append $entries (merge $entry (dict "secret" $fetched "key" .file "remote" .source.externalSecret)) -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" (.own | default $fetched) "key" .file "remote" .source.externalSecret)) -}}
   {{- else if .source.file -}}
     {{- $entries = append $entries (merge $entry (dict "path" .source.file)) -}}
   {{- else if .source.value -}}
-    {{- $entries = append $entries (merge $entry (dict "secret" $made "key" .file "value" .source.value)) -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" (.own | default $made) "key" .file "value" .source.value)) -}}
   {{- end -}}
 {{- end -}}
 {{ toYaml $entries }}
