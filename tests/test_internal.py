@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import aiohttp
 import pytest
+import sqlalchemy as sa
 from click.testing import CliRunner
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -22,7 +23,7 @@ from clerk_sync import internal
 from clerk_sync.access import InvalidToken, refusal, tokens
 from clerk_sync.address import target_of
 from clerk_sync.cli import cli
-from clerk_sync.database import open_mysql
+from clerk_sync.database import close_idle, engine_of, open_mysql
 from clerk_sync.metrics import Metrics
 from clerk_sync.settings import InvalidSettings, Secret
 from tests import clerk_api, deliveries
@@ -479,6 +480,34 @@ async def test_connections_are_as_many_as_the_docs_say(mysql_server: Managed) ->
         await asyncio.gather(*(at.post(event("user.created", f"user_{n}")) for n in range(50)))
         await asyncio.gather(*(at.inside("/profiles") for _ in range(60)))
         assert await connections(mysql_server, url) <= 6
+
+
+async def test_connections_that_nobody_uses_are_closed(mysql_server: Managed) -> None:
+    url = mysql_server.create_database("clerk_sync_idle")
+    engine = engine_of(lambda: target_of(url), size=3)
+
+    async def there() -> int:
+        return await connections(mysql_server, url)
+
+    async with engine.connect() as one, engine.connect() as other:
+        for connection in (one, other):
+            await connection.execute(sa.text("SELECT 1"))
+        assert await there() == 2
+        await close_idle(engine)
+        assert (await one.execute(sa.text("SELECT 1"))).scalar() == 1
+        assert await there() == 2
+    await close_idle(engine)
+    await deliveries.until(there, lambda number: number == 0)
+
+    async def used() -> None:
+        async with engine.connect() as again:
+            assert (await again.execute(sa.text("SELECT 1"))).scalar() == 1
+
+    # What is taken meanwhile is not lost.
+    await used()
+    await asyncio.gather(close_idle(engine), used())
+    await close_idle(engine)
+    await deliveries.until(there, lambda number: number == 0)
 
 
 # --- /ensure -----------------------------------------------------------------------------------

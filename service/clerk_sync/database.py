@@ -16,6 +16,7 @@ import asyncmy
 from asyncmy.converters import escape_string
 from asyncmy.errors import MySQLError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.util import greenlet_spawn
 
 from clerk_sync.address import Locate, Target
 from clerk_sync.answers import Reason
@@ -536,6 +537,8 @@ def engine_of(locate: Locate, *, size: int) -> AsyncEngine:
 
 async def close_idle(engine: AsyncEngine) -> None:
     """Close what the engine's pool keeps open, unless some of it is in use."""
-    pool: Any = engine.pool
+    pool: Any = engine.sync_engine.pool
     if not pool.checkedout():
-        await engine.dispose()
+        # First another in its place: what is taken while this one closes would be lost with it.
+        await engine.dispose(close=False)
+        await greenlet_spawn(pool.dispose)

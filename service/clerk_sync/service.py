@@ -110,7 +110,7 @@ class Watch:
             # A connection from before may still be good where a new one, with the credentials of
             # now, is not let in.
             await self._engine.dispose()
-            await self._reads.dispose()
+            await close_idle(self._reads)
         if status.store is None or doubtful:
             return await self._bind()
         commits = status.commits
