@@ -13,7 +13,7 @@ import aiohttp
 import pytest
 import sqlalchemy as sa
 from click.testing import CliRunner
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from multidict import CIMultiDict, CIMultiDictProxy
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
@@ -662,6 +662,7 @@ headers = st.lists(
 
 
 @fuzzing
+@example(given_headers=[("Accept", "text/plain; version=a.b; escaping=")], path="/metrics")
 @given(given_headers=headers, path=st.sampled_from([*FOR_ALL, "/profiles", "/profiles?username=a"]))
 def test_no_headers_make_a_500(
     inner: Target, given_headers: list[tuple[str, str]], path: str
