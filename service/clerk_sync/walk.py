@@ -187,8 +187,9 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
     and all of one moment, or not in order, what is there is swept. The end is a page that is not
     full and brings nothing new: whoever answers may have a smaller limit than was asked for.
     """
-    # All that were met of the moment reached.
+    # All that were met of the moment reached; and those without one, who may come on any page.
     known = {part.after} if part.after is not None else set[str]()
+    undated = set[str]()
     longest = _SMALLEST_LIMIT
     lost = False
 
@@ -220,15 +221,17 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
                 async with aclosing(_swept(clerk, part, known, to_ms, moment)) as pages:
                     async for page in pages:
                         part = page.part
+                        undated |= {_id(one) for one in page.objects if _created(one) is None}
                         yield page
                 if moment is None:
                     yield Page([], time.time_ns() // 1_000_000, replace(part, finished=True))
                     return
-                part, known = replace(part, reached_ms=to_ms), set()
+                part, known = replace(part, reached_ms=to_ms), {*undated}
                 asked = ask(part)
                 continue
+            undated |= {_id(one) for one in new if _created(one) is None}
             if moment != part.reached_ms:
-                known = set()
+                known = {*undated}
             known |= _at_the_end(read.json, moment)
             part = replace(
                 part, after=_id(read.json[-1]), reached_ms=moment, seen=part.seen + len(new)
