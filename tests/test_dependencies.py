@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 import pytest
@@ -242,15 +243,64 @@ async def test_a_conflict_for_good_ends_in_quarantine_and_hurts_nobody(
 
 
 @pytest.mark.parametrize(
-    ("age_ms", "again"),
-    [(0, 1_000), (5_000, 1_000), (60_000, 6_000), (3_600_000, 360_000), (28 * 3_600_000, None)],
+    ("age_ms", "pause"),
+    [(0, 1_000), (5_000, 1_000), (60_000, 4_000), (3_600_000, 256_000), (28 * 3_600_000, None)],
 )
 def test_the_pause_before_the_next_try_is_a_tenth_of_the_wait(
-    age_ms: int, again: int | None
+    age_ms: int, pause: int | None
 ) -> None:
     now = now_ms()
     found = quarantine.next_retry(now, now - age_ms)
-    assert (None if found is None else found - now) == again
+    if pause is None:
+        assert found is None
+    else:
+        # At a moment that all of this pause, or of a shorter one, share.
+        assert found is not None
+        assert found % pause == 0
+        assert 0 < found - now <= pause
+
+
+async def test_two_that_swap_are_tried_together_however_old_each_is(database_url: str) -> None:
+    await make_tables(database_url)
+    async with Database.at(database_url) as database:
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        clerk = Clerk(OWN)
+        async with Committing(database, store, hold_seconds=0.05) as committing:
+            await committing.commit(
+                clerk.user("user_1", username="one"), clerk.user("user_2", username="two")
+            )
+            for user, other in (("user_1", "two"), ("user_2", "one")):
+                said = await committing.commit(clerk.user(user, 2, username=other))
+                assert said == ["quarantined: conflict"]
+                await asyncio.sleep(0.3)
+            retries = retries_of(database, committing)
+            for _ in range(20):
+                await retries.due()
+                if not await database.quarantined():
+                    break
+                await asyncio.sleep(0.2)
+            people = "SELECT clerk_id, username FROM people ORDER BY clerk_id"
+            assert await database.rows(people) == [("user_1", "two"), ("user_2", "one")]
+
+
+async def test_what_another_replica_does_not_map_stays_in_quarantine(database_url: str) -> None:
+    await make_tables(database_url)
+    async with Database.at(database_url) as database:
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        clerk = Clerk(OWN)
+        async with Committing(database, store, hold_seconds=0.05) as committing:
+            await committing.commit(clerk.user("user_1", username="same"))
+            await committing.commit(clerk.user("user_2", username="same"))
+            await due_since(database, hours=1)
+            teams = replace(OWN, tables={"organization": OWN.tables["organization"]})
+            older = Retries(
+                database.engine, teams, committing.committer, instance_id=None, ready=lambda: True
+            )
+            await older.due()
+            assert await database.quarantined() == {"msg_000002": "conflict"}
+            assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=1)
 
 
 async def test_what_was_tried_for_too_long_stays_for_somebody_to_look(
@@ -391,6 +441,77 @@ async def test_what_is_held_has_its_answer_before_the_end(database_url: str) -> 
             async with asyncio.timeout(10):
                 assert await refused == ["quarantined: conflict"]
                 await closing
+
+
+async def test_a_row_to_adopt_that_is_refused_takes_nobody_along(database_url: str) -> None:
+    adopting = mapped("""
+tables:
+  user:
+    table: old_people
+    key: clerk_id
+    adopt: {username: username}
+    columns: {username: username, email: external_id}
+""")
+    async with Database.at(database_url) as database:
+        await database.ddl(
+            "CREATE TABLE old_people (id SERIAL, clerk_id VARCHAR(64) EXACT UNIQUE,"
+            " username VARCHAR(50), email VARCHAR(50) UNIQUE) OPTIONS"
+        )
+        await database.execute(
+            "INSERT INTO old_people (username, email) VALUES ('ada', 'old'), ('bob', 'taken')"
+        )
+        await schema.migrate(database.engine, adopting)
+        clerk = Clerk(adopting)
+        store = await database.store(adopting)
+        async with Committing(database, store, hold_seconds=0.1) as committing:
+            refused, fine = await committing.commit(
+                clerk.user("user_ada", username="ada", external_id="taken"),
+                clerk.user("user_new", username="new", external_id="mine"),
+            )
+            assert (refused, fine) == ("quarantined: conflict", "applied")
+            people = "SELECT username, clerk_id, email FROM old_people ORDER BY username"
+            assert await database.rows(people) == [
+                ("ada", None, "old"),
+                ("bob", None, "taken"),
+                ("new", "user_new", "mine"),
+            ]
+
+
+async def test_an_event_that_is_held_takes_no_value_from_rows_that_refer_to_it(
+    mysql_server: Managed,
+) -> None:
+    url = mysql_server.create_database("clerk_sync_cascade")
+    await make_tables(url)
+    async with Database.at(url) as database:
+        await database.ddl(
+            "CREATE TABLE posts (id SERIAL, author VARCHAR(255),"
+            " FOREIGN KEY (author) REFERENCES people (email) ON UPDATE SET NULL) OPTIONS"
+        )
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        clerk = Clerk(OWN)
+
+        def with_email(version: int) -> Change:
+            address = [{"id": "one", "email_address": "a@b.c"}]
+            return clerk.user(
+                "user_1",
+                version,
+                username=f"name {version}",
+                primary_email_address_id="one",
+                email_addresses=address,
+            )
+
+        async with Committing(database, store) as committing:
+            assert await committing.commit(with_email(1)) == ["applied"]
+            await database.execute("INSERT INTO posts (author) VALUES ('a@b.c')")
+            committing.committer.status.wary_until = float("inf")
+            async with database.engine.connect() as app:
+                await app.exec_driver_sql("SELECT 1 FROM people FOR UPDATE")
+                held = asyncio.create_task(committing.commit(with_email(2)))
+                await asyncio.sleep(0.1)
+                await app.rollback()
+            assert await held == ["applied"]
+        assert await database.rows("SELECT author FROM posts") == [("a@b.c",)]
 
 
 # Within one batch nothing has to wait

@@ -203,6 +203,42 @@ async def test_an_older_save_takes_the_place_of_a_newer_one_that_is_refused(
         assert found == [("user_1", "one"), ("user_3", None)]
 
 
+async def test_a_poisoned_event_beside_a_locked_row_costs_the_others_nothing(
+    mysql_server: Managed,
+) -> None:
+    clerk = Clerk(OWN)
+    async with (
+        own_tables(mysql_server.create_database("clerk_sync_both")) as (database, store),
+        Committing(database, store, hold_seconds=0.2) as committing,
+    ):
+        users = [clerk.user(f"user_{n}") for n in range(20)]
+        assert await committing.commit(*users) == ["applied"] * 20
+        lock = "SELECT 1 FROM people WHERE clerk_id = 'user_9' FOR UPDATE"
+        async with locking(database, lock):
+            answers = await committing.commit(
+                *(
+                    clerk.user(f"user_{n}", 2, public_metadata={"age": 13 if n == 2 else 1})
+                    for n in range(20)
+                )
+            )
+        expected = {2: "quarantined: refused", 9: LOCKED}
+        assert answers == [expected.get(n, "applied") for n in range(20)]
+
+
+async def test_writers_do_not_take_each_other_s_locks_for_the_app_s(
+    mysql_server: Managed,
+) -> None:
+    clerk = Clerk(OWN)
+    async with (
+        own_tables(mysql_server.create_database("clerk_sync_shared")) as (database, store),
+        Committing(database, store, writers=2, hold_seconds=5) as committing,
+    ):
+        assert await committing.commit(clerk.user("user_1")) == ["applied"]
+        committing.committer.status.wary_until = float("inf")
+        memberships = [clerk.membership(f"orgmem_{n}", "user_1", "org_1") for n in range(600)]
+        assert await committing.commit(*memberships) == ["applied"] * 600
+
+
 # Connections
 
 
@@ -212,11 +248,11 @@ class Strange:
     def __init__(self, connection: Connection) -> None:
         self._connection = connection
 
-    async def run(self, _: Sequence[Step]) -> list[Result]:
-        raise Refused(None, "MySQL error 12345")
+    async def run(self, steps: Sequence[Step]) -> list[Result]:
+        raise Refused(None, f"MySQL error 12345 for {len(steps)} statements")
 
-    async def try_each(self, _: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
-        raise Refused(None, "MySQL error 12345")
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        raise Refused(None, f"MySQL error 12345 for {len(steps)} statements")
 
     async def rollback(self) -> None:
         await self._connection.rollback()
@@ -245,6 +281,47 @@ async def test_a_connection_that_refuses_everything_is_replaced(database_url: st
         assert opened == 2
 
 
+class Partly(Strange):
+    """One on which some statements are refused so: those that write this name."""
+
+    def __init__(self, connection: Connection, name: str) -> None:
+        super().__init__(connection)
+        self._name = name
+
+    async def run(self, steps: Sequence[Step]) -> list[Result]:
+        if any(self._name in map(str, row) for _, rows in steps for row in rows):
+            raise Refused(None, "MySQL error 1449")
+        return await self._connection.run(steps)
+
+    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+        refused = {
+            place: Refused(None, "MySQL error 1449")
+            for place, (_, rows) in enumerate(steps)
+            if any(self._name in map(str, row) for row in rows)
+        }
+        fine = [step for place, step in enumerate(steps) if place not in refused]
+        assert not await self._connection.try_each(fine)
+        return {**refused}
+
+
+async def test_one_table_s_unknown_trouble_costs_no_connection(mysql_server: Managed) -> None:
+    clerk = Clerk(OWN)
+    async with own_tables(mysql_server.create_database("clerk_sync_partly")) as (database, store):
+
+        async def open_one() -> Connection:
+            return Partly(await database.connect(), "cursed")
+
+        async with Committing(database, store, connect=open_one) as committing:
+            for version in (1, 2):
+                answers = await committing.commit(
+                    *(
+                        clerk.user(f"user_{n}", version, username="cursed" if n < 6 else "fine")
+                        for n in range(20)
+                    )
+                )
+                assert answers == [LOCKED] * 6 + ["applied"] * 14
+
+
 async def test_a_frozen_database_is_answered_at_once_when_it_is_known(
     mysql_server: Managed,
 ) -> None:
@@ -257,11 +334,13 @@ async def test_a_frozen_database_is_answered_at_once_when_it_is_known(
         mysql_server.freeze()
         try:
             await at.until_ready(ready=False, seconds=20)
-            # Well before the deadline, which each of these would take otherwise.
-            async with asyncio.timeout(4):
-                for number in range(20):
-                    event = deliveries.event("user.created", f"user_{number}")
-                    assert (await at.post(event)).said == (503, "unavailable", "database")
+            events = [deliveries.event("user.created", f"user_{n}") for n in range(20)]
+            posted = [asyncio.create_task(at.post(event)) for event in events]
+            # Well before the deadline, which each of these would take otherwise. One in a second
+            # is let through, to see whether the database is back.
+            done, _ = await asyncio.wait(posted, timeout=4)
+            assert len(done) >= 15
+            assert {task.result().said for task in done} == {(503, "unavailable", "database")}
         finally:
             mysql_server.thaw()
         await at.until_ready(seconds=20)

@@ -175,13 +175,21 @@ class Committer:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if self.status.store is None:
             return Answer(Outcome.UNAVAILABLE, self.status.storeless)
-        if self._suspended or time.monotonic() < self._away_until:
+        now = time.monotonic()
+        if now < self._away_until:
             return AWAY
+        if self._suspended:
+            self._away_until = now + AWAY_SECONDS  # one of them may find that it is back
         return None
 
     def suspend(self) -> None:
-        """The database does not answer: say so at once, also to what waits, until it is back."""
-        self._suspended = True
+        """The database does not answer: say so at once, also to what waits, until it is back.
+
+        One event in AWAY_SECONDS is let through: who looked may have been wrong.
+        """
+        if not self._suspended:
+            self._suspended = True
+            self._away_until = time.monotonic() + AWAY_SECONDS
         self._refuse_waiting()
 
     def back(self) -> None:
@@ -212,9 +220,12 @@ class Committer:
 
     async def _write(self, writer: Writer) -> None:
         while (batch := await self._take()) is not None:
+            commits = self.status.commits
             if batch and not await writer.write(batch):
                 self._away_until = time.monotonic() + AWAY_SECONDS
                 self._refuse_waiting()
+            elif self._suspended and self.status.commits > commits:
+                self.back()
         writer.close()
 
     async def _retry_held(self) -> None:

@@ -149,7 +149,7 @@ _RIGHTS: Final = (
 _DATABASE: Final = "is the database's name right, and has its user any right on it?"
 _PRIMARY: Final = "it takes no writes: the address has to lead to the primary, not to a replica"
 _CONNECTIONS: Final = (
-    "each process needs CLERK_SYNC_WRITERS + CLERK_SYNC_POOL_SIZE connections, and 7 more while "
+    "each process needs CLERK_SYNC_WRITERS + CLERK_SYNC_POOL_SIZE connections, and 8 more while "
     "it reconciles: allow more, or lower them, or run fewer replicas"
 )
 # What to do about what the driver says, by number, and by what is in its text.

@@ -7,6 +7,7 @@ and the app may hold the lock of a row. Nearly always that is over within millis
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Protocol
@@ -21,8 +22,8 @@ if TYPE_CHECKING:
 HOLD_SECONDS: Final = 1.0
 FIRST_PAUSE: Final = 0.01
 LONGEST_PAUSE: Final = 0.2
-# As many as a writer looks through in some tens of milliseconds.
-HOLD_LIMIT: Final = 256
+# So that each is tried again in time, also by a database that is some milliseconds away.
+HOLD_LIMIT: Final = 100
 
 
 class Waiter(Protocol):
@@ -62,7 +63,7 @@ class Held:
         self._seconds = seconds
         self._entries: list[Entry] = []
         self._some = asyncio.Event()
-        self._closed = False
+        self._closed = asyncio.Event()
         self._pause = FIRST_PAUSE
 
     def __len__(self) -> int:
@@ -74,8 +75,12 @@ class Held:
         if entry.until is None:
             entry.until = now + self._seconds
             self._pause = FIRST_PAUSE
-        if self._closed or now >= entry.until or len(self._entries) >= HOLD_LIMIT:
+        if self._closed.is_set() or now >= entry.until:
             return False
+        if len(self._entries) >= HOLD_LIMIT:
+            self._entries = [one for one in self._entries if not one.answer.done()]
+            if len(self._entries) >= HOLD_LIMIT:
+                return False
         self.put([entry])
         return True
 
@@ -90,13 +95,15 @@ class Held:
         """All that are held, after a pause; None once it is closed and nothing is.
 
         The pause doubles while nothing new is held: each try may use up a number of the
-        database's own, and is work in any case. It is never shorter than `least` seconds.
+        database's own, and is work in any case. It is never shorter than `least` seconds, nor
+        longer than HOLD_SECONDS.
         """
         await self._some.wait()
-        if not self._closed:
-            await asyncio.sleep(max(least, self._pause))
-            self._pause = min(2 * self._pause, LONGEST_PAUSE)
-        if not self._closed:  # it may have been closed meanwhile
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(max(least, self._pause), HOLD_SECONDS)):
+                await self._closed.wait()
+        self._pause = min(2 * self._pause, LONGEST_PAUSE)
+        if not self._closed.is_set():
             self._some.clear()
         elif not self._entries:
             return None
@@ -107,5 +114,5 @@ class Held:
 
     def close(self) -> None:
         """Hold nothing any more: what is tried from now on gets its answer."""
-        self._closed = True
+        self._closed.set()
         self._some.set()

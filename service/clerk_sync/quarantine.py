@@ -22,8 +22,8 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 FIRST_RETRY_MS: Final = 1_000
-# The pause before the next try is this part of the time since the first: whatever it waits for,
-# it comes at most a tenth late, and never costs more than some hundred tries.
+# The pause before the next try is up to this part of the time since the first: whatever it
+# waits for, it comes at most a tenth late, and never costs more than some hundred tries.
 RETRY_PART: Final = 10
 # Svix itself sends for 27 hours and 35 minutes what an event may wait for
 # (https://docs.svix.com/retries).
@@ -36,13 +36,21 @@ _CLAIMED: Final = timedelta(seconds=30)
 
 def first_retry(now_ms: int) -> int:
     """When an event that just came into quarantine is tried again, in unix milliseconds."""
-    return now_ms + FIRST_RETRY_MS
+    return next_retry(now_ms, now_ms) or now_ms
 
 
 def next_retry(now_ms: int, since_ms: int) -> int | None:
-    """When an event that was refused again is tried the next time; None when it is not."""
+    """When an event that was refused again is tried the next time; None when it is not.
+
+    Always at a whole multiple of the pause, which is a second doubled some times: so those that
+    wait for each other, as for a swap, are due at the same moments, however old each is.
+    """
     age = now_ms - since_ms
-    return now_ms + max(FIRST_RETRY_MS, age // RETRY_PART) if age < RETRIED_MS else None
+    if age >= RETRIED_MS:
+        return None
+    doublings = max(0, (age // RETRY_PART // FIRST_RETRY_MS).bit_length() - 1)
+    pause = FIRST_RETRY_MS << doublings
+    return (now_ms // pause + 1) * pause
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,12 +126,14 @@ async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
     now = _now()
     due = sa.select(quarantine).where(quarantine.c.retry_at <= now)
     claimed = []
-    for one in await _read(engine, due.order_by(quarantine.c.retry_at).limit(limit)):
-        mine = sa.update(quarantine).where(
-            quarantine.c.svix_id == one.svix_id, quarantine.c.retry_at == one.retry_at
-        )
-        with engine_errors_told():
-            async with engine.begin() as connection:
+    found = await _read(engine, due.order_by(quarantine.c.retry_at).limit(limit))
+    with engine_errors_told():
+        # In one transaction and one order: whoever has the first has those that are due with it.
+        async with engine.begin() as connection:
+            for one in sorted(found, key=lambda one: one.svix_id):
+                mine = sa.update(quarantine).where(
+                    quarantine.c.svix_id == one.svix_id, quarantine.c.retry_at == one.retry_at
+                )
                 if (await connection.execute(mine.values(retry_at=now + _CLAIMED))).rowcount:
                     claimed.append(one)
     return claimed

@@ -78,8 +78,8 @@ class Retries:
             for one in due:
                 if (change := self._change(one)) is not None:
                     tried.append((one, change))
-                else:
-                    await quarantine.postpone(self._engine, one.svix_id, one.reason, None)
+                else:  # another replica may have another mapping
+                    await self._postpone(one, one.reason)
             answers = await self._committer.retry([change for _, change in tried])
             for (one, change), answer in zip(tried, answers, strict=True):
                 await self._note(one, change, answer)
@@ -88,28 +88,23 @@ class Retries:
         at = await quarantine.next_due(self._engine)
         if at is None:
             return LOOK_SECONDS
-        wait = (at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
+        wait = (_utc(at) - datetime.now(UTC)).total_seconds()
         return min(max(wait, _SHORTEST_SECONDS), LOOK_SECONDS)
 
     def _change(self, one: Quarantined) -> Change | None:
-        """What the event changes by the mapping as it is now; None when nothing can come of it."""
+        """What the event changes by the mapping as it is now; None when it changes nothing."""
         if one.payload is None:
             return None
-        delivery = Delivery(one.svix_id, int(one.quarantined_at.timestamp()), one.payload)
+        delivery = Delivery(one.svix_id, int(_utc(one.quarantined_at).timestamp()), one.payload)
         try:
             change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         except Rejected:
             return None
-        return change if change.reason is None else None
+        return change if change.action is not None else None
 
     async def _note(self, one: Quarantined, change: Change, answer: Answer) -> None:
         if answer.outcome is Outcome.QUARANTINED:
-            now_ms = time.time_ns() // 1_000_000
-            since_ms = round(one.quarantined_at.replace(tzinfo=UTC).timestamp() * 1000)
-            again = quarantine.next_retry(now_ms, since_ms)
-            reason = answer.reason.value if answer.reason else one.reason
-            await quarantine.postpone(self._engine, one.svix_id, reason, again)
-            if again is not None:
+            if await self._postpone(one, answer.reason.value if answer.reason else one.reason):
                 return
         elif answer.outcome in (Outcome.UNAVAILABLE, Outcome.ERROR):
             return  # it is due again when the claim ends
@@ -123,3 +118,15 @@ class Retries:
             outcome=answer.outcome.value,
             reason=answer.reason.value if answer.reason else None,
         )
+
+    async def _postpone(self, one: Quarantined, reason: str) -> bool:
+        """Have it tried later; False when its time is over."""
+        since_ms = round(_utc(one.quarantined_at).timestamp() * 1000)
+        again = quarantine.next_retry(time.time_ns() // 1_000_000, since_ms)
+        await quarantine.postpone(self._engine, one.svix_id, reason, again)
+        return again is not None
+
+
+def _utc(naive: datetime) -> datetime:
+    """A time of the database's as what it is."""
+    return naive.replace(tzinfo=UTC)

@@ -109,7 +109,9 @@ class Watch:
         if troubled:
             # A connection from before may still be good where a new one, with the credentials of
             # now, is not let in.
-            await self._engine.dispose()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PING_SECONDS):
+                    await self._engine.dispose()
             await close_idle(self._reads)
         if status.store is None or doubtful:
             return await self._bind()
@@ -140,9 +142,11 @@ class Watch:
         status = self._committer.status
         self._bound = asyncio.get_running_loop().time()
         unready = Readiness(ready=False, reason=Reason.DATABASE, detail="the look at it failed")
+        known = status.store is not None
         try:
             async with asyncio.timeout(BINDING_SECONDS):
                 status.store = await schema.bound(self._engine, self._mapping)
+            return Readiness(ready=True)
         except schema.SchemaFaults as error:
             status.store, status.storeless = None, Reason.SCHEMA
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
@@ -152,7 +156,7 @@ class Watch:
             if type(error) is not self._surprise:
                 self._surprise = type(error)
                 log.exception("look_failed")
-        return Readiness(ready=True) if status.store is not None else unready
+        return self.readiness if known else unready
 
     def _say(self, readiness: Readiness) -> None:
         if readiness != self.readiness:

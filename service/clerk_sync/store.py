@@ -142,13 +142,13 @@ class Store:
         changes: Sequence[Change],
         *,
         now_ms: int,
-        vacating: bool = False,
+        vacating: Sequence[Change] = (),
     ) -> list[Answer]:
         """Commit all changes in one transaction; their answers, in order.
 
-        With `vacating`, rows give up their unique values before they get the new ones, so that
-        two may swap them. Raises Refused when the database refuses some of the data, Unavailable
-        when it cannot take it now; nothing is kept then.
+        The rows of those in `vacating` give up their unique values before they get the new ones,
+        so that two may swap them. Raises Refused when the database refuses some of the data,
+        Unavailable when it cannot take it now; nothing is kept then.
         """
         now = time_text(now_ms)
         checked = [self._checked(change) for change in changes]
@@ -157,7 +157,7 @@ class Store:
         await self._decide(connection, batch, changes, now)
         answers = self._answers(batch, changes)
         won = [change for change, answer in zip(changes, answers, strict=True) if answer is APPLIED]
-        steps = self._vacated(won) if vacating else []
+        steps = self._vacated(vacating)
         steps += await self._writes(connection, batch, won)
         steps += self._ledger(changes, answers, batch.known, now)
         steps.append(COMMIT)
@@ -170,7 +170,7 @@ class Store:
         changes: Sequence[Change],
         *,
         now_ms: int,
-        vacating: bool = False,
+        vacating: Sequence[Change] = (),
     ) -> dict[int, Refused | SchemaChanged]:
         """Which of these changes the database refuses, by their place, and why. Nothing is kept.
 
@@ -184,18 +184,21 @@ class Store:
         await self._decide(connection, batch, changes, time_text(now_ms))
         answers = self._answers(batch, changes)
         won = [place for place, answer in enumerate(answers) if answer is APPLIED]
-        if vacating:
-            for step in self._vacated([changes[place] for place in won]):
-                await connection.try_each([step])
+        await connection.try_each(self._vacated(vacating))
+        refused: dict[int, Refused | SchemaChanged] = {}
         steps: list[Step] = []
         places: list[int] = []
         for place in sorted(won, key=lambda place: self._turn(changes[place])):
-            of_one = await self._writes(connection, batch, [changes[place]])
+            try:
+                of_one = await self._writes(connection, batch, [changes[place]])
+            except (Refused, SchemaChanged) as error:  # of a row that was to be adopted
+                refused[place] = error
+                continue
             steps += of_one
             places += [place] * len(of_one)
-        refused = await connection.try_each(steps)
+        tried = await connection.try_each(steps)
         await connection.rollback()
-        return {places[step]: error for step, error in refused.items()}
+        return refused | {places[step]: error for step, error in tried.items()}
 
     async def locked(self, connection: Connection, changes: Sequence[Change]) -> set[int]:
         """The places of those changes whose rows are locked by somebody else's transaction.
@@ -209,10 +212,9 @@ class Store:
         for place, (change, row) in enumerate(self._checked(change) for change in changes):
             if change.action is None or change.kind is None or change.clerk_id is None:
                 continue
-            target = self.targets[change.kind]
-            owners = target.owners_of(row) if row is not None else ()
-            for kind, clerk_id in ((change.kind, change.clerk_id), *owners):
-                probes.add(self.own.present[kind], self.own.free[kind], clerk_id, place)
+            target, kind = self.targets[change.kind], change.kind
+            # Not the states of its owners, which only clerk-sync locks, and for moments.
+            probes.add(self.own.present[kind], self.own.free[kind], change.clerk_id, place)
             probes.add(target.present, target.free, change.clerk_id, place)
             for column, table, there, free in target.referred if row is not None else ():
                 if table in self._tables and row is not None and row[column] is not None:
@@ -415,10 +417,10 @@ class Store:
                 steps += self._set_late(batch, self.targets[kind], saves[kind])
         return steps
 
-    def _vacated(self, won: Sequence[Change]) -> list[Step]:
+    def _vacated(self, changes: Sequence[Change]) -> list[Step]:
         """What takes their unique values from the rows that are going to get others."""
         ids: dict[str, list[str]] = defaultdict(list)
-        for change in won:
+        for change in changes:
             if change.action is Action.SAVE:
                 ids[change.kind or ""].append(change.clerk_id or "")
         vacate = ((self.targets[kind].vacate, of_kind) for kind, of_kind in ids.items())

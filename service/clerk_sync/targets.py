@@ -79,9 +79,9 @@ class Target:
         # What a save needs to lock: its own row, and the rows to which its foreign keys lead.
         self.free = compiler.for_ids(lambda ids: _unlocked(sa.select(key), key.op("IN")(ids)))
         self.referred = tuple(
-            (self.names.index(one.parent.name), _referred(one), *_lockable(one, compiler))
+            (self.names.index(one.parent.name), _referred(one), *_sharable(one, compiler))
             for one in sorted(table.foreign_keys, key=lambda one: one.parent.name)
-            if one.parent.name in self.names and one.parent.name != mapping.mark
+            if one.parent.name in self.names and _is_whole(one)
         )
         self.read = compiler.for_ids(
             lambda ids: sa.select(*(table.c[name] for name in self.names)).where(key.op("IN")(ids))
@@ -243,18 +243,30 @@ def _referred(foreign_key: sa.ForeignKey) -> str:
     return foreign_key.target_fullname.rpartition(".")[0]
 
 
+def _is_whole(foreign_key: sa.ForeignKey) -> bool:
+    """Whether its column alone refers to a row."""
+    return foreign_key.constraint is not None and len(foreign_key.constraint.columns) == 1
+
+
 def _unlocked(query: sa.Select[Any], which: sa.ColumnElement[bool]) -> sa.Select[Any]:
     return query.where(which).with_for_update(skip_locked=True)
 
 
-def _lockable(foreign_key: sa.ForeignKey, compiler: Compiler) -> tuple[ForIds, ForIds]:
-    """Which of these values the referred column has, and which of them nobody has locked."""
+def _sharable(foreign_key: sa.ForeignKey, compiler: Compiler) -> tuple[ForIds, ForIds]:
+    """Which of these values the referred column has, and which of them nobody keeps to himself.
+
+    A foreign key takes a shared lock of its parent, and so do those of our other writers.
+    """
+    mariadb = getattr(compiler.dialect, "is_mariadb", False)
+    share = "LOCK IN SHARE MODE" if mariadb else "FOR SHARE"
     name, _, column_name = foreign_key.target_fullname.rpartition(".")
     column: sa.ColumnClause[Any] = sa.column(column_name)
     query = sa.select(column).select_from(sa.table(name, column))
     return (
         compiler.for_ids(lambda ids: query.where(column.op("IN")(ids))),
-        compiler.for_ids(lambda ids: _unlocked(query, column.op("IN")(ids))),
+        compiler.for_ids(
+            lambda ids: query.where(column.op("IN")(ids)).suffix_with(f"{share} SKIP LOCKED")
+        ),
     )
 
 

@@ -116,6 +116,10 @@ class Writer:
             await work(batch)
         except Fenced:
             self._status.fenced = True
+        except SchemaChanged as error:
+            log.error("schema_changed", error=str(error))
+            self._status.doubt()
+            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Unavailable as error:
             connected = self._connection is not None
             self.close()
@@ -164,36 +168,48 @@ class Writer:
         try:
             answers = await self._applied(batch, exemplar)
         except LockWait as error:
-            await self._rollback()
-            self._status.wary_until = time.monotonic() + WARY_SECONDS
-            free = await self._past_locks(batch)
-            if len(free) < len(batch):
-                await self._commit(free)
-            elif len(batch) > 1:
-                # Nobody can say whose lock it is: each that meets it waits its full time.
-                for entry in batch:
-                    await self._commit([entry])
-            else:
-                self._give_up(batch[0], error)
+            await self._around_locks(batch, error)
         except Exception as error:
             if isinstance(error, Unavailable) and not isinstance(error, SchemaChanged):
                 raise
             await self._rollback()
             if len(batch) > 1:
                 await self._take_apart(batch)
-            elif not self._set_aside(batch[0], error):
+                return
+            if _unknown(error):
+                self._count_unknown(error)
+            if not self._set_aside(batch[0], error):
                 await self._commit(batch)
         else:
             self._unknown = 0
             _resolve(batch, answers)
 
+    async def _around_locks(self, batch: Sequence[Entry], error: LockWait) -> None:
+        """Commit a batch of which something is locked by others."""
+        await self._rollback()
+        self._status.wary_until = time.monotonic() + WARY_SECONDS
+        free = await self._past_locks(batch)
+        if len(free) < len(batch):
+            await self._commit(free)
+        elif len(batch) > 1:
+            # Nobody can say whose lock it is: each that meets it waits its full time.
+            for entry in batch:
+                await self._commit([entry])
+        else:
+            self._give_up(batch[0], error)
+
     async def _take_apart(self, batch: Sequence[Entry]) -> None:
         """Commit a batch of which something is refused."""
+        refused: dict[int, Refused | SchemaChanged] = {}
         try:
             refused = await self._refusals(batch)
-        except Refused:  # it is in nobody's row
-            refused = {}
-        await self._rollback()
+        except LockWait as error:
+            await self._around_locks(batch, error)
+            return
+        except (Refused, SchemaChanged):  # it is in nobody's row
+            await self._rollback()
+        if len(refused) == len(batch) and all(map(_unknown, refused.values())):
+            self._count_unknown(refused[0])
         if not refused:
             middle = len(batch) // 2
             await self._commit(batch[:middle])
@@ -208,10 +224,7 @@ class Writer:
         )
 
     def _set_aside(self, entry: Entry, error: Exception) -> bool:
-        """Deal with a change that failed by itself; False when its place is the quarantine now.
-
-        Raises Unavailable when the connection refuses everything.
-        """
+        """Deal with a change that failed by itself; False when its place is the quarantine now."""
         change = entry.change
         about = {
             "svix_id": change.delivery_id,
@@ -227,9 +240,6 @@ class Writer:
             log.error("defect", svix_id=change.delivery_id, exc_info=error)
             entry.resolve(Answer(Outcome.ERROR, Reason.INTERNAL))
         elif error.reason is None:
-            self._unknown += 1
-            if self._unknown >= UNKNOWN_LIMIT:
-                raise Unavailable(f"{error}, which is not known, {self._unknown} times in a row")
             log.error("refused", **about)
             entry.resolve(AWAY)
         elif entry.parked:
@@ -249,16 +259,24 @@ class Writer:
             return False
         return True
 
+    def _count_unknown(self, error: Exception) -> None:
+        """Count a refusal of everything. Raises Unavailable when it is the connection's fault."""
+        self._unknown += 1
+        if self._unknown >= UNKNOWN_LIMIT:
+            raise Unavailable(f"{error}, which is not known, {self._unknown} times in a row")
+
     async def _past_locks(self, batch: Sequence[Entry]) -> Sequence[Entry]:
         """The changes whose rows nobody has locked; the others are held, or given up."""
         store = self._status.store
         if store is None or not self._status.skips_locked or not batch:
             return batch
+        changes = [entry.change for entry in batch]
         try:
-            locked = await store.locked(self._there, [entry.change for entry in batch])
-        except Refused:
+            locked = await self._persistently(lambda: store.locked(self._there, changes))
+        except Refused as error:
             await self._rollback()
-            self._status.skips_locked = False
+            if _unknown(error):  # a syntax error
+                self._status.skips_locked = False
             return batch
         for place in locked:
             if not self._held.hold(batch[place]):
@@ -272,28 +290,41 @@ class Writer:
     # What was held
 
     async def _commit_held(self, batch: Sequence[Entry]) -> None:
-        """Commit what is let in by now: all of it as one transaction, in which values may swap."""
-        good = await self._past_locks(_unanswered(batch))
+        """Commit what is let in by now, as one transaction, in which unique values may swap."""
+        tried = await self._past_locks(_unanswered(batch))
         rest: list[Entry] = []
-        while good:
-            refused = await self._refusals(good, vacating=True)
-            if not refused:
-                break
-            rest += [
-                good[place]
-                for place, error in refused.items()
-                if not self._set_aside(good[place], error)
-            ]
-            # One that is refused gives up no value: without it, others may be refused.
-            good = [entry for place, entry in enumerate(good) if place not in refused]
         try:
-            if good:
-                _resolve(good, await self._applied(good, vacating=True))
-        except (LockWait, Refused, SchemaChanged):
+            refused = await self._refusals(tried)
+            swapped = await self._swappable(
+                [tried[place] for place, error in refused.items() if _conflicts(error)]
+            )
+            for place, error in refused.items():
+                if tried[place] not in swapped and not self._set_aside(tried[place], error):
+                    rest.append(tried[place])
+            tried = [one for place, one in enumerate(tried) if place not in refused] + swapped
+            if tried:
+                _resolve(tried, await self._applied(tried, vacating=swapped))
+        except LockWait as error:
             await self._rollback()
-            rest += [entry for entry in good if not self._held.hold(entry)]
+            for entry in _unanswered(tried):
+                if entry not in rest and not self._held.hold(entry):
+                    self._give_up(entry, error)
+        except (Refused, SchemaChanged):
+            await self._rollback()
+            waiting = [entry for entry in _unanswered(tried) if entry not in rest]
+            rest += [entry for entry in waiting if not self._held.hold(entry)]
         # For the quarantine; or it has had its time, and ends here, whatever it meets.
         await self._commit(rest)
+
+    async def _swappable(self, conflicting: list[Entry]) -> list[Entry]:
+        """Those that are let in when all of them first give up their unique values."""
+        while len(conflicting) > 1:
+            refused = await self._refusals(conflicting, vacating=conflicting)
+            if not refused:
+                return conflicting
+            # One that is refused gives up no value: without it, others may be refused.
+            conflicting = [one for place, one in enumerate(conflicting) if place not in refused]
+        return []
 
     # Transactions
 
@@ -306,14 +337,15 @@ class Writer:
         await self._there.rollback()
 
     async def _refusals(
-        self, batch: Sequence[Entry], *, vacating: bool = False
+        self, batch: Sequence[Entry], *, vacating: Sequence[Entry] = ()
     ) -> dict[int, Refused | SchemaChanged]:
         async def refusals() -> dict[int, Refused | SchemaChanged]:
             store = self._status.store
-            if store is None:
+            if store is None or not batch:
                 return {}
             changes = [entry.change for entry in batch]
-            return await store.refusals(self._there, changes, now_ms=_now_ms(), vacating=vacating)
+            moving = [entry.change for entry in vacating]
+            return await store.refusals(self._there, changes, now_ms=_now_ms(), vacating=moving)
 
         return await self._persistently(refusals)
 
@@ -322,23 +354,26 @@ class Writer:
         batch: Sequence[Entry],
         exemplar: dict[str, str] | None = None,
         *,
-        vacating: bool = False,
+        vacating: Sequence[Entry] = (),
     ) -> list[Answer]:
         """Apply the changes as one transaction."""
         changes = [entry.change for entry in batch]
+        moving = [entry.change for entry in vacating]
 
         async def apply() -> list[Answer]:
             store = self._status.store
             if store is None:
                 return [Answer(Outcome.UNAVAILABLE, self._status.storeless)] * len(changes)
             started = time.perf_counter()
-            answers = await store.apply(self._there, changes, now_ms=_now_ms(), vacating=vacating)
+            answers = await store.apply(self._there, changes, now_ms=_now_ms(), vacating=moving)
             self._status.commits += 1
             self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
             committed_ms = _now_ms()
-            for change, answer in zip(changes, answers, strict=True):
-                # One that is sent again, by Svix or by hand, had its effect before.
-                known = answer.outcome is Outcome.DUPLICATE
+            for entry, answer in zip(batch, answers, strict=True):
+                change = entry.change
+                # One that is sent again, by Svix or by hand, had its effect before; and how long
+                # one was in quarantine says nothing of how late events are.
+                known = entry.parked or answer.outcome is Outcome.DUPLICATE
                 if change.event_ms and change.delivery_id is not None and not known:
                     self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
             return answers
@@ -362,6 +397,15 @@ class Writer:
                     await self._rollback()
                     return await work()
             raise
+
+
+def _unknown(error: Exception) -> bool:
+    """Whether the database refused by a number that nobody knows."""
+    return isinstance(error, Refused) and error.reason is None
+
+
+def _conflicts(error: Exception) -> bool:
+    return isinstance(error, Refused) and error.reason is Reason.CONFLICT
 
 
 def _unanswered(batch: Sequence[Entry]) -> list[Entry]:

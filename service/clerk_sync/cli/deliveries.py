@@ -307,7 +307,11 @@ async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]
         yield [
             (
                 one.svix_id,
-                Delivery(one.svix_id, int(one.quarantined_at.timestamp()), one.payload)
+                Delivery(
+                    one.svix_id,
+                    int(one.quarantined_at.replace(tzinfo=UTC).timestamp()),
+                    one.payload,
+                )
                 if one.payload is not None
                 else Answer(Outcome.QUARANTINED, Reason(one.reason)),
             )
