@@ -973,14 +973,19 @@ async def test_a_database_that_does_not_let_us_in_is_told_at_once(
     url = mysql_server.create_database("clerk_sync_denied")
     api = people(1)
     async with api.serving():
-        for wrong in (url.replace("clerk_sync_denied", "clerk_sync_none"), _denied(url)):
+        mysql_server.execute("CREATE USER locked_out IDENTIFIED BY 'x' ACCOUNT LOCK")
+        users = (_as(url, "nobody", None), _as(url, "locked_out", "x"))
+        for wrong in (url.replace("clerk_sync_denied", "clerk_sync_none"), *users):
             done = await Site(api, wrong, tmp_path).run("backfill", seconds=10)
             assert (done.code, done.logged("database_away")) == (1, [])
+    mysql_server.execute("DROP USER locked_out")
     mysql_server.drop_database("clerk_sync_denied")
 
 
-def _denied(url: str) -> str:
-    return sa.make_url(url).set(username="nobody").render_as_string(hide_password=False)
+def _as(url: str, user: str, password: str | None) -> str:
+    whole = sa.make_url(url).set(username=user)
+    whole = whole if password is None else whole.set(password=password)
+    return whole.render_as_string(hide_password=False)
 
 
 @pytest.mark.parametrize("moment", ["before", "lease"])

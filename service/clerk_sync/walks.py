@@ -50,8 +50,13 @@ _WRITERS: Final = 2
 # Nobody waits for an answer here: a page may take its time.
 _STATEMENT_SECONDS: Final = 30.0
 
-# Access denied, no such database, no such user here: https://dev.mysql.com/doc/mysql-errors/9.4/en/
-_REFUSALS: Final = frozenset({1044, 1045, 1049, 1130, 1142, 1698})
+# What passes: no connection, too many of them, a shutdown, a failover, a lock, a full disk. All
+# other numbers are the same with every try, such as a wrong password or an account that is locked
+# (https://dev.mysql.com/doc/mysql-errors/9.4/en/).
+_PASSING: Final = frozenset(
+    {1021, 1030, 1040, 1041, 1053, 1077, 1105, 1114, 1152, 1159, 1160, 1161, 1184, 1203, 1205}
+    | {1213, 1226, 1290, 1317, 1792, 1836, 1927, 2002, 2003, 2006, 2013, 2055}
+)
 
 _T = TypeVar("_T")
 
@@ -117,9 +122,14 @@ async def ridden_out(work: Callable[[], Awaitable[_T]], seconds: float | None = 
 
 
 def _is_refusal(error: Unavailable) -> bool:
-    """Whether the database answered, and another try would have the same answer."""
-    cause = getattr(error.__cause__, "orig", None)
-    return isinstance(cause, MySQLError) and bool(cause.args) and cause.args[0] in _REFUSALS
+    """Whether another try would have the same answer."""
+    cause: BaseException | None = error
+    while cause is not None:
+        said = getattr(cause, "orig", None) or cause
+        if isinstance(said, MySQLError) and said.args:
+            return said.args[0] not in _PASSING or "CERTIFICATE_VERIFY_FAILED" in str(said)
+        cause = cause.__cause__
+    return False
 
 
 def connecting(settings: Settings, seconds: float) -> Connect:
