@@ -157,7 +157,11 @@ class Database:
         return await schema.bound(self.engine, mapping)
 
     async def apply(
-        self, store: Store, *changes: Change, connection: Connection | None = None
+        self,
+        store: Store,
+        *changes: Change,
+        connection: Connection | None = None,
+        now_ms: int = NOW,
     ) -> list[str]:
         """Apply the changes as one batch, again while another transaction is in the way."""
         if connection is None:
@@ -166,7 +170,7 @@ class Database:
             connection = self.connections[0]
         while True:
             try:
-                return told(await store.apply(connection, changes, now_ms=NOW))
+                return told(await store.apply(connection, changes, now_ms=now_ms))
             except Contention:
                 await connection.rollback()
             except Exception:

@@ -431,6 +431,19 @@ async def test_second_delete_changes_nothing(world: World) -> None:
     assert not await world.rows("SELECT * FROM people")
 
 
+async def test_second_delivery_of_one_deletion_is_stale(world: World) -> None:
+    clerk = Clerk(PEOPLE)
+    store = await world.of(PEOPLE)
+    await world.apply(store, clerk.user("user_1"), clerk.user("user_2"))
+    together = [clerk.deleted("user_2", 5), clerk.deleted("user_2", 5)]
+    assert await world.apply(store, clerk.deleted("user_1", 5)) == ["applied"]
+    assert await world.apply(store, *together, now_ms=1) == ["applied", "stale"]
+    assert await world.apply(store, clerk.deleted("user_1", 5), now_ms=2) == ["stale"]
+    # It is an earlier time that the first did not know.
+    assert await world.apply(store, clerk.deleted("user_1", 4), now_ms=3) == ["applied"]
+    assert not await world.rows("SELECT * FROM people")
+
+
 async def test_delete_and_update_in_one_batch_end_deleted_in_either_order(world: World) -> None:
     clerk = Clerk(PEOPLE)
     store = await world.of(PEOPLE)

@@ -171,9 +171,6 @@ class OwnStatements:
             for kind in KINDS
         }
         # Both reads have the same columns, so that one statement can hold them all.
-        self.entities = {
-            kind: compiler.for_ids(functools.partial(_settled, kind)) for kind in KINDS
-        }
         self.states = {kind: compiler.for_ids(functools.partial(_state, kind)) for kind in KINDS}
         self.present = {kind: compiler.for_ids(functools.partial(_there, kind)) for kind in KINDS}
         self.free = {kind: compiler.for_ids(functools.partial(_free, kind)) for kind in KINDS}
@@ -228,7 +225,7 @@ class OwnStatements:
         )
 
 
-def _settled(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
+def _state(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
     name: sa.ColumnElement[str] = sa.literal_column(f"'{kind}'")
     return sa.select(
         name.label("kind"),
@@ -237,11 +234,8 @@ def _settled(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
         entities.c.event_ms,
         entities.c.source,
         entities.c.deleted_at,
+        entities.c.synced_at,
     ).where(entities.c.kind == name, entities.c.clerk_id.op("IN")(ids))
-
-
-def _state(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    return _settled(kind, ids).add_columns(entities.c.synced_at)
 
 
 def _there(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
@@ -265,6 +259,7 @@ def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
         nothing.label("event_ms"),
         events.c.outcome,
         nothing.label("deleted_at"),
+        nothing.label("synced_at"),
     ).where(events.c.svix_id.op("IN")(ids))
 
 

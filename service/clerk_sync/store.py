@@ -53,10 +53,12 @@ class _Entity:
     # As read back.
     settled: Version = (0, 0, "")
     settled_deleted_at: str | None = None
+    moved: bool = False
 
 
 @dataclass(slots=True)
 class _Batch:
+    now: str
     entities: dict[Key, _Entity] = field(default_factory=lambda: defaultdict(_Entity))
     rows: dict[Key, list[Any]] = field(default_factory=dict)
     deletes: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -66,11 +68,12 @@ class _Batch:
 
     def learn_settled(self, result: Result) -> None:
         """Where entities stand, and, under no kind, which deliveries are in the ledger."""
-        for kind, name, version_ms, event_ms, source, deleted_at in result.rows:
+        for kind, name, version_ms, event_ms, source, deleted_at, synced_at in result.rows:
             if kind:
                 entity = self.entities[kind, name]
                 entity.settled = (version_ms, event_ms, source)
                 entity.settled_deleted_at = _time_read(deleted_at)
+                entity.moved = _time_read(synced_at) == self.now
             else:
                 self.known[name] = source
 
@@ -153,8 +156,8 @@ class Store:
         now = time_text(now_ms)
         checked = [self._checked(change) for change in changes]
         changes = [change for change, _ in checked]
-        batch = self._reduced(checked)
-        await self._decide(connection, batch, changes, now)
+        batch = self._reduced(checked, now)
+        await self._decide(connection, batch, changes)
         answers = self._answers(batch, changes)
         won = [change for change, answer in zip(changes, answers, strict=True) if answer is APPLIED]
         steps = self._vacated(vacating)
@@ -180,8 +183,8 @@ class Store:
         """
         checked = [self._checked(change) for change in changes]
         changes = [change for change, _ in checked]
-        batch = self._reduced(checked)
-        await self._decide(connection, batch, changes, time_text(now_ms))
+        batch = self._reduced(checked, time_text(now_ms))
+        await self._decide(connection, batch, changes)
         answers = self._answers(batch, changes)
         won = [place for place, answer in enumerate(answers) if answer is APPLIED]
         await connection.try_each(self._vacated(vacating))
@@ -264,9 +267,9 @@ class Store:
         except Unfit as error:
             return quarantined(change, error.reason, f"column {error.column}"), None
 
-    def _reduced(self, checked: Iterable[tuple[Change, list[Any] | None]]) -> _Batch:
+    def _reduced(self, checked: Iterable[tuple[Change, list[Any] | None]], now: str) -> _Batch:
         """At most one save and one deletion per entity: the newest, and the earliest."""
-        batch = _Batch()
+        batch = _Batch(now)
         for change, row in checked:
             if change.action is None or change.kind is None or change.clerk_id is None:
                 continue
@@ -288,7 +291,7 @@ class Store:
         return batch
 
     async def _decide(
-        self, connection: Connection, batch: _Batch, changes: Sequence[Change], now: str
+        self, connection: Connection, batch: _Batch, changes: Sequence[Change]
     ) -> None:
         """The first round trip: advance the state, read back who is newest and what is known."""
         steps: list[Step] = self._fence_steps()
@@ -299,12 +302,12 @@ class Store:
             ids: dict[str, list[str]] = defaultdict(list)
             for key in sorted(batch.entities):
                 entity = batch.entities[key]
-                candidates.append((*key, *entity.version, entity.deleted_at, now))
+                candidates.append((*key, *entity.version, entity.deleted_at, batch.now))
                 ids[key[0]].append(key[1])
             steps.append((self.own.advance, candidates))
             learn.append(lambda _: None)
             for kind, of_kind in ids.items():
-                settled.append(self.own.entities[kind].of(of_kind))
+                settled.append(self.own.states[kind].of(of_kind))
                 target = self.targets.get(kind)
                 if target is not None and (target.shared or target.mapping.adopt):
                     steps.append(target.present.of(of_kind))
@@ -352,6 +355,7 @@ class Store:
         """Each change's answer, as if they had come one by one."""
         answers = []
         seen = set()
+        deleted: set[Key] = set()
         for change in changes:
             known = batch.known.get(change.delivery_id or "")
             verdict = self._verdict(batch, change)
@@ -363,6 +367,10 @@ class Store:
                 if change.delivery_id in seen:
                     verdict = DUPLICATE
                 seen.add(change.delivery_id)
+            if change.action is Action.DELETE and verdict is APPLIED:
+                key = (change.kind or "", change.clerk_id or "")
+                verdict = STALE if key in deleted else APPLIED
+                deleted.add(key)
             answers.append(verdict)
         return answers
 
@@ -373,7 +381,10 @@ class Store:
             return IGNORED
         entity = batch.entities[change.kind, change.clerk_id]
         if change.action is Action.DELETE:
-            return APPLIED if entity.settled_deleted_at == time_text(change.event_ms) else STALE
+            settles = entity.settled_deleted_at == time_text(change.event_ms)
+            # A second delivery may tell of the same deletion, at the same time. What is no
+            # delivery is here to remove a row that should be gone.
+            return APPLIED if settles and (entity.moved or not change.delivery_id) else STALE
         if entity.settled != _version(change) or self._is_gone(batch, change):
             return STALE
         return APPLIED
