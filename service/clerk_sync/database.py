@@ -260,14 +260,16 @@ async def _opened_in_time(target: Target) -> Any:
         async with asyncio.timeout(CONNECT_SECONDS):
             return await _opened(target)
     except TimeoutError:
-        where = f"{target.host}:{target.port}"
-        raise TimeoutError(f"{where} did not let us in within {CONNECT_SECONDS} s") from None
+        raise TimeoutError(
+            f"{target.server} did not let us in within {CONNECT_SECONDS} s"
+        ) from None
 
 
 async def _opened(target: Target) -> Any:
     connection = await asyncmy.connect(
         host=target.host,
         port=target.port,
+        unix_socket=target.socket,
         user=target.username,
         password=target.password,
         database=target.name,

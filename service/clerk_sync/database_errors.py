@@ -141,7 +141,22 @@ _VITESS_TRANSIENT: Final = re.compile(
 
 
 _NO_TLS: Final = "the server offers no TLS; if that is meant, ?tls=disable or DATABASE_TLS=disable"
-_CREDENTIALS: Final = "the username or the password is wrong, or the user may not come from here"
+_WANTS_TLS: Final = (
+    "the server takes nobody without TLS: leave ?tls=disable or DATABASE_TLS=disable out, or on "
+    "loopback say ?tls=verify or DATABASE_TLS=verify; if its CA is your own, name it in "
+    "?tls_ca=/path/ca.pem or DATABASE_TLS_CA"
+)
+_CREDENTIALS: Final = (
+    "the username or the password is wrong, or the user may not come from here, or not without "
+    "TLS: ?tls=verify or DATABASE_TLS=verify"
+)
+_NAME: Final = (
+    "the host has to be one that the certificate names; where none is, as in certificates that "
+    "MySQL makes for itself, ?tls=verify-ca or DATABASE_TLS=verify-ca verifies the CA alone"
+)
+_PLUGIN: Final = (
+    "let the account log in by caching_sha2_password (MySQL) or mysql_native_password (MariaDB)"
+)
 _RIGHTS: Final = (
     "`serve` needs the rights SELECT, INSERT, UPDATE, DELETE, and `migrate` CREATE, ALTER, INDEX "
     "as well; `clerk-sync migrate --print` prints the SQL for somebody who has them"
@@ -168,11 +183,20 @@ _ADVICE: Final[dict[int, str]] = {
     1698: _CREDENTIALS,
     1792: _PRIMARY,
     1836: _PRIMARY,
+    2059: _PLUGIN,
+    3159: _WANTS_TLS,
 }
 _ADVICE_BY_TEXT: Final[dict[str, str]] = {
     "WRONG_VERSION_NUMBER": _NO_TLS,
     "does not support SSL": _NO_TLS,
-    "mismatch, certificate": "the host has to be one that the certificate names",
+    "insecure transport": _WANTS_TLS,  # TiDB's words for 3159
+    "mismatch, certificate": _NAME,
+    "certificate is not valid for": _NAME,
+    "has expired": "the server needs a new certificate, if the clock of this machine is right",
+    "not yet valid": "is the clock of this machine right?",
+    "PROTOCOL_VERSION": "the server speaks no TLS of 1.2 or later: it has to be updated",
+    "UNSUPPORTED_PROTOCOL": "the server speaks no TLS of 1.2 or later: it has to be updated",
+    "ed25519": _PLUGIN,
     "CERTIFICATE_VERIFY_FAILED": "if its CA is your own, name it in ?tls_ca=/path/ca.pem or "
     "DATABASE_TLS_CA; if TLS is not meant, ?tls=disable or DATABASE_TLS=disable",
     "refused": "is the server up, and are host and port right?",

@@ -141,7 +141,7 @@ class Settings(BaseSettings):
     database_name: Secret | None = Field(default=None, validation_alias="DATABASE_NAME")
     database_username: Secret | None = Field(default=None, validation_alias="DATABASE_USERNAME")
     database_password: Secret | None = Field(default=None, validation_alias="DATABASE_PASSWORD")
-    database_tls: Literal["verify", "disable"] | None = Field(
+    database_tls: Literal["verify", "verify-ca", "disable"] | None = Field(
         default=None, validation_alias="DATABASE_TLS"
     )
     database_tls_ca: str | None = Field(default=None, validation_alias="DATABASE_TLS_CA")

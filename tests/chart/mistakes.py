@@ -105,6 +105,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
+        "`database.tls.mode` is `verify-ca`, but `database.tls.ca` names no CA",
+        {
+            "database": {
+                **PIECES,
+                "keys": {"password": "password"},
+                "tls": {"mode": "verify-ca"},
+            }
+        },
+    ),
+    (
         "`database.tls.mode` is `disable`, but `database.tls.ca` names a CA",
         {
             "database": {
