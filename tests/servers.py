@@ -313,6 +313,8 @@ class Process(Managed):
                     "--performance-schema=OFF",
                     "--skip-log-bin",
                     "--mysqlx=OFF",
+                    # It is kept in the data folder, and cannot be changed later.
+                    *(one for one in self.options if one.startswith("--lower-case-table-names")),
                 )
             )
         else:

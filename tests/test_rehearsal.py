@@ -302,11 +302,6 @@ LOOKED: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         (maker(KEY, NAME, name="renamed"), "CREATE VIEW people AS SELECT * FROM renamed"),
         "test.yaml:4: `people` is a view, and events need a table: name the one behind it",
     ),
-    "another case": (
-        people(key="Clerk_Id"),
-        (maker(KEY, NAME),),
-        "test.yaml:5: table `people` has no column `Clerk_Id`; did you mean `clerk_id`?",
-    ),
     "owned by a number": (
         people(extra=OWNS),
         (maker(KEY, NAME), maker("author BIGINT", name="posts")),

@@ -197,7 +197,7 @@ async def columns_of(database: Database) -> dict[str, sa.Column[Any]]:
         )
     columns = ", ".join(f"x{place} {type_}" for place, type_ in enumerate(declared))
     await database.ddl(f"CREATE TABLE everything (n INT PRIMARY KEY, {columns}) OPTIONS")
-    found = (await live.inspected(database.engine, {"everything"})).tables["everything"]
+    found = (await live.inspected(database.engine, {"everything": set()})).tables["everything"]
     return {type_: found.c[f"x{place}"] for place, type_ in enumerate(declared)}
 
 
@@ -305,7 +305,7 @@ async def test_sqlite_which_checks_nothing_answers_as_mysql(
 ) -> None:
     async with Database.at(f"sqlite:///{tmp_path}/clerk-sync.db") as database:
         await database.execute(f"CREATE TABLE one (x {declared})")
-        column = (await live.inspected(database.engine, {"one"})).tables["one"].c.x
+        column = (await live.inspected(database.engine, {"one": set()})).tables["one"].c.x
     ours = fit_for(column, json_text=False, sqlite=True)
     theirs = fit_for(sa.Column("x", type_), json_text=False, sqlite=False)
     assert {str(value): answer(ours, value) for value in VALUES} == {

@@ -110,7 +110,7 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
 def out_of_reach(store: Store) -> tuple[str, ...]:
     """The mapped kinds whose rows may be a user's, but do not say whose in a column of theirs."""
     user = store.targets.get("user")
-    owned = {one.table for one in user.mapping.owns} if user else set()
+    owned = {table.name for _, table in user.owned_tables} if user else set()
     return tuple(
         kind
         for kind, target in store.targets.items()

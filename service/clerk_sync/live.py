@@ -1,4 +1,9 @@
-"""The live tables as the database tells of them: reflection, and what reflection leaves out."""
+"""The live tables as the database tells of them: reflection, and what reflection leaves out.
+
+Servers compare names in their own ways: columns never by case; tables by case or not, as
+`lower_case_table_names` says, and SQLite never. Here they have the names that the mapping gives
+them; what is not mapped may have any name and type.
+"""
 
 from __future__ import annotations
 
@@ -16,9 +21,12 @@ from clerk_sync.columns import Other, declared
 from clerk_sync.database_errors import engine_errors_told
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
+    from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+Spelling = dict[str, set[str]]
+"""Tables, each with the names by which the mapping knows its columns."""
 
 _TABLES: Final = ("BASE TABLE", "SYSTEM VERSIONED")
 
@@ -44,9 +52,10 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The tables that matter, as they are; a missing one is absent.
+    """The tables that matter, as they are, by the mapping's names; a missing one is absent.
 
-    `names` are all tables there are, `views` all views.
+    `details` has them by the server's names, too. `names` are all tables there are, `views` all
+    views.
     """
 
     tables: dict[str, sa.Table]
@@ -66,7 +75,35 @@ def quoted(name: str, dialect: sa.Dialect) -> str:
     return text if dialect.name == "sqlite" else text.replace("%%", "%")
 
 
-async def inspected(engine: AsyncEngine, names: set[str]) -> Live:
+class TableNames:
+    """Tables' names, as the server compares them."""
+
+    def __init__(self, connection: sa.Connection, names: Iterable[str]) -> None:
+        self._folds = connection.dialect.name == "sqlite" or bool(
+            connection.exec_driver_sql("SELECT @@lower_case_table_names").scalar_one()
+        )
+        self._names = {self._folded(name): name for name in names}
+
+    @classmethod
+    def there(cls, connection: sa.Connection) -> TableNames:
+        """All tables of the database."""
+        return cls(connection, sa.inspect(connection).get_table_names())
+
+    def __contains__(self, name: str) -> bool:
+        return self._folded(name) in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names.values())
+
+    def of(self, name: str) -> str:
+        """The name that the table has on the server. Raises KeyError."""
+        return self._names[self._folded(name)]
+
+    def _folded(self, name: str) -> str:
+        return name.lower() if self._folds else name
+
+
+async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
     """Those of the tables that are there. Raises Unavailable."""
 
     def inspect(connection: sa.Connection) -> Live:
@@ -84,30 +121,61 @@ async def inspected(engine: AsyncEngine, names: set[str]) -> Live:
             there = {name for name, kind in kinds.items() if kind in _TABLES}
             views = {name for name, kind in kinds.items() if kind == "VIEW"}
             versioned = {name for name, kind in kinds.items() if kind == _TABLES[1]}
-        found = {name: reflected(connection, name) for name in sorted(names & there)}
+        server = TableNames(connection, there)
+        actual = {name: server.of(name) for name in sorted(names) if name in server}
+        columns: Spelling = defaultdict(set)
+        for name, of_server in actual.items():
+            columns[of_server] |= names[name]
+        found = {name: reflected(connection, name, of) for name, of in columns.items()}
         details = {name: Details(versioned=name in versioned) for name in found}
         if connection.dialect.name == "sqlite":
             for table in found.values():
                 _complete_sqlite(connection, table, details[table.name])
         elif found:
             _complete_columns(connection, found, details)
-            _complete_tables(connection, details)
-        return Live(found, details, frozenset(there), frozenset(views), _spelling(connection))
+            _complete_tables(connection, found, details)
+        return Live(
+            {name: found[of_server] for name, of_server in actual.items()},
+            details | {name: details[of_server] for name, of_server in actual.items()},
+            frozenset(there),
+            frozenset(views),
+            _spelling(connection),
+        )
 
     with engine_errors_told():
         async with engine.connect() as connection:
             return await connection.run_sync(inspect)
 
 
-def reflected(connection: sa.Connection, name: str) -> sa.Table:
-    """One table, whatever the types of its columns."""
+def reflected(connection: sa.Connection, name: str, columns: Iterable[str]) -> sa.Table:
+    """One table, whatever its columns' types; those in `columns` are spelled as they are there."""
     dialect: Any = connection.dialect
+    spelled = {column.lower(): column for column in sorted(columns)}
+
+    def respell(_: object, __: sa.Table, column: Any) -> None:
+        actual = column["name"]
+        if dialect.name != "sqlite":
+            # SQLAlchemy reads SHOW CREATE TABLE, and leaves a back-tick within a name doubled.
+            actual = actual.replace("``", "`")
+        column["name"] = spelled.get(actual.lower(), actual)
+
     if dialect.name != "sqlite":
         dialect.ischema_names = _Types(dialect.ischema_names)
     with warnings.catch_warnings():
         # What SQLAlchemy does not understand, such as a PERIOD, says nothing about columns.
         warnings.simplefilter("ignore", sa.exc.SAWarning)
-        return sa.Table(name, sa.MetaData(), autoload_with=connection, resolve_fks=False)
+        return sa.Table(
+            name,
+            sa.MetaData(),
+            autoload_with=connection,
+            resolve_fks=False,
+            listeners=[("column_reflect", respell)],
+        )
+
+
+def _column(table: sa.Table, name: str) -> sa.Column[Any] | None:
+    """A table's column by the server's name for it."""
+    return next((one for one in table.columns if one.name.lower() == name.lower()), None)
 
 
 class _Types(dict[str, type[sa.types.TypeEngine[Any]]]):
@@ -150,18 +218,19 @@ def _complete_columns(
         tables,
         where="(collation_name IS NOT NULL OR extra <> '' OR generation_expression IS NOT NULL)",
     )
-    for name, column, collation, charset, extra, expression in columns:
-        if column not in tables[name].c:
+    for name, actual, collation, charset, extra, expression in columns:
+        column = _column(tables[name], actual)
+        if column is None:
             continue
-        type_: Any = tables[name].c[column].type
+        type_: Any = column.type
         if collation is not None and isinstance(type_, sa.String):
             type_.collation = collation
             if isinstance(type_, mysql.TINYTEXT | mysql.TEXT | mysql.MEDIUMTEXT):
                 type_.charset = charset
         if expression or re.search("(VIRTUAL|STORED) GENERATED", extra):
-            details[name].generated.add(column)
+            details[name].generated.add(column.name)
         if "on update" in extra.lower():
-            details[name].stamped.add(column)
+            details[name].stamped.add(column.name)
     if getattr(connection.dialect, "is_mariadb", False):
         checks = _of_schema(
             connection,
@@ -171,12 +240,14 @@ def _complete_columns(
             where="check_clause = CONCAT('json_valid(`', constraint_name, '`)')",
             whose="constraint_schema",
         )
-        for name, column in checks:
-            if column in tables[name].c:
-                tables[name].c[column].type = mysql.JSON()
+        for name, actual in checks:
+            if (column := _column(tables[name], actual)) is not None:
+                column.type = mysql.JSON()
 
 
-def _complete_tables(connection: sa.Connection, details: dict[str, Details]) -> None:
+def _complete_tables(
+    connection: sa.Connection, tables: dict[str, sa.Table], details: dict[str, Details]
+) -> None:
     """Add the engines, the prefixes of unique keys, the triggers and the foreign keys."""
     engines = connection.exec_driver_sql(
         "SELECT engine, transactions FROM information_schema.engines"
@@ -196,12 +267,13 @@ def _complete_tables(connection: sa.Connection, details: dict[str, Details]) -> 
         where="non_unique = 0",
     )
     parts: dict[tuple[str, str], list[tuple[str, int | None]]] = defaultdict(list)
-    for name, index, column, length in keys:
-        parts[name, index].append((column, length))
+    for name, index, actual, length in keys:
+        parts[name, index].append((actual, length))
     for (name, index), columns in parts.items():
-        ((column, length), *more) = columns
-        if length is not None and not more:
-            details[name].prefixes.append((index, column, int(length)))
+        ((actual, length), *more) = columns
+        column = _column(tables[name], actual)
+        if length is not None and not more and column is not None:
+            details[name].prefixes.append((index, column.name, int(length)))
     triggers = _of_schema(
         connection,
         "triggers",
@@ -226,12 +298,16 @@ def _complete_sqlite(connection: sa.Connection, table: sa.Table, details: Detail
     """Add inline UNIQUEs, and MySQL's types: as MySQL's they say what may be in the column."""
     for index in sa.inspect(connection).get_indexes(table.name, include_auto_indexes=True):
         if index["unique"]:
-            table.append_constraint(sa.UniqueConstraint(*filter(None, index["column_names"])))
+            names = filter(None, index["column_names"])
+            columns = (_column(table, name) for name in names)
+            table.append_constraint(
+                sa.UniqueConstraint(*(one for one in columns if one is not None))
+            )
     rows = connection.exec_driver_sql("SELECT name, type FROM pragma_table_xinfo(?)", (table.name,))
-    for column, type_ in rows:
-        known = declared(type_)
-        if known is not None and column in table.c:
-            table.c[column].type = known
+    for actual, type_ in rows:
+        known, column = declared(type_), _column(table, actual)
+        if known is not None and column is not None:
+            column.type = known
     details.generated = {column.name for column in table.columns if column.computed is not None}
 
 

@@ -213,7 +213,7 @@ class _Rehearsal:
         """Delete the row by each way; what it owns goes along."""
         target, key = self._store.targets[table.kind], (table.kind, self._ids[table.kind])
         removed = await erasure.delete_rows(self._connection, store=self._store, keys=[key])
-        if not removed[table.table]:
+        if not removed[target.table.name]:
             raise _Fault(f"{table.places['key']}: `erase` does not find a row of `{table.table}`")
         await self._connection.exec_driver_sql("ROLLBACK TO SAVEPOINT rehearsal")
         later = self._now_ms + 2 * _MEANWHILE_MS

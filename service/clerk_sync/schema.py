@@ -17,7 +17,7 @@ from clerk_sync import live as looked
 from clerk_sync import samples, tables
 from clerk_sync.columns import BINARY, TextOfBytes, Unfit, fit_for
 from clerk_sync.database_errors import engine_errors_told
-from clerk_sync.live import Live
+from clerk_sync.live import Live, TableNames
 from clerk_sync.mapping import Mapping, Owned, Place, TableMapping
 from clerk_sync.mapping_file import nearest
 from clerk_sync.statements import Compiler
@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.live import Spelling
 
 VERSION_TABLE: Final = "clerk_sync_version"
 _LOCK: Final = "clerk_sync_migrate"
@@ -56,7 +58,7 @@ async def reflected(engine: AsyncEngine, mapping: Mapping) -> Live:
 
 async def own_faults(engine: AsyncEngine) -> list[str]:
     """What is missing of clerk-sync's own tables. Raises Unavailable."""
-    return list(_own_faults(await looked.inspected(engine, set(tables.metadata.tables))))
+    return list(_own_faults(await looked.inspected(engine, _own_names())))
 
 
 def lacks_own(live: Live) -> bool:
@@ -204,10 +206,21 @@ def _indexed(table: sa.Table, columns: set[str]) -> bool:
     return bool(columns & set(first))
 
 
-def _names(mapping: Mapping) -> set[str]:
-    names = set(tables.metadata.tables)
+def _own_names() -> Spelling:
+    return {name: set(table.c.keys()) for name, table in tables.metadata.tables.items()}
+
+
+def _names(mapping: Mapping) -> Spelling:
+    """The tables that matter, and how the mapping spells their columns."""
+    names = _own_names()
     for table in mapping.tables.values():
-        names |= {table.table, *(owned.table for owned in table.owns)}
+        columns = names.setdefault(table.table, set())
+        columns |= {table.key, *([table.mark] if table.mark else [])}
+        columns |= {one.name for one in (*table.columns, *table.adopt)}
+        columns |= {one.name for one in table.sets}
+        for owned in table.owns:
+            columns.add(owned.references)
+            names.setdefault(owned.table, set()).add(owned.column)
     return names
 
 
@@ -465,18 +478,24 @@ async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
 
 
 def _migrated(
-    connection: sa.Connection, mapping: Mapping, *, print_to: io.StringIO | None
+    connection: sa.Connection,
+    mapping: Mapping,
+    *,
+    print_to: io.StringIO | None,
 ) -> list[str]:
     # Alembic is loaded by this command alone: `serve` starts a tenth of a second sooner.
     from clerk_sync.migrations import Migration  # noqa: PLC0415
 
-    def live(name: str) -> sa.Table:
-        return looked.reflected(connection, name)
+    spelling = _names(mapping)
+    there = TableNames.there(connection)
 
-    there = set(sa.inspect(connection).get_table_names())
+    def live(name: str) -> sa.Table:
+        actual = there.of(name) if name in there else name
+        return looked.reflected(connection, actual, spelling[name])
+
     own = tables.metadata.tables
     migration = Migration(connection, VERSION_TABLE, print_to)
-    done = migration.own_tables(there)
+    done = migration.own_tables({*there})
     wanted = [*own.values()]
     for table in mapping.tables.values():
         if table.create:

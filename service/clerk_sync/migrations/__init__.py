@@ -155,10 +155,11 @@ class Migration:
         return done + self.indexed(wanted, there={str(index.name) for index in live.indexes})
 
     def indexed(self, wanted: sa.Table, *, there: set[str]) -> list[str]:
-        """Add the plain indexes that are not `there`."""
+        """Add the plain indexes that are not `there`; case makes no other name of an index."""
         done = []
+        names = {name.lower() for name in there}
         for index in sorted(wanted.indexes, key=lambda index: str(index.name)):
-            if str(index.name) not in there:
+            if str(index.name).lower() not in names:
                 self._operations.impl.create_index(index)
                 done.append(f"added index {index.name}")
         return done
