@@ -185,7 +185,8 @@ class Site:
         return {clerk_id for (clerk_id,) in await self.rows(f"SELECT clerk_id FROM {table}")}
 
     async def expires_ms(self) -> int:
-        ((expires_ms,),) = await self.rows("SELECT expires_ms FROM clerk_sync_leases")
+        query = "SELECT expires_ms FROM clerk_sync_leases WHERE name = 'walk'"
+        ((expires_ms,),) = await self.rows(query)
         return int(expires_ms)
 
     async def expire(self) -> None:

@@ -172,7 +172,7 @@ from clerk_sync.database import engine_of
 
 async def main():
     target = target_of(sys.argv[1])
-    engine = engine_of(lambda: target, size=1)
+    engine = engine_of(lambda: target, size=2)
     print("ready", flush=True)
     sys.stdin.readline()
     print(json.dumps(await schema.migrate(engine, mapping_file.load("mirror"))))
@@ -249,6 +249,16 @@ async def test_printed_sql_run_by_hand_makes_the_same(database: Database) -> Non
     await database.store(MIRROR)
     assert (await schema.migration_sql(database.engine, MIRROR)).strip() == ""
     assert await schema.migrate(database.engine, MIRROR) == []
+
+
+async def test_tables_of_a_newer_version_are_left_as_they_are(database: Database) -> None:
+    await schema.migrate(database.engine, MIRROR)
+    await database.execute("UPDATE clerk_sync_version SET version_num = '9999'")
+    (done,) = await schema.migrate(database.engine, MIRROR)
+    assert done.startswith("clerk-sync's own tables are of version 9999, newer than this")
+    assert (await schema.migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await database.value("SELECT version_num FROM clerk_sync_version") == "9999"
+    await database.store(MIRROR)
 
 
 async def test_deploy_request_without_the_version_table_is_enough(database: Database) -> None:

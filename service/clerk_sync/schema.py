@@ -6,17 +6,19 @@ schema that came by a PlanetScale deploy request brings tables, but no rows of a
 
 from __future__ import annotations
 
+import asyncio
 import io
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
+from asyncmy.errors import MySQLError
 from sqlalchemy.dialects import mysql
 
 from clerk_sync import live as looked
 from clerk_sync import samples, tables
 from clerk_sync.columns import BINARY, TextOfBytes, Unfit, fit_for
-from clerk_sync.database_errors import engine_errors_told
+from clerk_sync.database_errors import Contention, Unavailable, engine_errors_told
+from clerk_sync.lease import Held, Lost, held, holder_name
 from clerk_sync.live import Live, TableNames
 from clerk_sync.mapping import Mapping, Owned, Place, TableMapping
 from clerk_sync.mapping_file import nearest
@@ -25,15 +27,21 @@ from clerk_sync.store import Store
 from clerk_sync.targets import Target, unique_keys
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from clerk_sync.lease import Lease
     from clerk_sync.live import Spelling
 
 VERSION_TABLE: Final = "clerk_sync_version"
-_LOCK: Final = "clerk_sync_migrate"
-_LOCK_SECONDS: Final = 120
+LEASE: Final = "migrate"
+_PATIENCE_SECONDS: Final = 120
+_PAUSE_SECONDS: Final = 0.2
+_ATTEMPTS: Final = 5
+# Somebody else has just made that table, column or index: as by the statement of a process that
+# was killed, which its server ends all the same.
+_MADE_MEANWHILE: Final = frozenset({1050, 1060, 1061})
 RUN_MIGRATE: Final = "run `clerk-sync migrate` (or `clerk-sync migrate --print` for its SQL)"
 
 
@@ -450,22 +458,78 @@ def _id_faults(table: sa.Table, column: str, at: Place, live: Live, *, kind: str
         yield f"{about} compares by {collation}, but Clerk's ids are case-sensitive: {mend}"
 
 
-async def migrate(engine: AsyncEngine, mapping: Mapping) -> list[str]:
+async def migrate(
+    engine: AsyncEngine, mapping: Mapping, *, patience_seconds: float = _PATIENCE_SECONDS
+) -> list[str]:
     """Make clerk-sync's tables and those that the mapping asks for; what was done, in words.
 
-    Several at once are safe: one works, the others wait and find nothing to do. Raises
-    Unavailable.
+    Several at once are safe: one works, the others wait and find nothing to do. The engine needs
+    two connections. Raises Unavailable, also when it was not our turn within `patience_seconds`.
     """
+    if engine.dialect.name == "sqlite":
+        return await _worked(engine, lambda connection: _migrated_alone(connection, mapping))
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + patience_seconds
+    attempts = 0
+    while True:
+        try:
+            return await _migrated_in_turn(engine, mapping)
+        except Held as error:
+            if loop.time() > deadline:
+                raise Unavailable(str(error)) from error
+        # Another node of a cluster was faster: whatever fails so has changed nothing. Or what one
+        # that is dead had begun was ended without it.
+        except (Contention, Lost, _MadeMeanwhile) as error:
+            attempts += 1
+            if attempts == _ATTEMPTS:
+                raise Unavailable(str(error)) from error
+        await asyncio.sleep(_PAUSE_SECONDS)
 
-    def work(connection: sa.Connection) -> list[str]:
-        with _alone(connection):
-            return _migrated(connection, mapping, print_to=None)
 
+class _MadeMeanwhile(Exception):  # noqa: N818
+    """Somebody else made what was to be made."""
+
+
+async def _worked(engine: AsyncEngine, work: Callable[[sa.Connection], list[str]]) -> list[str]:
     with engine_errors_told():
         async with engine.connect() as connection:
-            done = await connection.run_sync(work)
+            try:
+                done = await connection.run_sync(work)
+            except sa.exc.DBAPIError as error:
+                if isinstance(error.orig, MySQLError) and error.orig.args[0] in _MADE_MEANWHILE:
+                    raise _MadeMeanwhile(str(error.orig)) from error
+                raise
             await connection.commit()
             return done
+
+
+async def _migrated_in_turn(engine: AsyncEngine, mapping: Mapping) -> list[str]:
+    """Migrate under a lease: DDL is no transaction on MySQL, so that something has to guard it.
+
+    Not by GET_LOCK, which a cluster of several writers cannot keep, and Percona's refuses. The
+    lease's own table is the one thing that is made without it. Raises Held, Contention or Lost.
+    """
+
+    def prepare(connection: sa.Connection) -> list[str]:
+        if tables.leases.name in TableNames.there(connection):
+            return []
+        connection.execute(sa.schema.CreateTable(tables.leases, if_not_exists=True))
+        return [tables.leases.name]
+
+    made = await _worked(engine, prepare)
+    async with held(engine, LEASE, holder_name(), patience=False) as lease:
+        # Who comes second may have seen that the table was not there yet.
+        new = {*made} if lease.token == 1 else set()
+        return await _worked(
+            engine,
+            lambda connection: _migrated(connection, mapping, print_to=None, new=new, lease=lease),
+        )
+
+
+def _migrated_alone(connection: sa.Connection, mapping: Mapping) -> list[str]:
+    connection.exec_driver_sql(f"PRAGMA busy_timeout={_PATIENCE_SECONDS * 1000}")
+    connection.exec_driver_sql("BEGIN IMMEDIATE")
+    return _migrated(connection, mapping, print_to=None)
 
 
 async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
@@ -482,7 +546,13 @@ def _migrated(
     mapping: Mapping,
     *,
     print_to: io.StringIO | None,
+    new: set[str] | None = None,
+    lease: Lease | None = None,
 ) -> list[str]:
+    """Bring the schema to what is wanted; `new` tables were made just now, and are empty.
+
+    Raises Lost between two steps once the lease is somebody else's.
+    """
     # Alembic is loaded by this command alone: `serve` starts a tenth of a second sooner.
     from clerk_sync.migrations import Migration  # noqa: PLC0415
 
@@ -493,11 +563,16 @@ def _migrated(
         actual = there.of(name) if name in there else name
         return looked.reflected(connection, actual, spelling[name])
 
+    def in_turn() -> None:
+        if lease is not None:
+            lease.check()
+
     own = tables.metadata.tables
     migration = Migration(connection, VERSION_TABLE, print_to)
-    done = migration.own_tables({*there})
+    done = migration.own_tables({*there} - (new or set()))
     wanted = [*own.values()]
     for table in mapping.tables.values():
+        in_turn()
         if table.create:
             wanted.append(tables.made_table(table))
             if table.table not in there:
@@ -505,26 +580,9 @@ def _migrated(
         if table.table in there:
             done += migration.keyed(table, live(table.table))
     for one in wanted:
+        in_turn()
         if print_to is None or one.name in there:
             done += migration.completed(one, live(one.name))
         elif one.name in own:  # only printed: not there to be looked at
             done += migration.completed(one, migration.first_made(one))
     return done
-
-
-@contextmanager
-def _alone(connection: sa.Connection) -> Iterator[None]:
-    """Hold the migration lock: DDL is no transaction on MySQL, so a lock has to guard it."""
-    if connection.dialect.name == "sqlite":
-        connection.exec_driver_sql(f"PRAGMA busy_timeout={_LOCK_SECONDS * 1000}")
-        connection.exec_driver_sql("BEGIN IMMEDIATE")
-        yield
-        return
-    # Vitess knows GET_LOCK as a bare SELECT only.
-    got = connection.exec_driver_sql(f"SELECT GET_LOCK('{_LOCK}', {_LOCK_SECONDS})").scalar()
-    if got != 1:
-        raise TimeoutError(f"another `clerk-sync migrate` has held its lock for {_LOCK_SECONDS} s")
-    try:
-        yield
-    finally:
-        connection.exec_driver_sql(f"SELECT RELEASE_LOCK('{_LOCK}')")

@@ -107,7 +107,7 @@ def migrate(*, print_: bool) -> None:
         click.echo(f"warning: {warning}", err=True)
 
     async def work() -> int:
-        engine = engine_of(settings.locate, size=1)
+        engine = engine_of(settings.locate, size=2)  # one keeps the lease
         try:
             if print_:
                 await printed(engine, mapping)

@@ -53,6 +53,9 @@ class Migration:
         recorded = MigrationContext.configure(
             self._connection, opts={"version_table": self._version_table}
         ).get_current_revision()
+        if recorded is not None and recorded not in {one.revision for one in self._versions()}:
+            newer = f"clerk-sync's own tables are of version {recorded}, newer than this clerk-sync"
+            return [f"{newer}: left as they are"]
         current = recorded or self._version_of(there)
         head = self._script.get_current_head()
         done = []
