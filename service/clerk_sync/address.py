@@ -46,6 +46,15 @@ class Target:
         return f"mysql {self.server}/{self.name}"
 
     @property
+    def secrecy(self) -> str:
+        """What keeps a connection over a network from being read, for people."""
+        if self.path is not None or self.socket is not None:
+            return ""
+        if self.tls is None:
+            return "no TLS"
+        return "TLS verified" if self.tls.check_hostname else "TLS, its CA verified"
+
+    @property
     def server(self) -> str:
         """The server's address, for people."""
         host = f"[{self.host}]" if ":" in self.host else self.host

@@ -131,11 +131,7 @@ async def _of_schema(
     except Unavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return
-    if target.tls is not None:
-        tls = ", TLS verified" if target.tls.check_hostname else ", TLS, its CA verified"
-    else:
-        tls = ", no TLS" if target.path is None and target.socket is None else ""
-    yield Finding("ok", "database", f"{target.where}{tls}")
+    yield Finding("ok", "database", ", ".join(filter(None, (target.where, target.secrecy))))
     if mapping is None:
         return
     try:

@@ -287,7 +287,7 @@ async def _opened(target: Target) -> Any:
 
 async def _prepare(connection: Any, target: Target) -> None:
     """Make the session as it has to be, and see that it is. Raises Unavailable."""
-    where = f"{target.host}:{target.port}"
+    where = target.server
     version = connection.get_server_info().lower()
     # The driver's own goes by a status flag of the server: whether a backslash escapes. A trigger
     # that sets sql_mode leaves the flag set although the mode is restored.

@@ -224,7 +224,8 @@ def engine_errors_told() -> Iterator[None]:
     """
     try:
         yield
-    except (sa.exc.SQLAlchemyError, OSError, TimeoutError) as error:
+    # The driver's own checks end in a RuntimeError, a connection that is cut in an EOFError.
+    except (sa.exc.SQLAlchemyError, OSError, EOFError, RuntimeError) as error:
         raise _unavailability(error)(_told(error)) from error
 
 

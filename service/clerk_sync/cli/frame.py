@@ -80,6 +80,8 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
         sys.exit(INTERRUPTED)
     except Unavailable as error:
         fail(str(error))
+    except InvalidSettings as error:  # a file that was there when it began
+        fail(*error.faults)
 
 
 def unnamed(settings: Settings) -> list[str]:
