@@ -993,11 +993,11 @@ async def test_who_comes_back_with_a_unique_name_is_written(
         assert [(one.clerk_id, one.verdict) for _, one in told] == [("user_2", Verdict.MISSING)]
         assert (await world.reconcile())[0] is Ending.MENDED
         assert await unique_people(world) == [marked, ("user_2", "ada", "Ada", 1, 1)]
-        # Neither is out of step now; nor is the first one where Clerk lists it all the same.
+        # Where Clerk lists the first one all the same, it stays deleted, and somebody has to look.
         api.users["user_1"] = api.users["user_2"] | {"id": "user_1"}
         ending, report = await world.reconcile()
         assert (ending, verdicts(report)) == (
-            Ending.IN_STEP,
+            Ending.UNMENDED,
             {Verdict.SAME: 1, Verdict.NEWER: 1},
         )
         assert await unique_people(world) == [marked, ("user_2", "ada", "Ada", 1, 1)]
