@@ -17,6 +17,7 @@ from aiohttp import web
 from clerk_sync import __version__, housekeeping, quarantine, schema
 from clerk_sync.answers import UNREADINESSES, Reason
 from clerk_sync.committer import Committer
+from clerk_sync.connections import Connections, listeners
 from clerk_sync.database import Connection, close_idle, connect, engine_of
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.ensure import Ensure
@@ -261,6 +262,7 @@ async def running(
 
     committer = committer_of(settings, metrics)
     watch = Watch(looks, mapping, committer, metrics, settings, reads=engine)
+    outside, inside = listeners(settings.writers + settings.pool_size)
     webhook = WebhookListener(
         path=settings.webhook_path,
         signers=secrets.signers,
@@ -269,6 +271,7 @@ async def running(
         committer=committer,
         metrics=metrics,
         deadline_seconds=settings.deadline_seconds,
+        connections=outside,
         tracing=tracing,
     )
 
@@ -324,6 +327,8 @@ async def running(
                 schedule.keep(),
                 retries.keep(),
                 secrets.keep(metrics),
+                inside.watch(),
+                outside.watch(),
             )
         ]
         stack.push_async_callback(looks.dispose)
@@ -331,30 +336,39 @@ async def running(
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)
         # Probes and metrics are answered until the very end.
+        app = internal.app()
+        app.middlewares.append(inside.answering)
         probes = web.AppRunner(
-            internal.app(),
+            app,
             access_log=None,
             shutdown_timeout=1.0,
             # What is asked for /ensure, and for /profiles, ends with who asked.
             handler_cancellation=True,
         )
-        internal_url = await _listen(stack, probes, settings.host, settings.internal_port)
+        internal_url = await _listen(stack, probes, inside, settings.host, settings.internal_port)
         await _at_most(watch.looked.wait(), PING_SECONDS)
         receiver = web.ServerRunner(
             webhook.server(), shutdown_timeout=settings.deadline_seconds + 1
         )
-        url = await _listen(stack, receiver, settings.host, settings.port)
+        url = await _listen(stack, receiver, outside, settings.host, settings.port)
         listening.set()
         log.info("listening", version=__version__, url=url, internal_url=internal_url)
-        # What start-up made stays: the collector need not look at it again.
-        gc.collect()
-        gc.freeze()
-        gc.set_threshold(10_000, 20, 20)
+        _collect_less()
         try:
             yield Running(url, internal_url)
         finally:
             webhook.draining = True
             log.info("draining")
+
+
+def _collect_less() -> None:
+    """Let the collector look no more at what start-up made, and at the rest more seldom.
+
+    Where strangers' buffers are garbage, `connections` calls it.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)
 
 
 async def serve(
@@ -380,18 +394,20 @@ async def serve(
 
 
 async def _listen(
-    stack: contextlib.AsyncExitStack, runner: web.BaseRunner, host: str, port: int
+    stack: contextlib.AsyncExitStack,
+    runner: web.BaseRunner,
+    connections: Connections,
+    host: str,
+    port: int,
 ) -> str:
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, host, port, backlog=1024, reuse_address=True)
-    await site.start()
-    address = next(
-        address for address in runner.addresses if isinstance(address, tuple) and address
-    )
-    shown = "127.0.0.1" if address[0] in ("0.0.0.0", "::") else address[0]  # noqa: S104
+    assert runner.server is not None
+    listening = connections.listening(runner.server, host, port)
+    address, port = await stack.enter_async_context(listening)
+    shown = "127.0.0.1" if address in ("0.0.0.0", "::") else address  # noqa: S104
     shown = f"[{shown}]" if ":" in shown else shown
-    return f"http://{shown}:{address[1]}"
+    return f"http://{shown}:{port}"
 
 
 async def _ended(tasks: list[asyncio.Task[None]]) -> None:

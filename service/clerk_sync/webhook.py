@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 import structlog
 from aiohttp import web
@@ -14,6 +14,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 
 from clerk_sync import signature
 from clerk_sync.answers import Answer, Outcome, Reason
+from clerk_sync.connections import Rank
 from clerk_sync.logs import Ration
 from clerk_sync.mapping import change_of
 from clerk_sync.signature import Rejected
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from svix.webhooks import Webhook
 
     from clerk_sync.committer import Committer
+    from clerk_sync.connections import Connections, Peer
     from clerk_sync.mapping import Change, Mapping
     from clerk_sync.metrics import Metrics
     from clerk_sync.signature import Delivery
@@ -33,12 +35,6 @@ log = structlog.get_logger()
 
 # Svix sends up to 1 MiB. A 413 would be retried for 28 hours, so the limit lies well above.
 BODY_LIMIT: Final = 2 * 1024 * 1024
-# All bodies together that are being read: strangers' too, as nothing is verified before.
-UNVERIFIED_LIMIT: Final = 64 * 1024 * 1024
-# Less than this of a body is always read: strangers' large ones keep no event of Clerk's out.
-ALWAYS_READ: Final = 64 * 1024
-CONNECTION_LIMIT: Final = 1000
-SILENT_SECONDS: Final = 15.0
 KEEPALIVE_SECONDS: Final = 75.0
 LINGER_SECONDS: Final = 2.0
 _SPELLINGS: Final = tuple(
@@ -56,46 +52,6 @@ class _Seen:
     trace: Trace | None = None
 
 
-class _BoundedServer(web.Server):
-    """A server that strangers cannot occupy by saying nothing.
-
-    A connection without a whole request after a while is ended; and when too many are there,
-    the oldest of those that wait for a request makes room for the newcomer. `busy` are those
-    being answered.
-    """
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.busy: set[object] = set()
-        self._heard: set[object] = set()
-        self._there: dict[web.RequestHandler, asyncio.Transport] = {}
-
-    def connection_made(self, handler: web.RequestHandler, transport: asyncio.Transport) -> None:
-        super().connection_made(handler, transport)
-        self._there[handler] = transport
-        loop = asyncio.get_running_loop()
-        loop.call_later(SILENT_SECONDS, self._end_silent, handler)
-        if len(self._there) > CONNECTION_LIMIT:
-            idle = next((one for one in self._there if one not in self.busy), handler)
-            loop.call_soon(self._there[idle].abort)
-
-    def connection_lost(
-        self, handler: web.RequestHandler, exc: BaseException | None = None
-    ) -> None:
-        self._there.pop(handler, None)
-        self._heard.discard(handler)
-        super().connection_lost(handler, exc)
-
-    def _end_silent(self, handler: web.RequestHandler) -> None:
-        if handler in self._there and handler not in self._heard:
-            self._there[handler].abort()
-
-    def hear(self, handler: object) -> None:
-        """Note that a request of this connection is being answered."""
-        self._heard.add(handler)
-        self.busy.add(handler)
-
-
 class WebhookListener:
     """Receives deliveries: verify, parse, map, commit, answer; one log line each."""
 
@@ -109,6 +65,7 @@ class WebhookListener:
         committer: Committer,
         metrics: Metrics,
         deadline_seconds: float,
+        connections: Connections,
         tracing: Tracing | None = None,
     ) -> None:
         self.draining = False
@@ -120,13 +77,12 @@ class WebhookListener:
         self._metrics = metrics
         self._deadline = deadline_seconds
         self._tracing = tracing
+        self._connections = connections
         self._ration = Ration()
-        self._unverified = 0
-        self._server: _BoundedServer
 
     def server(self) -> web.Server:
         """The plain server of aiohttp: there is nothing to route, and every answer is ours."""
-        self._server = _BoundedServer(
+        return web.Server(
             self.receive,
             access_log=None,
             # The signature is over the bytes as sent: nothing may unpack them.
@@ -136,23 +92,30 @@ class WebhookListener:
             # A refused body is read a little longer, so that its sender sees the answer.
             lingering_time=LINGER_SECONDS,
         )
-        return self._server
 
     async def receive(self, request: web.BaseRequest) -> web.Response:
         """Answer one request. Nothing but a defect of ours makes this a 500."""
-        self._server.hear(request.protocol)
+        peer = self._connections.peer(request.protocol)
+        peer.heard = True
+        seen = _Seen()
+        rank = Rank.LEAVING
         try:
-            return await self._receive(request)
+            response = await self._receive(request, peer, seen)
+            # A connection stays for whoever has signed: a stranger's holds nothing of his longer.
+            if seen.delivery is None:
+                response.force_close()
+            elif response.keep_alive is not False:
+                rank = Rank.KNOWN
+            return response
         finally:
-            self._server.busy.discard(request.protocol)
+            self._connections.ranked(peer, rank)
 
-    async def _receive(self, request: web.BaseRequest) -> web.Response:
+    async def _receive(self, request: web.BaseRequest, peer: Peer, seen: _Seen) -> web.Response:
         started = time.perf_counter()
         self._metrics.received.inc()
-        seen = _Seen()
         try:
             async with asyncio.timeout(self._deadline):
-                answer = await self._answer(request, seen)
+                answer = await self._answer(request, peer, seen)
         except TimeoutError:
             answer = Answer(Outcome.UNAVAILABLE, Reason.DEADLINE)
         except Rejected as error:
@@ -174,7 +137,7 @@ class WebhookListener:
             response.force_close()
         return response
 
-    async def _answer(self, request: web.BaseRequest, seen: _Seen) -> Answer:
+    async def _answer(self, request: web.BaseRequest, peer: Peer, seen: _Seen) -> Answer:
         if request.path.removesuffix("/") != self._path.removesuffix("/"):
             raise Rejected(Reason.PATH)
         if request.method != "POST":
@@ -189,38 +152,35 @@ class WebhookListener:
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
-        body = await self._body(request)
-        if body is None:
-            return Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
+        body = await self._body(request, peer)
         if trace is not None:
             trace.verifying()
         headers = _signed_headers(request.headers)
         delivery = signature.verify(headers, body, signers=self._signers(), now=time.time())
         seen.delivery = delivery
+        self._connections.verified(peer)
         if trace is not None:
             trace.verified(request.headers)
         change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         seen.change = change
         return await self._committer.commit(change, trace)
 
-    async def _body(self, request: web.BaseRequest) -> bytes | None:
-        """The raw body; None while too many bytes of others are being read."""
+    async def _body(self, request: web.BaseRequest, peer: Peer) -> bytes:
+        """The raw body; from its end on, nobody cuts this connection."""
         content = request.content
-        chunks = []
-        size = 0
+        body = bytearray()
         try:
             while not content.at_eof():
-                chunk = await content.readany()
-                size += len(chunk)
-                self._unverified += len(chunk)
-                if size > BODY_LIMIT:
+                body += await content.readany()
+                if len(body) > BODY_LIMIT:
                     raise Rejected(Reason.TOO_LARGE)
-                if self._unverified > UNVERIFIED_LIMIT and size > ALWAYS_READ:
-                    return None
-                chunks.append(chunk)
-            return b"".join(chunks)
+                if not content.at_eof():
+                    self._connections.read(peer, request, len(body))
+            self._connections.keep(peer)
+            return bytes(body)
         finally:
-            self._unverified -= size
+            # What readany() raises is kept by the stream, and its traceback keeps this frame.
+            body.clear()
 
     def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None

@@ -1,0 +1,386 @@
+"""The connections of a listener: how many there may be, and what they may make it hold.
+
+Whoever has not signed anything is a stranger, and may be cut at any time. That is what makes
+every bound here hold: what is too much is not refused politely, it is cut, the oldest first.
+A request that was read to its end is never cut.
+
+The transport calls a Peer, and the Peer calls aiohttp's protocol. So nothing here depends on
+how aiohttp buffers: what a connection sent counts as held until it is known to be released.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import itertools
+import math
+import os
+import resource
+import socket
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Iterator
+from enum import IntEnum
+from typing import Final, cast
+
+import structlog
+from aiohttp import web
+
+log = structlog.get_logger()
+
+# Of each listener.
+CONNECTION_LIMIT: Final = 1000
+# What the process opens itself: its database, files, Clerk's API, and what it listens with.
+OWN_DESCRIPTORS: Final = 64
+BACKLOG: Final = 1024
+# uvloop 0.23 accepts one connection for each socket and turn of its loop. With one socket, a
+# thousand that are opened as fast as they are cut keep a delivery waiting for a thousand turns.
+ACCEPTS: Final = 4
+# The kernel's memory for answers counts as the container's.
+SEND_BUFFER: Final = 64 * 1024
+# No whole request after so long: the connection is ended. Nothing read of an answer: the same.
+SILENT_SECONDS: Final = 15.0
+UNREAD_SECONDS: Final = 5.0
+LOOK_SECONDS: Final = 1.0
+TELL_SECONDS: Final = 60.0
+
+# What all connections of a listener may make it hold, in bytes of memory as estimated below.
+BUDGET: Final = 24 * 1024 * 1024
+# Up to here a connection is cut only when no larger one is left.
+SMALL: Final = 64 * 1024
+# A connection that costs more sends what nobody reads, such as chunks behind a broken one.
+PEER_LIMIT: Final = 8 * 1024 * 1024
+# A byte is held twice, as received and as parsed. A line is a header, or part of a chunk or a
+# request, and becomes some objects. aiohttp 3.14 has at most 32 requests of 128 headers parsed
+# ahead, or 4096 chunks.
+LINE_COST: Final = 512
+LINES_LIMIT: Final = 4096
+# Connections that broke off leave reference cycles with their buffers: aiohttp keeps errors,
+# whose tracebacks keep its frames. Beyond this the collector runs: it counts objects, not bytes.
+COLLECT_LIMIT: Final = 8 * 1024 * 1024
+# So many turns of the loop after it was cut, nothing runs any more for a connection.
+COLLECT_TURNS: Final = 8
+
+CAUSES: Final = {
+    "connections": "all places are taken: the oldest went that had nothing verified under way",
+    "memory": "unverified requests hold too much: the oldest large one went",
+    "unread": "answers are not read",
+    "descriptors": "no file can be opened: raise `ulimit -n`, LimitNOFILE= or fs.file-max",
+}
+
+
+class Rank(IntEnum):
+    """Who is cut first."""
+
+    LEAVING = 0  # answered, and about to be closed
+    STRANGER = 1  # nothing verified yet
+    KNOWN = 2  # what came before was verified
+
+
+class Peer(asyncio.Protocol):
+    """One connection, between the transport and aiohttp's protocol."""
+
+    __slots__ = (
+        "_connections",
+        "_handler",
+        "cost",
+        "gone",
+        "heard",
+        "last",
+        "rank",
+        "since",
+        "transport",
+        "unread",
+        "unread_since",
+    )
+
+    def __init__(self, connections: Connections, handler: asyncio.Protocol) -> None:
+        self._connections = connections
+        self._handler = handler
+        self.transport: asyncio.Transport
+        self.cost = 0
+        self.gone = False
+        self.heard = False
+        self.last = 0
+        self.rank: Rank | None = None
+        self.since = 0.0
+        self.unread = 0
+        self.unread_since = 0.0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self.transport = cast("asyncio.Transport", transport)
+        # An answer is handed to the kernel whole, or there is somebody who does not read.
+        self.transport.set_write_buffer_limits(high=0)
+        self._handler.connection_made(transport)
+        self._connections.met(self, self._handler)
+
+    def data_received(self, data: bytes) -> None:
+        # Who is leaving may go on sending for a moment, to see the answer: it goes nowhere.
+        if self.rank is not Rank.LEAVING and self._connections.takes(self, data):
+            self._handler.data_received(data)
+
+    def eof_received(self) -> bool | None:
+        return self._handler.eof_received()
+
+    def pause_writing(self) -> None:
+        self._handler.pause_writing()
+        self.unread_since = asyncio.get_running_loop().time()
+        self._connections.unread(self, self.transport.get_write_buffer_size())
+
+    def resume_writing(self) -> None:
+        self._connections.unread(self, 0)
+        self._handler.resume_writing()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._connections.parted(self, self._handler)
+        self._handler.connection_lost(exc)
+
+
+class Connections:
+    """All connections of one listener. `room` is how many there may be."""
+
+    def __init__(self, listener: str, *, room: int = CONNECTION_LIMIT) -> None:
+        self._listener = listener
+        self._room = room
+        self._peers: dict[object, Peer] = {}
+        self._ranks: tuple[dict[Peer, None], ...] = tuple({} for _ in Rank)
+        self._count = 0
+        self._held = 0
+        self._lost = 0
+        self._collecting = False
+        self._cuts: Counter[str] = Counter()
+        self._told: dict[str, float] = {}
+
+    @contextlib.asynccontextmanager
+    async def listening(
+        self, handlers: Callable[[], asyncio.Protocol], host: str, port: int
+    ) -> AsyncIterator[tuple[str, int]]:
+        """Listen; each connection gets a protocol of these. Yields an address. Raises OSError."""
+
+        def made() -> Peer:
+            return Peer(self, handlers())
+
+        loop = asyncio.get_running_loop()
+        first = await loop.create_server(made, host, port, backlog=BACKLOG, reuse_address=True)
+        servers = [first]
+        try:
+            for one in first.sockets:
+                # Connections inherit it.
+                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+                for _ in range(ACCEPTS - 1):
+                    again = socket.socket(one.family, one.type, one.proto, os.dup(one.fileno()))
+                    servers.append(await loop.create_server(made, sock=again, backlog=BACKLOG))
+            yield first.sockets[0].getsockname()[:2]
+        finally:
+            for server in servers:
+                server.close()
+
+    def peer(self, handler: object) -> Peer:
+        """The peer that aiohttp's protocol, `request.protocol`, talks to."""
+        found = self._peers.get(handler)
+        if found is None:
+            # It went while its request was waiting.
+            found = Peer(self, asyncio.Protocol())
+            found.gone = True
+        return found
+
+    def read(self, peer: Peer, request: web.BaseRequest, size: int) -> None:
+        """Note that of this peer a request's head is held, and so much of its body.
+
+        And what came last: if it was no HTTP, an error that waits for its turn keeps it.
+        """
+        head = sum(len(name) + len(value) for name, value in request.raw_headers)
+        cost = 2 * (head + size) + LINE_COST * len(request.raw_headers) + peer.last
+        self._charge(peer, cost - peer.cost)
+
+    def keep(self, peer: Peer) -> None:
+        """Cut this one no more: its request was read to its end."""
+        self._move(peer, None)
+
+    def verified(self, peer: Peer) -> None:
+        """Charge what it sent no longer: that is an event's."""
+        self._charge(peer, -peer.cost)
+
+    def ranked(self, peer: Peer, rank: Rank) -> None:
+        """Note that it may be cut, as the last one of this rank."""
+        self._move(peer, rank)
+
+    @web.middleware
+    async def answering(
+        self,
+        request: web.Request,
+        handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
+    ) -> web.StreamResponse:
+        """Know whoever asks: for a listener where nobody signs. The longest asked is cut first."""
+        peer = self.peer(request.protocol)
+        peer.heard = True
+        self.ranked(peer, Rank.KNOWN)
+        try:
+            return await handler(request)
+        finally:
+            self.verified(peer)
+
+    # --- What a Peer tells ---------------------------------------------------------------------
+
+    def met(self, peer: Peer, handler: asyncio.Protocol) -> None:
+        """Take in a new one, and make room if there is none."""
+        self._peers[handler] = peer
+        self._count += 1
+        peer.since = asyncio.get_running_loop().time()
+        self._move(peer, Rank.STRANGER)
+        if self._count > self._room:
+            others = (one for one in self._cuttable() if one is not peer)
+            self._cut(next(others, peer), "connections")
+
+    def parted(self, peer: Peer, handler: asyncio.Protocol) -> None:
+        """Forget one that is gone."""
+        del self._peers[handler]
+        self._forget(peer)
+
+    def takes(self, peer: Peer, data: bytes) -> bool:
+        """Whether there is room for what was received; charged, if so."""
+        if peer.gone:
+            return False
+        lines = min(data.count(b"\n"), LINES_LIMIT)
+        peer.last = 2 * len(data) + LINE_COST * lines
+        self._charge(peer, peer.last)
+        self._fit()
+        wasteful = peer.cost > PEER_LIMIT or (peer.cost > SMALL and self._lost > 2 * COLLECT_LIMIT)
+        if wasteful and peer.rank is not None:
+            self._cut(peer, "memory")
+        return not peer.gone
+
+    def unread(self, peer: Peer, size: int) -> None:
+        """Note how much of an answer the kernel has not taken, as it is not read."""
+        if not peer.gone:
+            self._charge(peer, size - peer.unread)
+            peer.unread = size
+            self._fit()
+
+    # --- Who is cut ----------------------------------------------------------------------------
+
+    async def watch(self) -> None:
+        """Cut who says nothing and who reads nothing, until cancelled."""
+        try:
+            while True:
+                await asyncio.sleep(LOOK_SECONDS)
+                self._look(asyncio.get_running_loop().time())
+        finally:
+            self._tell([*self._cuts])
+
+    def _look(self, now: float) -> None:
+        for peer in [*self._peers.values()]:
+            if peer.gone:
+                continue
+            if peer.unread:
+                size = peer.transport.get_write_buffer_size()
+                if size < peer.unread:
+                    peer.unread_since = now
+                    self.unread(peer, size)
+                elif now - peer.unread_since > UNREAD_SECONDS:
+                    self._cut(peer, "unread")
+            elif not peer.heard and now - peer.since > SILENT_SECONDS:
+                self._cut(peer, None)
+        try:
+            socket.socket().close()
+        except OSError:
+            for peer in [*itertools.islice(self._cuttable(), OWN_DESCRIPTORS // 2)]:
+                self._cut(peer, "descriptors")
+        due = [one for one in self._cuts if now - self._told.get(one, -math.inf) > TELL_SECONDS]
+        self._told |= dict.fromkeys(due, now)
+        self._tell(due)
+
+    def _tell(self, causes: Iterable[str]) -> None:
+        for cause in causes:
+            log.warning(
+                "connections_cut",
+                listener=self._listener,
+                cause=cause,
+                count=self._cuts.pop(cause),
+                connections=self._count,
+                detail=CAUSES[cause],
+            )
+
+    def _cuttable(self, *, above: int = -1) -> Iterator[Peer]:
+        """Those who cost more, in the order in which they are to be cut."""
+        return (peer for rank in self._ranks for peer in rank if peer.cost > above)
+
+    def _fit(self) -> None:
+        while self._held > BUDGET:
+            large = next(self._cuttable(above=SMALL), None)
+            victim = large or next(self._cuttable(above=0), None)
+            if victim is None:
+                return
+            self._cut(victim, "memory")
+
+    def _cut(self, peer: Peer, cause: str | None) -> None:
+        """Abort it. `cause` is told in the log, once in a while."""
+        self._forget(peer)
+        # Not at once: its transport may be in the middle of a call.
+        asyncio.get_running_loop().call_soon(peer.transport.abort)
+        if cause is not None:
+            self._cuts[cause] += 1
+
+    def _forget(self, peer: Peer) -> None:
+        if peer.gone:
+            return
+        self._move(peer, None)
+        self._count -= 1
+        self._lost += peer.cost
+        self._charge(peer, -peer.cost)
+        peer.gone = True
+        self._collect_soon()
+
+    def _collect_soon(self) -> None:
+        if self._lost > COLLECT_LIMIT and not self._collecting:
+            self._collecting = True
+            asyncio.get_running_loop().call_soon(self._collect, COLLECT_TURNS, self._lost)
+
+    def _collect(self, turns: int, lost: int) -> None:
+        if turns:
+            asyncio.get_running_loop().call_soon(self._collect, turns - 1, lost)
+            return
+        gc.collect()
+        self._lost -= lost
+        self._collecting = False
+        self._collect_soon()
+
+    def _charge(self, peer: Peer, cost: int) -> None:
+        if not peer.gone:
+            peer.cost += cost
+            self._held += cost
+
+    def _move(self, peer: Peer, rank: Rank | None) -> None:
+        if peer.gone:
+            return
+        if peer.rank is not None:
+            del self._ranks[peer.rank][peer]
+        if rank is not None:
+            self._ranks[rank][peer] = None
+        peer.rank = rank
+
+
+def listeners(own: int) -> tuple[Connections, Connections]:
+    """The public listener's connections and the internal one's, within the limit of descriptors.
+
+    The limit is raised as far as it helps. `own` are the descriptors that the process needs for
+    its database, beside a few dozen for the rest.
+    """
+    own += OWN_DESCRIPTORS
+    wanted = 2 * CONNECTION_LIMIT + own
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if 0 <= soft < wanted:
+        soft = min(wanted, hard) if hard >= 0 else wanted
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    # Below 0 there is no limit.
+    free = max(2, soft - own) if soft >= 0 else wanted
+    internal = min(CONNECTION_LIMIT, max(1, free // 4))
+    public = min(CONNECTION_LIMIT, free - internal)
+    if public < CONNECTION_LIMIT:
+        log.warning(
+            "few_descriptors",
+            detail="for more connections raise the limit of open files: `ulimit -n`, LimitNOFILE=",
+            limit=soft,
+            connections=public,
+        )
+    return Connections("public", room=public), Connections("internal", room=internal)

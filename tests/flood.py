@@ -1,0 +1,55 @@
+"""A flood, as a process of its own: `python -m tests.flood HOST PORT CONNECTIONS leave|stay`.
+
+It keeps so many connections open. Each sends what came on stdin, and then leaves, or stays for
+an answer. One that ends is opened again. It ends with its stdin's writer: by a kill.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import select
+import socket
+import sys
+from typing import Final
+
+SLICE: Final = 256 * 1024
+AT_ONCE: Final = 50
+
+
+def flood(address: tuple[str, int], data: bytes, many: int, *, leave: bool) -> None:
+    """Pour, until killed."""
+    poll = select.epoll()
+    there: dict[int, tuple[socket.socket, memoryview]] = {}
+    while True:
+        for _ in range(min(AT_ONCE, many - len(there))):
+            sender = socket.socket()
+            sender.settimeout(0)
+            with contextlib.suppress(BlockingIOError):
+                sender.connect(address)
+            there[sender.fileno()] = sender, memoryview(data)
+            poll.register(sender.fileno(), select.EPOLLIN | select.EPOLLOUT)
+        for number, what in itertools.islice(poll.poll(0.01), 4 * AT_ONCE):
+            sender, rest = there[number]
+            gone = False
+            try:
+                if what & ~select.EPOLLOUT:
+                    gone = not sender.recv(SLICE)
+                elif what & select.EPOLLOUT:
+                    rest = rest[sender.send(rest[:SLICE]) :] if rest else rest
+                    there[number] = sender, rest
+                    gone = leave and not rest
+                    if not rest:
+                        poll.modify(number, select.EPOLLIN)
+            except BlockingIOError:
+                pass
+            except OSError:
+                gone = True
+            if gone:
+                del there[number]
+                sender.close()
+
+
+if __name__ == "__main__":
+    host, port, connections, mode = sys.argv[1:]
+    flood((host, int(port)), sys.stdin.buffer.read(), int(connections), leave=mode == "leave")
