@@ -439,7 +439,13 @@ async def test_queue_depth_tells_what_waits(tmp_path: Path) -> None:
         await at.post(event("user.created", "user_0"))
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
-        held = [asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(9)]
+        held = [asyncio.create_task(at.post(event("user.created", "user_0")))]
+        # The writer has to have this one, so that the others wait in the queue.
+        await deliveries.until(at.metrics, lambda metrics: metrics("received_total") >= 2)
+        await asyncio.sleep(0.1)
+        held += [
+            asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(1, 9)
+        ]
         depth = await deliveries.until(at.metrics, lambda metrics: metrics("queue_depth") > 0)
         assert depth("queue_depth") == 8
         holder.execute("ROLLBACK")
@@ -723,12 +729,17 @@ async def test_what_is_in_flight_is_committed_and_answered_while_it_drains(tmp_p
         await at.post(event("user.created", "user_0"))
         holder = sqlite3.connect(path, isolation_level=None)
         holder.execute("BEGIN IMMEDIATE")
-        held = [asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(9)]
+        held = [asyncio.create_task(at.post(event("user.created", "user_0")))]
+        # The writer has to have this one, so that the others wait in the queue.
+        await deliveries.until(at.metrics, lambda metrics: metrics("received_total") >= 2)
+        await asyncio.sleep(0.1)
+        held += [
+            asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(1, 9)
+        ]
         async with deliveries.raw(at) as unfinished, deliveries.raw(at) as silent:
             body = deliveries.bytes_of(event("user.created", "user_slow"))
             whole = deliveries.request(body)
             await unfinished.send(whole[:-5])
-            # Of what came while nobody looked, the writer has taken some already.
             await deliveries.until(
                 at.metrics,
                 lambda metrics: metrics("received_total") >= 11 and metrics("queue_depth") > 0,
