@@ -73,6 +73,17 @@ async def make_tables(url: str) -> None:
 
 
 @asynccontextmanager
+async def committing_to(url: str, **options: Any) -> AsyncIterator[tuple[Database, Committing]]:
+    """A committer on the app's own tables."""
+    await make_tables(url)
+    async with Database.at(url) as database:
+        await schema.migrate(database.engine, OWN)
+        store = await database.store(OWN)
+        async with Committing(database, store, **options) as committing:
+            yield database, committing
+
+
+@asynccontextmanager
 async def serving(url: str, **more: Any) -> AsyncIterator[At]:
     await make_tables(url)
     async with served(url, OWN, **more) as at:
@@ -261,72 +272,60 @@ def test_the_pause_before_the_next_try_is_a_tenth_of_the_wait(
 
 
 async def test_two_that_swap_are_tried_together_however_old_each_is(database_url: str) -> None:
-    await make_tables(database_url)
-    async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        clerk = Clerk(OWN)
-        async with Committing(database, store, hold_seconds=0.05) as committing:
-            await committing.commit(
-                clerk.user("user_1", username="one"), clerk.user("user_2", username="two")
-            )
-            for user, other in (("user_1", "two"), ("user_2", "one")):
-                said = await committing.commit(clerk.user(user, 2, username=other))
-                assert said == ["quarantined: conflict"]
-                await asyncio.sleep(0.3)
-            retries = retries_of(database, committing)
-            for _ in range(20):
-                await retries.due()
-                if not await database.quarantined():
-                    break
-                await asyncio.sleep(0.2)
-            people = "SELECT clerk_id, username FROM people ORDER BY clerk_id"
-            assert await database.rows(people) == [("user_1", "two"), ("user_2", "one")]
+    clerk = Clerk(OWN)
+    async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
+        await committing.commit(
+            clerk.user("user_1", username="one"), clerk.user("user_2", username="two")
+        )
+        for user, other in (("user_1", "two"), ("user_2", "one")):
+            said = await committing.commit(clerk.user(user, 2, username=other))
+            assert said == ["quarantined: conflict"]
+            await asyncio.sleep(0.3)
+        retries = retries_of(database, committing)
+        for _ in range(20):
+            await retries.due()
+            if not await database.quarantined():
+                break
+            await asyncio.sleep(0.2)
+        people = "SELECT clerk_id, username FROM people ORDER BY clerk_id"
+        assert await database.rows(people) == [("user_1", "two"), ("user_2", "one")]
 
 
 async def test_what_another_replica_does_not_map_stays_in_quarantine(database_url: str) -> None:
-    await make_tables(database_url)
-    async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        clerk = Clerk(OWN)
-        async with Committing(database, store, hold_seconds=0.05) as committing:
-            await committing.commit(clerk.user("user_1", username="same"))
-            await committing.commit(clerk.user("user_2", username="same"))
-            await due_since(database, hours=1)
-            teams = replace(OWN, tables={"organization": OWN.tables["organization"]})
-            older = Retries(
-                database.engine, teams, committing.committer, instance_id=None, ready=lambda: True
-            )
-            await older.due()
-            assert await database.quarantined() == {"msg_000002": "conflict"}
-            assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=1)
+    clerk = Clerk(OWN)
+    async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
+        await committing.commit(clerk.user("user_1", username="same"))
+        await committing.commit(clerk.user("user_2", username="same"))
+        await due_since(database, hours=1)
+        teams = replace(OWN, tables={"organization": OWN.tables["organization"]})
+        older = Retries(
+            database.engine, teams, committing.committer, instance_id=None, ready=lambda: True
+        )
+        await older.due()
+        assert await database.quarantined() == {"msg_000002": "conflict"}
+        assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=1)
 
 
 async def test_what_was_tried_for_too_long_stays_for_somebody_to_look(
     database_url: str,
 ) -> None:
-    await make_tables(database_url)
-    async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        clerk = Clerk(OWN)
-        async with Committing(database, store, hold_seconds=0.05) as committing:
-            retries = retries_of(database, committing)
-            assert await committing.commit(clerk.user("user_1", username="same")) == ["applied"]
-            said = await committing.commit(clerk.user("user_2", username="same"))
-            assert said == ["quarantined: conflict"]
-            assert await quarantine.size(database.engine) == quarantine.Size(stuck=0, retried=1)
-            await due_since(database, hours=1)
-            await retries.due()
-            assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=1)
-            await due_since(database, hours=29)
-            await retries.due()
-            assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=0)
-            assert await database.outcomes() == {
-                "msg_000001": "applied",
-                "msg_000002": "quarantined",
-            }
+    clerk = Clerk(OWN)
+    async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
+        retries = retries_of(database, committing)
+        assert await committing.commit(clerk.user("user_1", username="same")) == ["applied"]
+        said = await committing.commit(clerk.user("user_2", username="same"))
+        assert said == ["quarantined: conflict"]
+        assert await quarantine.size(database.engine) == quarantine.Size(stuck=0, retried=1)
+        await due_since(database, hours=1)
+        await retries.due()
+        assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=1)
+        await due_since(database, hours=29)
+        await retries.due()
+        assert await quarantine.size(database.engine) == quarantine.Size(stuck=1, retried=0)
+        assert await database.outcomes() == {
+            "msg_000001": "applied",
+            "msg_000002": "quarantined",
+        }
 
 
 async def due_since(database: Database, *, hours: int) -> None:
@@ -342,24 +341,20 @@ def retries_of(database: Database, committing: Committing) -> Retries:
 
 
 async def test_what_was_erased_meanwhile_does_not_come_back(database_url: str) -> None:
-    await make_tables(database_url)
-    async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        clerk = Clerk(OWN)
-        async with Committing(database, store, hold_seconds=0.05) as committing:
-            await committing.commit(clerk.user("user_1", username="same"))
-            await committing.commit(clerk.user("user_2", username="same"))
-            await due_since(database, hours=1)
-            # Of several replicas, one has it.
-            claims = await asyncio.gather(*(quarantine.claim(database.engine, 9) for _ in "abc"))
-            (claimed,) = [one for claim in claims for one in claim]
-            await quarantine.drop(database.engine, [claimed.svix_id])
-            change = clerk.user("user_2", username="same", svix_id=claimed.svix_id)
-            (answer,) = await committing.committer.retry([change])
-            assert answer.outcome == "quarantined"
-            await quarantine.postpone(database.engine, claimed.svix_id, "conflict", now_ms())
-            assert await database.quarantined() == {}
+    clerk = Clerk(OWN)
+    async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
+        await committing.commit(clerk.user("user_1", username="same"))
+        await committing.commit(clerk.user("user_2", username="same"))
+        await due_since(database, hours=1)
+        # Of several replicas, one has it.
+        claims = await asyncio.gather(*(quarantine.claim(database.engine, 9) for _ in "abc"))
+        (claimed,) = [one for claim in claims for one in claim]
+        await quarantine.drop(database.engine, [claimed.svix_id])
+        change = clerk.user("user_2", username="same", svix_id=claimed.svix_id)
+        (answer,) = await committing.committer.retry([change])
+        assert answer.outcome == "quarantined"
+        await quarantine.postpone(database.engine, claimed.svix_id, "conflict", now_ms())
+        assert await database.quarantined() == {}
 
 
 # Any order, any batches: the rows are those of one delivery in order, on tables that refuse.
@@ -426,21 +421,17 @@ async def table_names(database: Database) -> set[str]:
 
 async def test_what_is_held_has_its_answer_before_the_end(database_url: str) -> None:
     clerk = Clerk(OWN)
-    await make_tables(database_url)
-    async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        async with Committing(database, store, hold_seconds=60) as committing:
-            await committing.commit(clerk.user("user_1", username="same"))
-            change = clerk.user("user_2", username="same")
-            refused = asyncio.create_task(committing.commit(change))
-            for _ in range(40):  # until its tries are far apart
-                await asyncio.sleep(0.02)
-            assert not refused.done()
-            closing = asyncio.create_task(committing.committer.close())
-            async with asyncio.timeout(10):
-                assert await refused == ["quarantined: conflict"]
-                await closing
+    async with committing_to(database_url, hold_seconds=60) as (_, committing):
+        await committing.commit(clerk.user("user_1", username="same"))
+        change = clerk.user("user_2", username="same")
+        refused = asyncio.create_task(committing.commit(change))
+        for _ in range(40):  # until its tries are far apart
+            await asyncio.sleep(0.02)
+        assert not refused.done()
+        closing = asyncio.create_task(committing.committer.close())
+        async with asyncio.timeout(10):
+            assert await refused == ["quarantined: conflict"]
+            await closing
 
 
 async def test_a_row_to_adopt_that_is_refused_takes_nobody_along(database_url: str) -> None:
@@ -517,20 +508,10 @@ async def test_an_event_that_is_held_takes_no_value_from_rows_that_refer_to_it(
 # Within one batch nothing has to wait
 
 
-@asynccontextmanager
-async def impatient(url: str) -> AsyncIterator[tuple[Database, Committing]]:
-    """A committer that holds nothing."""
-    await make_tables(url)
-    async with Database.at(url) as database:
-        await schema.migrate(database.engine, OWN)
-        store = await database.store(OWN)
-        async with Committing(database, store, hold_seconds=0) as committing:
-            yield database, committing
-
-
 async def test_a_batch_saves_parents_first_and_deletes_them_last(mysql_server: Managed) -> None:
     clerk = Clerk(OWN)
-    async with impatient(mysql_server.create_database("clerk_sync_kinds")) as (database, batch):
+    url = mysql_server.create_database("clerk_sync_kinds")
+    async with committing_to(url, hold_seconds=0) as (database, batch):
         answers = await batch.commit(
             clerk.membership("orgmem_1", "user_1", "org_1"),
             clerk.save("organization", "org_1"),
@@ -549,7 +530,7 @@ async def test_a_batch_saves_parents_first_and_deletes_them_last(mysql_server: M
 
 async def test_a_batch_deletes_before_it_saves(database_url: str) -> None:
     clerk = Clerk(OWN)
-    async with impatient(database_url) as (database, batch):
+    async with committing_to(database_url, hold_seconds=0) as (database, batch):
         assert await batch.commit(clerk.user("user_1", username="same")) == ["applied"]
         answers = await batch.commit(clerk.user("user_2", username="same"), clerk.deleted("user_1"))
         assert answers == ["applied"] * 2
