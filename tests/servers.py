@@ -326,9 +326,16 @@ class Process(Managed):
 
     def _run(self, command: list[str]) -> None:
         with self.log.open("ab") as log:
-            done = subprocess.run(command, stdout=log, stderr=log, check=False)
+            done = subprocess.run(
+                command, stdout=log, stderr=log, check=False, env=self._environment
+            )
         if done.returncode:
             raise RuntimeError(self._failure(f"failed: {' '.join(command)}"))
+
+    @property
+    def _environment(self) -> dict[str, str]:
+        """A folder of its own for temporary files: MariaDB clears a shared one when it starts."""
+        return {**os.environ, "TMPDIR": self._inside}
 
     def _escape_apparmor(self) -> None:
         """Ubuntu's MySQL is confined by its path to the system's data folder: run a copy."""
@@ -357,7 +364,12 @@ class Process(Managed):
         with self.log.open("ab") as log:
             # A session of its own: Ctrl-C is for pytest, which stops the servers after its tests.
             self._process = subprocess.Popen(
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                env=self._environment,
             )
         # Its input ends when this process does, however that was: then the server goes as well.
         farewell = f"read line; kill -9 {self._process.pid}; rm -rf '{self.folder}'"
