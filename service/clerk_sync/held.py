@@ -34,7 +34,7 @@ class Waiter(Protocol):
     def set_result(self, answer: Answer, /) -> None: ...
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
     """A change on its way, and who waits for its answer.
 

@@ -14,6 +14,7 @@ import sqlalchemy as sa
 
 from clerk_sync.columns import time_text
 from clerk_sync.database_errors import engine_errors_told
+from clerk_sync.signature import Delivery
 from clerk_sync.tables import quarantine
 
 if TYPE_CHECKING:
@@ -69,6 +70,18 @@ class Quarantined:
     payload: str | None
     quarantined_at: datetime
     retry_at: datetime | None
+
+    @property
+    def since_ms(self) -> int:
+        """When it came into quarantine, in unix milliseconds."""
+        return round(self.quarantined_at.replace(tzinfo=UTC).timestamp() * 1000)
+
+    @property
+    def delivery(self) -> Delivery | None:
+        """The event as it was delivered, to be applied again; None where its payload is not."""
+        if self.payload is None:
+            return None
+        return Delivery(self.svix_id, self.since_ms // 1000, self.payload)
 
 
 async def listed(

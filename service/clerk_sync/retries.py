@@ -13,7 +13,7 @@ from clerk_sync import quarantine
 from clerk_sync.answers import Outcome
 from clerk_sync.database_errors import Unavailable
 from clerk_sync.mapping import change_of
-from clerk_sync.signature import Delivery, Rejected
+from clerk_sync.signature import Rejected
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -88,14 +88,13 @@ class Retries:
         at = await quarantine.next_due(self._engine)
         if at is None:
             return LOOK_SECONDS
-        wait = (_utc(at) - datetime.now(UTC)).total_seconds()
+        wait = (at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
         return min(max(wait, _SHORTEST_SECONDS), LOOK_SECONDS)
 
     def _change(self, one: Quarantined) -> Change | None:
         """What the event changes by the mapping as it is now; None when it changes nothing."""
-        if one.payload is None:
+        if (delivery := one.delivery) is None:
             return None
-        delivery = Delivery(one.svix_id, int(_utc(one.quarantined_at).timestamp()), one.payload)
         try:
             change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         except Rejected:
@@ -121,12 +120,6 @@ class Retries:
 
     async def _postpone(self, one: Quarantined, reason: str) -> bool:
         """Have it tried later; False when its time is over."""
-        since_ms = round(_utc(one.quarantined_at).timestamp() * 1000)
-        again = quarantine.next_retry(time.time_ns() // 1_000_000, since_ms)
+        again = quarantine.next_retry(time.time_ns() // 1_000_000, one.since_ms)
         await quarantine.postpone(self._engine, one.svix_id, reason, again)
         return again is not None
-
-
-def _utc(naive: datetime) -> datetime:
-    """A time of the database's as what it is."""
-    return naive.replace(tzinfo=UTC)

@@ -116,7 +116,8 @@ class Writer:
             await work(batch)
         except Fenced:
             self._status.fenced = True
-        except SchemaChanged as error:
+        except (SchemaChanged, Refused) as error:
+            # Where not even the quarantine is taken, our own tables are not what they should be.
             log.error("schema_changed", error=str(error))
             self._status.doubt()
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
@@ -128,11 +129,6 @@ class Writer:
                 return await self._answered(_unanswered(batch), work)
             log.error("database_unavailable", error=str(error))
             self._status.trouble.set()
-        except Refused as error:
-            # Not even the quarantine is taken: our own tables are not what they should be.
-            log.error("schema_changed", error=str(error))
-            self._status.doubt()
-            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except Exception:
             log.exception("defect")
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)

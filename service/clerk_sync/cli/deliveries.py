@@ -307,13 +307,7 @@ async def _kept(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[Group]
         yield [
             (
                 one.svix_id,
-                Delivery(
-                    one.svix_id,
-                    int(one.quarantined_at.replace(tzinfo=UTC).timestamp()),
-                    one.payload,
-                )
-                if one.payload is not None
-                else Answer(Outcome.QUARANTINED, Reason(one.reason)),
+                one.delivery or Answer(Outcome.QUARANTINED, Reason(one.reason)),
             )
             for one in some
         ]
