@@ -30,7 +30,7 @@ import uvloop
 from aiohttp import web
 from multidict import MultiDict, MultiMapping
 
-from clerk_sync import samples
+from clerk_sync.clerk import samples
 
 KEY: Final = "sk_test_c3RhbmQtaW4gb2YgdGhlIHRlc3Rz"
 VERSIONS: Final = (

@@ -31,9 +31,12 @@ import aiohttp
 from asyncmy.errors import MySQLError
 from prometheus_client.parser import text_string_to_metric_families
 
-from clerk_sync import mapping as mappings
-from clerk_sync import mapping_file, samples, schema, service
-from clerk_sync.database import engine_of
+from clerk_sync import app
+from clerk_sync.clerk import samples
+from clerk_sync.database.connection import engine_of
+from clerk_sync.mapping import loader
+from clerk_sync.mapping import model as mappings
+from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
 from tests import servers
 
@@ -244,7 +247,7 @@ async def migrate(database_url: str, mapping: mappings.Mapping | None = None) ->
         return
     engine = engine_of(settings_of(database_url).locate, size=1)
     try:
-        await schema.migrate(engine, mapping or mapping_file.load("mirror"))
+        await checks.migrate(engine, mapping or loader.load("mirror"))
     finally:
         await engine.dispose()
     if copied:
@@ -264,7 +267,7 @@ async def talking_to(url: str, internal_url: str) -> AsyncIterator[At]:
 async def serving(settings: Settings, mapping: mappings.Mapping | None = None) -> AsyncIterator[At]:
     """Run the service in this process, and a session that talks to it."""
     async with (
-        service.running(settings, mapping or mapping_file.load("mirror")) as running,
+        app.running(settings, mapping or loader.load("mirror")) as running,
         talking_to(running.url, running.internal_url) as at,
     ):
         yield at

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from clerk_sync import samples, signature
+from clerk_sync.clerk import samples, signature
 
 USER: Final = "user_ada"
 QUERY: Final = "SELECT clerk_id, username, full_name, updated_at FROM clerk_users"

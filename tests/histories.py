@@ -10,24 +10,26 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from clerk_sync import mapping_file, schema, tables
-from clerk_sync.address import target_of
-from clerk_sync.committer import Committer
-from clerk_sync.database import connect, engine_of
-from clerk_sync.database_errors import Contention, Refused, SchemaChanged
-from clerk_sync.mapping import Change, change_of
-from clerk_sync.metrics import Metrics
-from clerk_sync.signature import Delivery
+from clerk_sync.clerk.signature import Delivery
+from clerk_sync.database.connection import connect, engine_of
+from clerk_sync.database.errors import Contention, Refused, SchemaChanged
+from clerk_sync.database.url import target_of
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import Change, change_of
+from clerk_sync.schema import checks
+from clerk_sync.store import tables
+from clerk_sync.store.committer import Committer
+from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from clerk_sync.answers import Answer
-    from clerk_sync.database import Connection, Result, Step
-    from clerk_sync.mapping import Mapping
-    from clerk_sync.store import Store
+    from clerk_sync.database.connection import Connection, Result, Step
+    from clerk_sync.mapping.model import Mapping
+    from clerk_sync.outcomes import Answer
+    from clerk_sync.store.store import Store
 
 T0: Final = 1_700_000_000_000
 NOW: Final = T0 + 90_000_000
@@ -40,7 +42,7 @@ def at(moment: int) -> int:
 
 
 def mapped(text: str) -> Mapping:
-    return mapping_file.read(text, source="test.yaml")
+    return loader.read(text, source="test.yaml")
 
 
 class Clerk:
@@ -154,7 +156,7 @@ class Database:
         await self.execute(*(f"DELETE FROM {name}" for name in (*OWN, *names)))
 
     async def store(self, mapping: Mapping) -> Store:
-        return await schema.bound(self.engine, mapping)
+        return await checks.bound(self.engine, mapping)
 
     async def apply(
         self,

@@ -9,7 +9,7 @@ from typing import Final
 
 from prometheus_client import Metric
 
-from clerk_sync.metrics import Metrics
+from clerk_sync.telemetry.metrics import Metrics
 from tests.monitoring.alerts import ALERTS
 from tests.monitoring.panels import PANELS
 from tests.monitoring.recordings import RECORDINGS

@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync.address import InvalidDatabase, Target, mysql_target, target_of
-from clerk_sync.database import connect, engine_of
-from clerk_sync.database_errors import Unavailable, engine_errors_told
+from clerk_sync.database.connection import connect, engine_of
+from clerk_sync.database.errors import Unavailable, engine_errors_told
+from clerk_sync.database.url import InvalidDatabase, Target, mysql_target, target_of
 from clerk_sync.settings import load
 from tests.servers import query, url_of, write_certificates
 

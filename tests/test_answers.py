@@ -7,7 +7,7 @@ from itertools import chain
 
 import pytest
 
-from clerk_sync.answers import (
+from clerk_sync.outcomes import (
     QUARANTINES,
     REJECTIONS,
     STATUS,

@@ -26,12 +26,13 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync import mapping_file, walks
-from clerk_sync.backfill import fingerprint
-from clerk_sync.clerk import PAGE_LIMIT
-from clerk_sync.database_errors import Unavailable
-from clerk_sync.metrics import Metrics
-from clerk_sync.walk import OVERLAP
+from clerk_sync.clerk.api import PAGE_LIMIT
+from clerk_sync.clerk.listing import OVERLAP
+from clerk_sync.database.errors import Unavailable
+from clerk_sync.mapping import loader
+from clerk_sync.sync import runs
+from clerk_sync.sync.backfill import fingerprint
+from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api, deliveries
 from tests import servers as database_servers
 from tests.walking import settings_of
@@ -77,7 +78,7 @@ def _main(
 _forks: Final = multiprocessing.get_context("forkserver")
 _forks.set_forkserver_preload(
     [
-        *("clerk_sync.cli", "clerk_sync.service", "clerk_sync.reconcile", __name__, "tqdm"),
+        *("clerk_sync.cli", "clerk_sync.app", "clerk_sync.sync.reconcile", __name__, "tqdm"),
         *("uvloop", "sqlalchemy.dialects.mysql.asyncmy", "sqlalchemy.dialects.sqlite.aiosqlite"),
     ]
 )
@@ -688,7 +689,7 @@ async def test_killed_in_windows_each_goes_on_where_it_was(
     api = clerk_api.crowd(2_400, small=True, key=KEY)
     async with site(api, embedded_url, tmp_path) as here:
         # As a backfill of many more plans it.
-        written = fingerprint(mapping_file.load("mirror").tables["user"], api.instance_id)
+        written = fingerprint(loader.load("mirror").tables["user"], api.instance_id)
         bounds = ["NULL", *(str(clerk_api.created_at(number)) for number in (600, 1200, 1800))]
         for number, (from_ms, to_ms) in enumerate(itertools.pairwise([*bounds, "NULL"])):
             await here.rows(
@@ -960,10 +961,10 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         assert "hunter2" not in done.err
         assert api.asked == []
         # For as long as later in a run.
-        settings, mapping = settings_of(url, api), mapping_file.load("mirror")
+        settings, mapping = settings_of(url, api), loader.load("mirror")
         begun = time.monotonic()
         with pytest.raises(Unavailable, match="Can't connect"):
-            async with walks.walks(settings, mapping, Metrics(), patience=1):
+            async with runs.walks(settings, mapping, Metrics(), patience=1):
                 pass
         assert time.monotonic() - begun < 3
 

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from clerk_sync.answers import Ending
-from clerk_sync.clerk import ClerkRefused
+from clerk_sync.clerk.api import ClerkRefused
+from clerk_sync.outcomes import Ending
 from tests.clerk_api import failing
 from tests.histories import mapped
 from tests.walking import prepare, walking
@@ -17,8 +17,8 @@ from tests.walking import prepare, walking
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from clerk_sync.mapping import Mapping as Mapped
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Mapping as Mapped
+    from clerk_sync.store.store import Store
     from tests.walking import Walking
 
 _LATER: Final = """

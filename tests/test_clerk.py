@@ -18,7 +18,7 @@ import structlog
 from aiohttp import web
 from aiohttp.test_utils import TestServer
 
-from clerk_sync.clerk import (
+from clerk_sync.clerk.api import (
     API_VERSION,
     LONGEST_PAUSE,
     PAGE_LIMIT,
@@ -30,7 +30,7 @@ from clerk_sync.clerk import (
     Unconfirmed,
     rate_limit,
 )
-from clerk_sync.metrics import Metrics
+from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import aiohttp
 import pytest
 
-from clerk_sync import events, signature
+from clerk_sync.clerk import events, signature
 from tests import clerk_api
 from tests.deliveries import Reply
 

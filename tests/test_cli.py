@@ -24,7 +24,8 @@ import structlog
 from click.testing import CliRunner, Result
 from svix.webhooks import Webhook
 
-from clerk_sync import __version__, samples, signature
+from clerk_sync import __version__
+from clerk_sync.clerk import samples, signature
 from clerk_sync.cli import cli
 
 SECRET = "whsec_" + base64.b64encode(b"the secret of these tests").decode()

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
-from clerk_sync.answers import QUARANTINES
-from clerk_sync.columns import Other, Unfit, fit_for, time_text
+from clerk_sync.outcomes import QUARANTINES
+from clerk_sync.store.values import Other, Unfit, fit_for, time_text
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

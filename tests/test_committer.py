@@ -11,18 +11,24 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import schema
-from clerk_sync.address import InvalidDatabase, target_of
-from clerk_sync.answers import Reason
-from clerk_sync.committer import AWAY_SECONDS
-from clerk_sync.database import CONNECT_SECONDS, Connection, Statement, connect, engine_of
-from clerk_sync.database_errors import Refused, Unavailable, engine_errors_told
+from clerk_sync.database.connection import (
+    CONNECT_SECONDS,
+    Connection,
+    Statement,
+    connect,
+    engine_of,
+)
+from clerk_sync.database.errors import Refused, Unavailable, engine_errors_told
+from clerk_sync.database.url import InvalidDatabase, target_of
+from clerk_sync.outcomes import Reason
+from clerk_sync.schema import checks
+from clerk_sync.store.committer import AWAY_SECONDS
 from tests.histories import Clerk, Committing, Database, Halting, mapped, told, until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.store import Store
+    from clerk_sync.store.store import Store
     from tests.servers import Managed
 
 PEOPLE: Final = mapped("""
@@ -44,7 +50,7 @@ def prepared(shared_url: str) -> str:
     async def prepare() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(DDL)
-            await schema.migrate(database.engine, PEOPLE)
+            await checks.migrate(database.engine, PEOPLE)
 
     asyncio.run(prepare())
     return shared_url
@@ -63,7 +69,7 @@ async def on(server: Managed) -> AsyncIterator[tuple[Database, Store]]:
     url = server.create_database(f"committer_{next(_databases)}")
     async with Database.at(url) as database:
         await database.ddl(DDL)
-        await schema.migrate(database.engine, PEOPLE)
+        await checks.migrate(database.engine, PEOPLE)
         yield database, await database.store(PEOPLE)
 
 

@@ -15,15 +15,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync import schema
-from clerk_sync.events import Action
+from clerk_sync.clerk.events import Action
+from clerk_sync.schema import checks
 from tests.histories import Clerk, Committing, Database, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clerk_sync.mapping import Change, Mapping
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.store.store import Store
 
 _TABLES: Final = """
 tables:
@@ -260,7 +260,7 @@ def prepared(shared_url: str) -> str:
     async def prepare() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(*DDL)
-            await schema.migrate(database.engine, REMOVING)
+            await checks.migrate(database.engine, REMOVING)
 
     asyncio.run(prepare())
     return shared_url

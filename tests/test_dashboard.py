@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clerk_sync.metrics import Metrics
+from clerk_sync.telemetry.metrics import Metrics
 from tests.monitoring import dashboard, files
 from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.panels import EVENTS, PANELS

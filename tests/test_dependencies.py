@@ -14,9 +14,10 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync import quarantine, schema
-from clerk_sync.columns import time_text
-from clerk_sync.retries import Retries
+from clerk_sync.schema import checks
+from clerk_sync.store import quarantine
+from clerk_sync.store.retries import Retries
+from clerk_sync.store.values import time_text
 from tests import deliveries
 from tests.deliveries import now_ms, served, settings_of, until
 from tests.histories import Clerk, Committing, Database, mapped
@@ -24,9 +25,9 @@ from tests.histories import Clerk, Committing, Database, mapped
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from clerk_sync.database import Connection, Result, Step
-    from clerk_sync.database_errors import Refused, SchemaChanged
-    from clerk_sync.mapping import Change
+    from clerk_sync.database.connection import Connection, Result, Step
+    from clerk_sync.database.errors import Refused, SchemaChanged
+    from clerk_sync.mapping.model import Change
     from tests.deliveries import At
     from tests.servers import Managed
 
@@ -77,7 +78,7 @@ async def committing_to(url: str, **options: Any) -> AsyncIterator[tuple[Databas
     """A committer on the app's own tables."""
     await make_tables(url)
     async with Database.at(url) as database:
-        await schema.migrate(database.engine, OWN)
+        await checks.migrate(database.engine, OWN)
         store = await database.store(OWN)
         async with Committing(database, store, **options) as committing:
             yield database, committing
@@ -396,7 +397,7 @@ async def converge(url: str, changes: Sequence[Change], cuts: Sequence[int]) -> 
     async with Database.at(url) as database:
         if "people" not in await table_names(database):
             await database.ddl(*OWN_TABLES)
-            await schema.migrate(database.engine, OWN)
+            await checks.migrate(database.engine, OWN)
         await database.empty("members", "people", "teams")
         store = await database.store(OWN)
         async with Committing(database, store, writers=2, hold_seconds=0.05) as committing:
@@ -451,7 +452,7 @@ tables:
         await database.execute(
             "INSERT INTO old_people (username, email) VALUES ('ada', 'old'), ('bob', 'taken')"
         )
-        await schema.migrate(database.engine, adopting)
+        await checks.migrate(database.engine, adopting)
         clerk = Clerk(adopting)
         store = await database.store(adopting)
         async with Committing(database, store, hold_seconds=0.1) as committing:
@@ -478,7 +479,7 @@ async def test_an_event_that_is_held_takes_no_value_from_rows_that_refer_to_it(
             "CREATE TABLE posts (id SERIAL, author VARCHAR(255),"
             " FOREIGN KEY (author) REFERENCES people (email) ON UPDATE SET NULL) OPTIONS"
         )
-        await schema.migrate(database.engine, OWN)
+        await checks.migrate(database.engine, OWN)
         store = await database.store(OWN)
         clerk = Clerk(OWN)
 
@@ -570,7 +571,7 @@ async def test_a_row_that_the_app_inserts_meanwhile_is_updated(mysql_server: Man
     url = mysql_server.create_database("clerk_sync_race")
     await make_tables(url)
     async with Database.at(url) as database:
-        await schema.migrate(database.engine, OWN)
+        await checks.migrate(database.engine, OWN)
         inserts = ["INSERT INTO people (clerk_id, username) VALUES ('user_1', 'mine')"]
 
         async def opened() -> Connection:
@@ -602,7 +603,7 @@ tables:
             "CREATE TABLE numbered (n TINYINT AUTO_INCREMENT PRIMARY KEY,"
             " clerk_id VARCHAR(64) EXACT NOT NULL UNIQUE, username VARCHAR(50)) OPTIONS"
         )
-        await schema.migrate(database.engine, numbered)
+        await checks.migrate(database.engine, numbered)
         store = await database.store(numbered)
         clerk = Clerk(numbered)
         async with Committing(database, store, hold_seconds=0.05) as committing:

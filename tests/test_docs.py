@@ -13,14 +13,16 @@ from pathlib import Path
 import click
 import pytest
 
-from clerk_sync import __version__, mapping_file, tables
-from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
+from clerk_sync import __version__
+from clerk_sync.clerk.events import ACTIONS, KINDS, Action
 from clerk_sync.cli import cli
-from clerk_sync.events import ACTIONS, KINDS, Action
-from clerk_sync.expressions import COMPUTED
-from clerk_sync.metrics import SETTLED, Metrics
-from clerk_sync.report import Report
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.expressions import COMPUTED
+from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
 from clerk_sync.settings import Secret, Settings
+from clerk_sync.store import tables
+from clerk_sync.sync.report import Report
+from clerk_sync.telemetry.metrics import SETTLED, Metrics
 from tests import reference
 
 ROOT = Path(__file__).parents[1]
@@ -141,10 +143,10 @@ def test_every_command_and_option_that_is_named_exists() -> None:
 def test_presets_are_those_of_the_code() -> None:
     readme = text_of("README.md")
     said = re.findall(
-        r"^\| \[`(\w+)`\]\(service/clerk_sync/presets/\w+\.yaml\)", readme, re.MULTILINE
+        r"^\| \[`(\w+)`\]\(service/clerk_sync/mapping/presets/\w+\.yaml\)", readme, re.MULTILINE
     )
-    assert list(mapping_file.PRESETS) == said
-    assert ", ".join(f"`{preset}`" for preset in mapping_file.PRESETS) in readme
+    assert list(loader.PRESETS) == said
+    assert ", ".join(f"`{preset}`" for preset in loader.PRESETS) in readme
 
 
 def test_objects_and_their_events_are_those_of_the_code() -> None:
@@ -166,7 +168,7 @@ def test_objects_and_their_events_are_those_of_the_code() -> None:
 
 
 def test_column_types_are_those_of_the_code() -> None:
-    assert list(mapping_file.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
+    assert list(loader.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
 
 
 def test_computed_names_are_those_of_the_code() -> None:
@@ -174,8 +176,8 @@ def test_computed_names_are_those_of_the_code() -> None:
 
 
 def test_keys_of_the_mapping_are_those_of_the_code() -> None:
-    with pytest.raises(mapping_file.InvalidMapping) as invalid:
-        mapping_file.read("tables: {user: {zzz: 1}}", source="m.yaml")
+    with pytest.raises(loader.InvalidMapping) as invalid:
+        loader.read("tables: {user: {zzz: 1}}", source="m.yaml")
     named = re.search(r"there is: (.*)", invalid.value.faults[0])
     assert named
     assert named[1].split(", ") == sorted(code(row[0]) for row in table("keys"))
@@ -187,7 +189,7 @@ def test_mapping_examples_can_be_read() -> None:
     examples = blocks("README.md", "yaml")
     assert examples
     for example in examples:
-        assert mapping_file.read(example, source="README.md").warnings == ()
+        assert loader.read(example, source="README.md").warnings == ()
 
 
 # What is spread into a line, where the call itself does not tell.

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import yarl
 
-from clerk_sync import mapping_file
+from clerk_sync.mapping import loader
 from clerk_sync.settings import Secret
 from tests import clerk_api, deliveries
 from tests.clerk_api import ClerkApi
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator
     from pathlib import Path
 
-    from clerk_sync.mapping import Mapping
+    from clerk_sync.mapping.model import Mapping
     from tests.deliveries import At
     from tests.servers import Managed
 
@@ -150,7 +150,7 @@ async def test_one_who_is_deleted_while_clerk_is_asked(database_url: str, api: C
 
 
 async def test_a_marked_user_is_none(embedded_url: str, api: ClerkApi) -> None:
-    mapping = mapping_file.read(
+    mapping = loader.read(
         "tables: {user: {table: people, key: clerk_id, create: true, on_delete: {mark: gone_at},"
         " columns: {first_name: {value: first_name, type: text}}}}",
         source="m.yaml",
@@ -311,7 +311,7 @@ async def test_a_schema_that_is_not_there_is_for_later(embedded_url: str, api: C
 
 
 async def test_a_mapping_without_users_has_none(embedded_url: str, api: ClerkApi) -> None:
-    mapping = mapping_file.read(
+    mapping = loader.read(
         "tables: {organization: {table: groups_, key: clerk_id, create: true, columns: {name:"
         " {value: name, type: text}}}}",
         source="m.yaml",

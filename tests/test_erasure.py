@@ -10,16 +10,17 @@ import pytest
 import sqlalchemy as sa
 from asyncmy.errors import OperationalError
 
-from clerk_sync import erasure, schema
-from clerk_sync.database_errors import Contention, LockWait, Unavailable, engine_errors_told
-from clerk_sync.store import REMOVED
+from clerk_sync.database.errors import Contention, LockWait, Unavailable, engine_errors_told
+from clerk_sync.schema import checks
+from clerk_sync.store import erasure
+from clerk_sync.store.store import REMOVED
 from tests.histories import NOW, Clerk, Database, Halting, at, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.mapping import Change, Mapping
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.store.store import Store
 
 DAY: Final = 86_400_000
 _TABLES: Final = """
@@ -95,7 +96,7 @@ def world_url(shared_url: str) -> str:
     async def made() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(*APP)
-            await schema.migrate(database.engine, PURGED)
+            await checks.migrate(database.engine, PURGED)
 
     asyncio.run(made())
     return shared_url

@@ -12,19 +12,20 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clerk_sync import events, mapping_file, samples
-from clerk_sync.answers import QUARANTINES, Reason
-from clerk_sync.columns import time_text
-from clerk_sync.events import Action, Event, Unusable, parse
-from clerk_sync.mapping import Change, change_of
-from clerk_sync.signature import Delivery, Rejected
+from clerk_sync.clerk import events, samples
+from clerk_sync.clerk.events import Action, Event, Unusable, parse
+from clerk_sync.clerk.signature import Delivery, Rejected
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import Change, change_of
+from clerk_sync.outcomes import QUARANTINES, Reason
+from clerk_sync.store.values import time_text
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 NOW_MS = 1_767_612_345_678
 SENT_AT = 1_767_612_999
-MAPPINGS = [mapping_file.load(name) for name in mapping_file.PRESETS]
+MAPPINGS = [loader.load(name) for name in loader.PRESETS]
 MAPPED = tuple(events.ACTIONS)
 
 

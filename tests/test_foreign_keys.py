@@ -5,8 +5,8 @@ from __future__ import annotations
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
-from clerk_sync import schema
-from clerk_sync.answers import Ending
+from clerk_sync.outcomes import Ending
+from clerk_sync.schema import checks
 from tests.histories import Database, mapped
 from tests.walking import walking
 
@@ -50,7 +50,7 @@ tables:
 @asynccontextmanager
 async def referring(url: str, users: int = 0, organizations: int = 1) -> AsyncIterator[Walking]:
     async with Database.at(url) as database:
-        await schema.migrate(database.engine, mapped("tables: {}"))
+        await checks.migrate(database.engine, mapped("tables: {}"))
         await database.ddl(*OWN)
     async with walking(url, MAPPING, most=25) as world:
         api = world.api

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync import webhook
+from clerk_sync.http import webhook
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, event, new_id, request, rows, signed
 

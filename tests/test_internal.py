@@ -19,13 +19,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
-from clerk_sync import internal
-from clerk_sync.access import InvalidToken, refusal, tokens
-from clerk_sync.address import target_of
 from clerk_sync.cli import cli
-from clerk_sync.database import close_idle, engine_of, open_mysql
-from clerk_sync.metrics import Metrics
+from clerk_sync.database.connection import close_idle, engine_of, open_mysql
+from clerk_sync.database.url import target_of
+from clerk_sync.http import internal
+from clerk_sync.http.access import InvalidToken, refusal, tokens
 from clerk_sync.settings import InvalidSettings, Secret
+from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api, deliveries
 from tests.deliveries import SECRET, At, event, served
 from tests.test_hostile import Target, fuzzing
@@ -559,7 +559,7 @@ def in_flight(api: clerk_api.ClerkApi) -> Any:
 async def test_no_more_users_wait_than_clerk_s_limit_lets_through(
     monkeypatch: pytest.MonkeyPatch, embedded_url: str, api: clerk_api.ClerkApi
 ) -> None:
-    monkeypatch.setattr("clerk_sync.clerk.RATE_SECONDS", 0.2)
+    monkeypatch.setattr("clerk_sync.clerk.api.RATE_SECONDS", 0.2)
     gate = asyncio.Event()
     for name in "abc":
         api.put_user(f"user_{name}")

@@ -13,16 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync import lease, progress, tables
-from clerk_sync.address import target_of
-from clerk_sync.answers import Ending
-from clerk_sync.database import engine_of
-from clerk_sync.database_errors import Unavailable
-from clerk_sync.lease import Held, Lease, held, holder_name
-from clerk_sync.mending import Mending
-from clerk_sync.statements import Compiler
-from clerk_sync.store import Store
-from clerk_sync.walk import Part
+from clerk_sync.clerk.listing import Part
+from clerk_sync.database.connection import engine_of
+from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.url import target_of
+from clerk_sync.outcomes import Ending
+from clerk_sync.store import lease, tables
+from clerk_sync.store.lease import Held, Lease, held, holder_name
+from clerk_sync.store.sql import Compiler
+from clerk_sync.store.store import Store
+from clerk_sync.sync import progress
+from clerk_sync.sync.repair import Mending
 from tests.histories import Database, until
 from tests.walking import REMOVING
 

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync.answers import Ending
-from clerk_sync.clerk import ClerkUnavailable
-from clerk_sync.report import Stopped
+from clerk_sync.clerk.api import ClerkUnavailable
+from clerk_sync.outcomes import Ending
+from clerk_sync.sync.report import Stopped
 from tests import clerk_api
 from tests.clerk_api import Lies
 from tests.walking import Walking, prepare, walking
@@ -24,7 +24,7 @@ from tests.walking import Walking, prepare, walking
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 
-    from clerk_sync.store import Store
+    from clerk_sync.store.store import Store
 
 BORN: Final = 1_700_000_000_000
 KINDS: Final = ("user", "organization", "organizationMembership")

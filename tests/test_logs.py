@@ -12,7 +12,7 @@ import pytest
 import stamina
 import structlog
 
-from clerk_sync import logs
+from clerk_sync.telemetry import logs
 
 PRIVATE = "ada@example.com"
 

@@ -14,13 +14,13 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from jinja2 import TemplateError
 
-from clerk_sync import samples
-from clerk_sync.answers import Reason
-from clerk_sync.events import KINDS, Action, parse
-from clerk_sync.expressions import InvalidExpression, names_in, row_of
-from clerk_sync.mapping import Place, change_of
-from clerk_sync.mapping_file import PRESETS, InvalidMapping, load, nearest, read
-from clerk_sync.signature import Delivery
+from clerk_sync.clerk import samples
+from clerk_sync.clerk.events import KINDS, Action, parse
+from clerk_sync.clerk.signature import Delivery
+from clerk_sync.mapping.expressions import InvalidExpression, names_in, row_of
+from clerk_sync.mapping.loader import PRESETS, InvalidMapping, load, nearest, read
+from clerk_sync.mapping.model import Place, change_of
+from clerk_sync.outcomes import Reason
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

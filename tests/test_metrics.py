@@ -15,8 +15,10 @@ from prometheus_client.openmetrics.parser import (
 )
 from prometheus_client.parser import text_string_to_metric_families
 
-from clerk_sync import __version__, samples
-from clerk_sync.answers import (
+from clerk_sync import __version__
+from clerk_sync.clerk import samples
+from clerk_sync.clerk.events import LISTED, PROBE
+from clerk_sync.outcomes import (
     DRIFTS,
     QUARANTINES,
     REJECTIONS,
@@ -27,9 +29,8 @@ from clerk_sync.answers import (
     Outcome,
     Reason,
 )
-from clerk_sync.events import LISTED, PROBE
-from clerk_sync.metrics import CLERK_STATUSES, SECRETS, SETTLED, Metrics
 from clerk_sync.settings import Secret, Settings
+from clerk_sync.telemetry.metrics import CLERK_STATUSES, SECRETS, SETTLED, Metrics
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

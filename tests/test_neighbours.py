@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from clerk_sync import schema
-from clerk_sync.database_errors import Refused
+from clerk_sync.database.errors import Refused
+from clerk_sync.schema import checks
 from tests import deliveries
 from tests.deliveries import served, settings_of
 from tests.histories import Clerk, Committing, Database, mapped
@@ -17,9 +17,9 @@ from tests.histories import Clerk, Committing, Database, mapped
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from clerk_sync.database import Connection, Result, Step
-    from clerk_sync.database_errors import SchemaChanged
-    from clerk_sync.store import Store
+    from clerk_sync.database.connection import Connection, Result, Step
+    from clerk_sync.database.errors import SchemaChanged
+    from clerk_sync.store.store import Store
     from tests.servers import Managed
 
 OWN: Final = mapped("""
@@ -56,7 +56,7 @@ LOCKED: Final = "unavailable: database"
 async def own_tables(url: str) -> AsyncIterator[tuple[Database, Store]]:
     async with Database.at(url) as database:
         await database.ddl(*OWN_TABLES)
-        await schema.migrate(database.engine, OWN)
+        await checks.migrate(database.engine, OWN)
         yield database, await database.store(OWN)
 
 

@@ -11,19 +11,21 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import mapping_file, samples, schema
-from clerk_sync.events import ACTIONS, KINDS, SECRET_TYPES, Action
-from clerk_sync.mapping import change_of
-from clerk_sync.signature import Delivery
+from clerk_sync.clerk import samples
+from clerk_sync.clerk.events import ACTIONS, KINDS, SECRET_TYPES, Action
+from clerk_sync.clerk.signature import Delivery
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import change_of
+from clerk_sync.schema import checks
 from tests.histories import NOW, Database
 
 if TYPE_CHECKING:
-    from clerk_sync.mapping import Change
+    from clerk_sync.mapping.model import Change
 
-TEXT: Final = Path(mapping_file.__file__).with_name("presets").joinpath("mirror.yaml").read_text()
+TEXT: Final = Path(loader.__file__).with_name("presets").joinpath("mirror.yaml").read_text()
 # Only what the file comments out is indented behind its `# `.
 UNCOMMENTED: Final = re.sub(r"^# (?=  )", "", TEXT, flags=re.MULTILINE)
-WHOLE: Final = mapping_file.read(UNCOMMENTED, source="m")
+WHOLE: Final = loader.read(UNCOMMENTED, source="m")
 TYPES: Final = [type_ for type_ in samples.TYPES if type_ not in SECRET_TYPES]
 # What Clerk's samples leave empty: nobody is both kinds of payer, and nothing failed.
 EMPTY: Final = {
@@ -55,7 +57,7 @@ def test_one_table_alone_can_be_taken(kind: str) -> None:
     name = WHOLE.tables[kind].table
     text = TEXT.replace(block, re.sub("^# ", "", block, flags=re.MULTILINE))
     text = re.sub(rf"^# (?=.*table: {name},)", "", text, flags=re.MULTILINE)
-    mapping = mapping_file.read(text, source="m")
+    mapping = loader.read(text, source="m")
     assert mapping.tables.keys() == {"user", "organization", "organizationMembership", kind}
     owners = [one.kind for one in mapping.tables.values() if name in {o.table for o in one.owns}]
     assert owners == {
@@ -68,8 +70,8 @@ def test_one_table_alone_can_be_taken(kind: str) -> None:
 async def test_clerk_s_events_find_their_tables(database_url: str) -> None:
     moments = count(1)
     async with Database.at(database_url) as database:
-        await schema.migrate(database.engine, WHOLE)
-        assert list(schema.advice(WHOLE, await schema.reflected(database.engine, WHOLE))) == []
+        await checks.migrate(database.engine, WHOLE)
+        assert list(checks.advice(WHOLE, await checks.reflected(database.engine, WHOLE))) == []
         store = await database.store(WHOLE)
         last: dict[str, Any] = {}
         types = defaultdict(list)
@@ -110,7 +112,7 @@ async def test_clerk_s_events_find_their_tables(database_url: str) -> None:
 async def test_what_belongs_to_somebody_goes_and_stays_away_with_them(shared_url: str) -> None:
     moments = count(100)
     async with Database.at(shared_url) as database:
-        await schema.migrate(database.engine, WHOLE)
+        await checks.migrate(database.engine, WHOLE)
         store = await database.store(WHOLE)
         session = sample("session.created", "sess_1", next(moments))
         invitation = sample("organizationInvitation.created", "orginv_1", next(moments))
@@ -147,10 +149,10 @@ async def test_a_payer_s_empty_id_is_no_owner(shared_url: str) -> None:
     text = UNCOMMENTED.replace(
         "\n  organizationMembership:", f"{owns}\n  organizationMembership:", 1
     )
-    mapping = mapping_file.read(text, source="m")
+    mapping = loader.read(text, source="m")
     assert mapping.tables["organization"].owns[-1].table == "clerk_payment_attempts"
     async with Database.at(shared_url) as database:
-        await schema.migrate(database.engine, mapping)
+        await checks.migrate(database.engine, mapping)
         await database.empty("clerk_payment_attempts")
         change = sample("paymentAttempt.updated", "pa_1", 1)
         assert (change.row or {})["organization_id"] == ""

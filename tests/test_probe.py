@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from aiohttp import web
 
-from clerk_sync import housekeeping, mapping_file, signature
-from clerk_sync.answers import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
-from clerk_sync.database import engine_of
-from clerk_sync.events import PROBE
-from clerk_sync.probe import Found, address, probe, shown
+from clerk_sync.clerk import signature
+from clerk_sync.clerk.events import PROBE
+from clerk_sync.cli.probe import Found, address, probe, shown
+from clerk_sync.database.connection import engine_of
+from clerk_sync.mapping import loader
+from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
+from clerk_sync.store import housekeeping
 from tests import deliveries, servers
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows
 
@@ -138,8 +140,8 @@ async def test_only_an_hour_of_probes_is_kept(database_url: str) -> None:
 
 def test_no_mapping_can_name_it() -> None:
     kind, _, _ = PROBE.partition(".")
-    with pytest.raises(mapping_file.InvalidMapping, match=f"has no `{kind}`"):
-        mapping_file.read(f"tables: {{{kind}: {{table: t, key: k, columns: {{}}}}}}", source="m")
+    with pytest.raises(loader.InvalidMapping, match=f"has no `{kind}`"):
+        loader.read(f"tables: {{{kind}: {{table: t, key: k, columns: {{}}}}}}", source="m")
 
 
 # --- What clerk-sync itself has against it -----------------------------------------------------

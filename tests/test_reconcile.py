@@ -11,19 +11,19 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import stamina
 
-from clerk_sync import progress
-from clerk_sync.address import target_of
-from clerk_sync.answers import Ending, Verdict
-from clerk_sync.clerk import ClerkRefused, ClerkUnavailable
-from clerk_sync.committer import Committer
-from clerk_sync.database import connect
-from clerk_sync.database_errors import Unavailable
-from clerk_sync.lease import Held, Lost, held
-from clerk_sync.mending import Mending
-from clerk_sync.metrics import Metrics
-from clerk_sync.reconcile import Reconcile
-from clerk_sync.report import Report, Stopped
-from clerk_sync.walks import LEASE, quiet
+from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.database.connection import connect
+from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.url import target_of
+from clerk_sync.outcomes import Ending, Verdict
+from clerk_sync.store.committer import Committer
+from clerk_sync.store.lease import Held, Lost, held
+from clerk_sync.sync import progress
+from clerk_sync.sync.reconcile import Reconcile
+from clerk_sync.sync.repair import Mending
+from clerk_sync.sync.report import Report, Stopped
+from clerk_sync.sync.runs import LEASE, quiet
+from clerk_sync.telemetry.metrics import Metrics
 from tests.clerk_api import failing
 from tests.histories import Database, mapped
 from tests.walking import MARKING, PURGING, REMOVING, Walking, prepare, walking
@@ -31,7 +31,7 @@ from tests.walking import MARKING, PURGING, REMOVING, Walking, prepare, walking
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Mapping
 
-    from clerk_sync.store import Store
+    from clerk_sync.store.store import Store
 
 DAY_MS: Final = 86_400_000
 # Words that stand for types which SQLite does not have, or not so.

@@ -16,15 +16,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync.answers import Ending
+from clerk_sync.outcomes import Ending
 from tests.histories import Committing
 from tests.walking import MARKING, NAMES, REMOVING, TABLE, Walking, prepare, walking
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clerk_sync.mapping import Change
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Change
+    from clerk_sync.store.store import Store
 
 USERS: Final = ("user_a", "user_A", "user_b", "user_c")
 ORGANIZATIONS: Final = ("org_1", "org_2")

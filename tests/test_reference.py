@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from clerk_sync.metrics import Metrics
+from clerk_sync.telemetry.metrics import Metrics
 from tests import deliveries, reference
 from tests.deliveries import OTHER_SECRET, event
 from tests.tools import need

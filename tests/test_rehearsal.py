@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync import erasure, mapping_file, rehearsal, schema
-from clerk_sync.database_errors import Unavailable
+from clerk_sync.database.errors import Unavailable
+from clerk_sync.mapping import loader
+from clerk_sync.schema import checks, rehearsal
+from clerk_sync.store import erasure
 from tests.histories import NOW, OWN, Clerk, Database, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.live import Live
-    from clerk_sync.mapping import Mapping
-    from clerk_sync.rehearsal import Rehearsed
+    from clerk_sync.mapping.model import Mapping
+    from clerk_sync.schema.reflection import Live
+    from clerk_sync.schema.rehearsal import Rehearsed
 
 KEY: Final = "clerk_id VARCHAR(128) EXACT NOT NULL UNIQUE"
 NAME: Final = "username VARCHAR(64)"
@@ -78,11 +80,11 @@ async def tried(database: Database, text: str, *ddl: str) -> Rehearsed | tuple[s
     """What was found by trying; where looking was enough, the faults."""
     await database.ddl(*ddl)
     mapping = mapped(text)
-    await schema.migrate(database.engine, mapping)
-    live = await schema.reflected(database.engine, mapping)
+    await checks.migrate(database.engine, mapping)
+    live = await checks.reflected(database.engine, mapping)
     try:
-        schema.store_of(mapping, live)
-    except schema.SchemaFaults as error:
+        checks.store_of(mapping, live)
+    except checks.SchemaFaults as error:
         return error.faults
     before = await counted(database, mapping, live)
     found = await rehearsal.rehearse(database.engine, mapping, live)
@@ -208,16 +210,16 @@ tables:
     }
 
 
-@pytest.mark.parametrize("preset", mapping_file.PRESETS)
+@pytest.mark.parametrize("preset", loader.PRESETS)
 async def test_the_presets_are_tried(database: Database, preset: str) -> None:
-    mapping = mapping_file.load(preset)
+    mapping = loader.load(preset)
     if preset == "orbytal":
         await database.ddl(
             maker(NAME, "display_name VARCHAR(255)", "img_url VARCHAR(255)", name="users"),
             maker("user_id BIGINT", name="blocks"),
         )
-    await schema.migrate(database.engine, mapping)
-    live = await schema.reflected(database.engine, mapping)
+    await checks.migrate(database.engine, mapping)
+    live = await checks.reflected(database.engine, mapping)
     found = await rehearsal.rehearse(database.engine, mapping, live)
     tables = [table.table for table in mapping.tables.values()]
     assert found == rehearsal.Rehearsed(tables, [], [])
@@ -530,7 +532,7 @@ async def test_a_history_that_keeps_what_is_erased_is_told(database: Database) -
     found = await tried(database, people(), table)
     assert found == rehearsal.Rehearsed(["people"], [], [])
     mapping = mapped(people())
-    (told,) = schema.advice(mapping, await schema.reflected(database.engine, mapping))
+    (told,) = checks.advice(mapping, await checks.reflected(database.engine, mapping))
     assert "SYSTEM VERSIONING" in told
 
 
@@ -556,7 +558,7 @@ async def test_nothing_is_committed_and_few_numbers_are_used(database: Database)
         pytest.skip("SQLite counts no commits")
     await database.ddl(maker(KEY, NAME))
     mapping = mapped(people())
-    live = await schema.reflected(database.engine, mapping)
+    live = await checks.reflected(database.engine, mapping)
     before = dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'"))
     await rehearsal.rehearse(database.engine, mapping, live)
     assert dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'")) == before

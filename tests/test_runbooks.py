@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from clerk_sync.answers import Ending, Outcome, Reason, Verdict
 from clerk_sync.cli import cli
-from clerk_sync.metrics import CLERK_STATUSES
+from clerk_sync.outcomes import Ending, Outcome, Reason, Verdict
 from clerk_sync.settings import Settings
+from clerk_sync.telemetry.metrics import CLERK_STATUSES
 from tests.monitoring import files
 from tests.monitoring.alerts import ALERTS
 from tests.monitoring.panels import PANELS

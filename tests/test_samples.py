@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from clerk_sync import events, samples
+from clerk_sync.clerk import events, samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

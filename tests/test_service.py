@@ -15,7 +15,9 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import mapping_file, samples, service
+from clerk_sync import app
+from clerk_sync.clerk import samples
+from clerk_sync.mapping import loader
 from clerk_sync.settings import InvalidSettings, Settings
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, Load, event, new_id, rows
@@ -202,7 +204,7 @@ async def test_without_a_secret_it_refuses_to_start(tmp_path: Path) -> None:
     settings = deliveries.settings_of(f"sqlite:///{tmp_path}/x.db")
     bare = Settings.model_construct(**{**dict(settings), "signing_secret": None})
     with pytest.raises(InvalidSettings, match="CLERK_WEBHOOK_SIGNING_SECRET"):
-        async with service.running(bare, mapping_file.load("mirror")):
+        async with app.running(bare, loader.load("mirror")):
             raise AssertionError("it listens")
 
 
@@ -582,7 +584,7 @@ CREATE TABLE blocks (id INTEGER PRIMARY KEY {auto}, url VARCHAR(191),
 
 
 async def test_profiles_are_as_the_tutorials_function_gave_them(database_url: str) -> None:
-    orbytal = mapping_file.load("orbytal")
+    orbytal = loader.load("orbytal")
     auto = "" if database_url.startswith("sqlite") else "AUTO_INCREMENT"
     for ddl in TUTORIAL.split(";"):
         await rows(database_url, ddl.format(auto=auto))
@@ -632,7 +634,7 @@ tables:
 
 
 async def test_profiles_hide_the_users_that_are_marked_deleted(database_url: str) -> None:
-    marking = mapping_file.read(MARKED.format(name="login", value="username"), source="test")
+    marking = loader.read(MARKED.format(name="login", value="username"), source="test")
     async with deliveries.served(database_url, marking) as at:
         for name in ("ada", "bob"):
             seen: dict[str, Any] = {
@@ -653,7 +655,7 @@ async def test_profiles_hide_the_users_that_are_marked_deleted(database_url: str
 
 async def test_profiles_give_back_half_a_character_of_the_apps_own(tmp_path: Path) -> None:
     url = f"sqlite:///{tmp_path}/x.db"
-    marking = mapping_file.read(MARKED.format(name="login", value="username"), source="test")
+    marking = loader.read(MARKED.format(name="login", value="username"), source="test")
     async with deliveries.served(url, marking) as at:
         await at.post(event("user.created", "user_ada", username="ada"))
         await rows(url, """UPDATE people SET extra = '"caf\u00e9 \\ud83d"'""")
@@ -663,7 +665,7 @@ async def test_profiles_give_back_half_a_character_of_the_apps_own(tmp_path: Pat
 
 
 async def test_profiles_without_a_username_column_are_a_400(tmp_path: Path) -> None:
-    nameless = mapping_file.read(MARKED.format(name="first", value="first_name"), source="test")
+    nameless = loader.read(MARKED.format(name="first", value="first_name"), source="test")
     async with deliveries.served(f"sqlite:///{tmp_path}/x.db", nameless) as at:
         reply = await at.inside("/profiles?username=ada")
         assert reply.status == 400
@@ -673,7 +675,7 @@ async def test_profiles_without_a_username_column_are_a_400(tmp_path: Path) -> N
 
 async def test_profiles_without_a_users_table_are_a_404(tmp_path: Path) -> None:
     text = MARKED.format(name="n", value="name").replace("user:", "organization:", 1)
-    userless = mapping_file.read(text.replace("last_sign_in_at", "created_at"), source="test")
+    userless = loader.read(text.replace("last_sign_in_at", "created_at"), source="test")
     async with deliveries.served(f"sqlite:///{tmp_path}/x.db", userless) as at:
         reply = await at.inside("/profiles")
         assert (reply.status, "user" in reply.json["error"]) == (404, True)

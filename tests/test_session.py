@@ -19,11 +19,11 @@ from urllib.parse import quote, urlsplit
 
 import pytest
 
-from clerk_sync.address import target_of
-from clerk_sync.answers import Reason
-from clerk_sync.columns import as_text
-from clerk_sync.database import Statement, connect, engine_of
-from clerk_sync.database_errors import Refused, Unavailable, engine_errors_told
+from clerk_sync.database.connection import Statement, connect, engine_of
+from clerk_sync.database.errors import Refused, Unavailable, engine_errors_told
+from clerk_sync.database.url import target_of
+from clerk_sync.outcomes import Reason
+from clerk_sync.store.values import as_text
 from tests import clerk_api, deliveries
 from tests.deliveries import event, served, serving, settings_of
 from tests.histories import Database, mapped

@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from clerk_sync import settings as settings_module
-from clerk_sync.address import InvalidDatabase, target_of
+from clerk_sync.database.url import InvalidDatabase, target_of
 from clerk_sync.settings import InvalidSettings, Secret, Settings, load
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.

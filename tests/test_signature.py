@@ -13,8 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from svix.webhooks import Webhook
 
-from clerk_sync.answers import Reason
-from clerk_sync.signature import (
+from clerk_sync.clerk.signature import (
     TOLERANCE_SECONDS,
     Delivery,
     InvalidSecret,
@@ -23,6 +22,7 @@ from clerk_sync.signature import (
     signers,
     verify,
 )
+from clerk_sync.outcomes import Reason
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -9,17 +9,18 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import mapping_file, schema
-from clerk_sync.answers import Reason
-from clerk_sync.database_errors import Refused
-from clerk_sync.mapping import Change
+from clerk_sync.database.errors import Refused
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import Change
+from clerk_sync.outcomes import Reason
+from clerk_sync.schema import checks
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.mapping import Mapping
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Mapping
+    from clerk_sync.store.store import Store
 
 PEOPLE: Final = mapped("""
 tables:
@@ -83,8 +84,8 @@ tables:
       note: public_metadata.note
       nick: public_metadata.nick
 """)
-MIRROR: Final = mapping_file.load("mirror")
-ORBYTAL: Final = mapping_file.load("orbytal")
+MIRROR: Final = loader.load("mirror")
+ORBYTAL: Final = loader.load("orbytal")
 ALL: Final = (PEOPLE, MARKED, SETTING, NAMED, CODED, STRICT, MIRROR)
 
 APP: Final = (
@@ -171,7 +172,7 @@ def prepared(shared_url: str) -> tuple[str, dict[str, Store]]:
             await database.ddl(*APP, *TUTORIAL)
             await database.execute("INSERT INTO users (username) VALUES ('before')")
             for mapping in (MIRROR, ORBYTAL):
-                await schema.migrate(database.engine, mapping)
+                await checks.migrate(database.engine, mapping)
 
     asyncio.run(prepare())
     return shared_url, {}

@@ -24,9 +24,11 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import SpanKind, StatusCode
 
-from clerk_sync import __version__, mapping_file, service
-from clerk_sync.cli import serving
-from clerk_sync.tracing import Tracing
+from clerk_sync import __version__
+from clerk_sync import app as service
+from clerk_sync.cli import serve
+from clerk_sync.mapping import loader
+from clerk_sync.telemetry.tracing import Tracing
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, event, new_id
 
@@ -87,7 +89,7 @@ async def traced(url: str, **more: Any) -> AsyncIterator[Traced]:
     async with (
         service.running(
             deliveries.settings_of(url, **more),
-            mapping_file.load("mirror"),
+            loader.load("mirror"),
             tracing=Tracing(SimpleSpanProcessor(exporter)),
         ) as running,
         deliveries.talking_to(running.url, running.internal_url) as at,
@@ -407,8 +409,10 @@ ENDPOINT: Final = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 def test_traces_nobody_asks_for_cost_not_even_an_import(environment: dict[str, str]) -> None:
     script = (
         "import sys, json\n"
-        "from clerk_sync import service, webhook, committer\n"
-        "from clerk_sync.cli.serving import tracing_of\n"
+        "from clerk_sync import app as service\n"
+        "from clerk_sync.http import webhook\n"
+        "from clerk_sync.store import committer\n"
+        "from clerk_sync.cli.serve import tracing_of\n"
         "assert tracing_of(json.loads(sys.argv[1])) == (None, [])\n"
         "print([name for name in sys.modules if name.startswith(('opentelemetry', 'google'))])\n"
     )
@@ -436,7 +440,7 @@ def test_traces_nobody_asks_for_cost_not_even_an_import(environment: dict[str, s
     ids=str,
 )
 async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]) -> None:
-    tracing, doubts = serving.tracing_of(environment)
+    tracing, doubts = serve.tracing_of(environment)
     assert doubts == []
     assert tracing is not None
     await tracing.close()
@@ -467,14 +471,14 @@ async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]
     ids=str,
 )
 def test_what_cannot_be_done_is_a_doubt(environment: dict[str, str], doubt: str) -> None:
-    assert serving.tracing_of(environment) == (None, [doubt])
+    assert serve.tracing_of(environment) == (None, [doubt])
 
 
 @pytest.mark.parametrize(
     "headers", ["Bearer hunter2", "Authorization: Basic aHVudGVyMg==", "a=hunter2\nb=c"]
 )
 async def test_headers_that_would_be_left_out_are_a_doubt(headers: str) -> None:
-    tracing, doubts = serving.tracing_of(ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": headers})
+    tracing, doubts = serve.tracing_of(ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": headers})
     assert doubts == ["OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"]
     assert tracing is not None
     await tracing.close()
@@ -482,7 +486,7 @@ async def test_headers_that_would_be_left_out_are_a_doubt(headers: str) -> None:
 
 async def test_headers_may_stand_on_lines_of_their_own() -> None:
     headers = {"OTEL_EXPORTER_OTLP_HEADERS": "authorization=Basic aHVudGVyMg==,\n  b=c\n"}
-    tracing, doubts = serving.tracing_of(ENDPOINT | headers)
+    tracing, doubts = serve.tracing_of(ENDPOINT | headers)
     assert doubts == []
     assert tracing is not None
     await tracing.close()
@@ -490,7 +494,7 @@ async def test_headers_may_stand_on_lines_of_their_own() -> None:
 
 async def test_a_provider_that_is_not_there_stops_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OTEL_PYTHON_EXPORTER_OTLP_HTTP_CREDENTIAL_PROVIDER", "theirs")
-    tracing, (doubt,) = serving.tracing_of(ENDPOINT)
+    tracing, (doubt,) = serve.tracing_of(ENDPOINT)
     assert tracing is None
     assert doubt.startswith("no traces: Requested component 'theirs' not found")
 
@@ -521,7 +525,7 @@ def test_without_the_extra_it_serves_all_the_same() -> None:
     script = (
         "import sys\n"
         "sys.modules['opentelemetry'] = None\n"  # as where it is not installed
-        "from clerk_sync.cli.serving import tracing_of\n"
+        "from clerk_sync.cli.serve import tracing_of\n"
         "print(tracing_of({'OTEL_TRACES_EXPORTER': 'otlp'}))\n"
     )
     done = subprocess.run(

@@ -17,8 +17,10 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner
 
-from clerk_sync import check, connections, probe, signature
-from clerk_sync.cli import cli
+from clerk_sync import check
+from clerk_sync.clerk import signature
+from clerk_sync.cli import cli, probe
+from clerk_sync.http import connections
 from tests import deliveries, servers
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows, served, serving, settings_of
 

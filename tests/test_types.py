@@ -17,18 +17,18 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
-from clerk_sync import live, schema
-from clerk_sync.answers import QUARANTINES, Reason
-from clerk_sync.columns import Fit, Unfit, fit_for, same_for
-from clerk_sync.database import COMMIT, NO_PARAMETERS, Statement
-from clerk_sync.database_errors import Refused
+from clerk_sync.database.connection import COMMIT, NO_PARAMETERS, Statement
+from clerk_sync.database.errors import Refused
+from clerk_sync.outcomes import QUARANTINES, Reason
+from clerk_sync.schema import checks, reflection
+from clerk_sync.store.values import Fit, Unfit, fit_for, same_for
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable
     from pathlib import Path
 
-    from clerk_sync.database import Step
+    from clerk_sync.database.connection import Step
 
 UUID: Final = "0190c8e2-7d5a-7cc1-a3b4-5e6f70819293"
 # Declared as MySQL's and MariaDB's manuals do; those with a note are not on every server.
@@ -197,7 +197,9 @@ async def columns_of(database: Database) -> dict[str, sa.Column[Any]]:
         )
     columns = ", ".join(f"x{place} {type_}" for place, type_ in enumerate(declared))
     await database.ddl(f"CREATE TABLE everything (n INT PRIMARY KEY, {columns}) OPTIONS")
-    found = (await live.inspected(database.engine, {"everything": set()})).tables["everything"]
+    found = (await reflection.inspected(database.engine, {"everything": set()})).tables[
+        "everything"
+    ]
     return {type_: found.c[f"x{place}"] for place, type_ in enumerate(declared)}
 
 
@@ -262,7 +264,7 @@ tables:
         "CREATE TABLE people (clerk_id VARCHAR(128) EXACT PRIMARY KEY,"
         " plan ENUM('free', 'pro', 'enterprise')) OPTIONS"
     )
-    await schema.migrate(database.engine, mapping)
+    await checks.migrate(database.engine, mapping)
     store, clerk = await database.store(mapping), Clerk(mapping)
     plans = ("pro", "3", 3, "03", "PRO", "", None)
     answers = await database.apply(
@@ -305,7 +307,7 @@ async def test_sqlite_which_checks_nothing_answers_as_mysql(
 ) -> None:
     async with Database.at(f"sqlite:///{tmp_path}/clerk-sync.db") as database:
         await database.execute(f"CREATE TABLE one (x {declared})")
-        column = (await live.inspected(database.engine, {"one": set()})).tables["one"].c.x
+        column = (await reflection.inspected(database.engine, {"one": set()})).tables["one"].c.x
     ours = fit_for(column, json_text=False, sqlite=True)
     theirs = fit_for(sa.Column("x", type_), json_text=False, sqlite=False)
     assert {str(value): answer(ours, value) for value in VALUES} == {

@@ -14,9 +14,9 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync.clerk import Clerk, ClerkRefused
-from clerk_sync.metrics import Metrics
-from clerk_sync.walk import AT_ONCE, OVERLAP, Page, Part, parts_of, walk
+from clerk_sync.clerk.api import Clerk, ClerkRefused
+from clerk_sync.clerk.listing import AT_ONCE, OVERLAP, Page, Part, parts_of, walk
+from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.clerk_api import ClerkApi
 

@@ -8,24 +8,24 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
-from clerk_sync import schema
-from clerk_sync.events import LISTED
-from clerk_sync.mapping import change_of
-from clerk_sync.metrics import Metrics
-from clerk_sync.report import Report
+from clerk_sync.clerk.events import LISTED
+from clerk_sync.clerk.signature import Delivery
+from clerk_sync.mapping.model import change_of
+from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
-from clerk_sync.signature import Delivery
-from clerk_sync.walks import Walks, clerk_of, quiet
+from clerk_sync.sync.report import Report
+from clerk_sync.sync.runs import Walks, clerk_of, quiet
+from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.histories import OWN, Committing, Database, mapped
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from clerk_sync.answers import Ending
-    from clerk_sync.comparison import Compared
-    from clerk_sync.mapping import Change, Mapping
-    from clerk_sync.store import Store
+    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.outcomes import Ending
+    from clerk_sync.store.store import Store
+    from clerk_sync.sync.diff import Compared
     from tests.clerk_api import ClerkApi, Event
 
 # A production key: the limit of one for development would make the tests wait.
@@ -169,6 +169,6 @@ async def walking(
 async def prepare(url: str, *ddl: str) -> dict[bool, Store]:
     """Make the tables; the stores of what marks and what removes."""
     async with Database.at(url) as database:
-        await schema.migrate(database.engine, MARKING)
+        await checks.migrate(database.engine, MARKING)
         await database.ddl(*ddl)
         return {one is MARKING: await database.store(one) for one in (MARKING, REMOVING)}

@@ -10,12 +10,16 @@ from typing import Final, Literal
 import aiohttp
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from clerk_sync import access, housekeeping, mapping_file, rehearsal, schema, signature
-from clerk_sync.address import Target
-from clerk_sync.database import engine_of
-from clerk_sync.database_errors import Unavailable
-from clerk_sync.mapping import Mapping
+from clerk_sync.clerk import signature
+from clerk_sync.database.connection import engine_of
+from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.url import Target
+from clerk_sync.http import access
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import Mapping
+from clerk_sync.schema import checks, rehearsal
 from clerk_sync.settings import InvalidSettings, Settings
+from clerk_sync.store import housekeeping
 
 UNSIGNED: Final = (
     "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
@@ -81,11 +85,11 @@ async def findings(
             yield finding
     mapping = None
     try:
-        mapping = mapping_file.load(settings.config)
+        mapping = loader.load(settings.config)
         yield Finding("ok", "mapping", f"{mapping.source}: {', '.join(mapping.tables)}")
         for warning in mapping.warnings:
             yield Finding("warn", "mapping", warning)
-    except mapping_file.InvalidMapping as error:
+    except loader.InvalidMapping as error:
         for fault in error.faults:
             yield Finding("FAIL", "mapping", fault)
     async for finding in _of_database(settings, mapping):
@@ -107,7 +111,7 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
             yield Finding("FAIL", "database", fault)
         return
     if target.path is not None and not Path(target.path).exists():  # noqa: ASYNC240 -- once
-        missing = f"{target.where}: there is no such file yet: {schema.RUN_MIGRATE}"
+        missing = f"{target.where}: there is no such file yet: {checks.RUN_MIGRATE}"
         yield Finding("FAIL", "database", missing)
         return
     engine = engine_of(settings.locate, size=1)
@@ -122,10 +126,10 @@ async def _of_schema(
     settings: Settings, engine: AsyncEngine, mapping: Mapping | None, target: Target
 ) -> AsyncIterator[Finding]:
     try:
-        live = await schema.reflected(engine, mapping or Mapping("", {}, ()))
+        live = await checks.reflected(engine, mapping or Mapping("", {}, ()))
         # After a failover the old primary answers every SELECT. Without tables there is nothing
         # to write to yet.
-        if not schema.lacks_own(live):
+        if not checks.lacks_own(live):
             await housekeeping.probe_rights(engine)
             await housekeeping.probe(engine)
     except Unavailable as error:
@@ -135,13 +139,13 @@ async def _of_schema(
     if mapping is None:
         return
     try:
-        schema.store_of(mapping, live)
-    except schema.SchemaFaults as error:
+        checks.store_of(mapping, live)
+    except checks.SchemaFaults as error:
         for fault in error.faults:
             yield Finding("FAIL", "schema", fault)
         return
     looked = "as the mapping needs it"
-    warnings = [*schema.advice(mapping, live)]
+    warnings = [*checks.advice(mapping, live)]
     if settings.probe_rows == "false":
         warnings.append("no row was tried, as CLERK_SYNC_PROBE_ROWS is false")
         yield Finding("ok", "schema", looked)

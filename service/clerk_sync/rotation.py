@@ -9,14 +9,15 @@ from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 import structlog
 
-from clerk_sync import access, signature
+from clerk_sync.clerk import signature
+from clerk_sync.http import access
 from clerk_sync.settings import InvalidSettings
 
 if TYPE_CHECKING:
     from svix.webhooks import Webhook
 
-    from clerk_sync.metrics import Metrics
     from clerk_sync.settings import Secret, Settings
+    from clerk_sync.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 

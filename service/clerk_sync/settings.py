@@ -18,8 +18,8 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from clerk_sync.address import InvalidDatabase, Target, mysql_target, target_of
-from clerk_sync.mapping_file import PRESETS
+from clerk_sync.database.url import InvalidDatabase, Target, mysql_target, target_of
+from clerk_sync.mapping.loader import PRESETS
 
 _FILE_LOOK_SECONDS: Final = 1.0
 

@@ -6,16 +6,18 @@ from typing import TYPE_CHECKING
 
 import uvloop
 
-from clerk_sync import logs, mapping_file, service, settings
-from clerk_sync.answers import Answer, Outcome
-from clerk_sync.committer import Committer
-from clerk_sync.database import Connection, connect
+from clerk_sync import app, settings
+from clerk_sync.database.connection import Connection, connect
+from clerk_sync.mapping import loader
+from clerk_sync.outcomes import Answer, Outcome
+from clerk_sync.store.committer import Committer
+from clerk_sync.telemetry import logs
 
 if TYPE_CHECKING:
-    from clerk_sync.mapping import Change
-    from clerk_sync.metrics import Metrics
+    from clerk_sync.mapping.model import Change
     from clerk_sync.settings import Settings
-    from clerk_sync.tracing import Trace
+    from clerk_sync.telemetry.metrics import Metrics
+    from clerk_sync.telemetry.tracing import Trace
 
 
 class NothingToCommit(Committer):
@@ -36,5 +38,5 @@ if __name__ == "__main__":
     found, _ = settings.load()
     logs.configure(found.log_level, found.log_format)
     uvloop.run(
-        service.serve(found, mapping_file.load(found.config), committer_of=committer_of),
+        app.serve(found, loader.load(found.config), committer_of=committer_of),
     )

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 import uvloop
 from svix.webhooks import Webhook
 
-from clerk_sync import samples
+from clerk_sync.clerk import samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import yaml
 
+from clerk_sync.clerk.events import ACTIONS
 from clerk_sync.cli import cli
-from clerk_sync.events import ACTIONS
 from tests.chart import rules
 from tests.chart.helm import (
     CHART,
@@ -64,7 +64,7 @@ def notes(chart: Path, values: dict[str, Any], *options: str, by: str = "helm4")
 
 def wanted_events() -> set[str]:
     """The types that the tables of `mirror` follow."""
-    preset = ROOT / "service" / "clerk_sync" / "presets" / "mirror.yaml"
+    preset = ROOT / "service" / "clerk_sync" / "mapping" / "presets" / "mirror.yaml"
     kinds = yaml.safe_load(preset.read_text("utf-8"))["tables"].keys()
     return {type_ for type_, (kind, _) in ACTIONS.items() if kind in kinds}
 

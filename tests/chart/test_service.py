@@ -14,10 +14,12 @@ import pytest
 import yaml
 from annotated_types import Ge, Gt, Le
 
-from clerk_sync import access, mapping_file, settings
-from clerk_sync.access import InvalidToken
+from clerk_sync import settings
+from clerk_sync.clerk.events import ACTIONS
 from clerk_sync.cli import cli
-from clerk_sync.events import ACTIONS
+from clerk_sync.http import access
+from clerk_sync.http.access import InvalidToken
+from clerk_sync.mapping import loader
 from clerk_sync.settings import Secret, Settings
 from tests.chart import rules, values
 from tests.chart.helm import (
@@ -226,7 +228,7 @@ def test_mappings_of_scenarios_are_mappings() -> None:
     for scenario in scenarios():
         for one in rules.of_kind(render_scenario(scenario, VERSIONS[-1]), "ConfigMap"):
             if "mapping.yaml" in one["data"]:
-                assert mapping_file.read(one["data"]["mapping.yaml"], source=str(scenario))
+                assert loader.read(one["data"]["mapping.yaml"], source=str(scenario))
                 found += 1
     assert found >= 2
 

@@ -12,7 +12,7 @@ from urllib.request import Request, urlopen
 
 import pytest
 
-from clerk_sync import samples
+from clerk_sync.clerk import samples
 from tests import tools
 from tests.chart.helm import FULLNAME
 from tests.cluster import database, ingress

@@ -155,7 +155,7 @@ def test_everything_is_compiled_once_and_for_all(python: Callable[..., Any]) -> 
     """Unchecked bytecode: nothing is compiled or looked at again, whatever the files' times."""
     found = python("""
         import importlib.util, json, pkgutil, sys
-        import clerk_sync, clerk_sync.cli, clerk_sync.service, clerk_sync.walks
+        import clerk_sync, clerk_sync.cli, clerk_sync.app, clerk_sync.sync.runs
         unchecked, wrong = b"\\1\\0\\0\\0", []
         for name, module in list(sys.modules.items()):
             file = getattr(module, "__file__", None) or ""
@@ -203,7 +203,7 @@ def test_only_what_is_named_gets_into_the_build(engine: Engine, image: str, tmp_
     """With secrets, history and tests lying about, none of them is even sent to the engine."""
     for name in (".dockerignore", "LICENSE", "README.md", "pyproject.toml"):
         tmp_path.joinpath(name).write_bytes((ROOT / name).read_bytes())
-    for name in ("requirements.lock", "requirements-dev.lock", "service/clerk_sync/cli.py"):
+    for name in ("requirements.lock", "requirements-dev.lock", "service/clerk_sync/app.py"):
         tmp_path.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
         tmp_path.joinpath(name).touch()
     wanted = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()}

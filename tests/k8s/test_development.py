@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Final
 
 import aiohttp
 
-from clerk_sync import signature
-from clerk_sync.address import target_of
+from clerk_sync.clerk import signature
+from clerk_sync.database.url import target_of
 from tests import deliveries
 from tests import servers as database_servers
 from tests.chart import rules

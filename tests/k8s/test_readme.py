@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import yaml
 
-from clerk_sync import access
+from clerk_sync.http import access
 from tests import tools
 from tests.chart import rules
 from tests.chart.helm import Object
@@ -131,7 +131,9 @@ def _of_secrets(volumes: list[Object]) -> list[list[str]]:
 
 def test_a_mapping_is_added_as_the_readme_says(tmp_path: Path) -> None:
     (tmp_path / "deployment.yaml").write_text(yaml.safe_dump(app(**MARK)), "utf-8")
-    shutil.copy(K8S.parent / "service/clerk_sync/presets/mirror.yaml", tmp_path / "mapping.yaml")
+    shutil.copy(
+        K8S.parent / "service/clerk_sync/mapping/presets/mirror.yaml", tmp_path / "mapping.yaml"
+    )
     own, more = example("kustomization.yaml"), example("mapping")
     own["components"] += more.pop("components")
     built = build(write(tmp_path, own | more))

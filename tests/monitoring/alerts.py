@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clerk_sync.events import PROBE
+from clerk_sync.clerk.events import PROBE
 from tests.monitoring import recordings, thresholds
 from tests.monitoring.recordings import failures_ratio
 from tests.monitoring.rules import INSTALLATION as BY

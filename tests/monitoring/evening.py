@@ -18,10 +18,12 @@ from typing import Any, Final
 
 import pytest
 
-from clerk_sync import committer, mapping_file, service
-from clerk_sync.answers import Answer
-from clerk_sync.mapping import Change
-from clerk_sync.tracing import Trace
+from clerk_sync import app
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.model import Change
+from clerk_sync.outcomes import Answer
+from clerk_sync.store import committer
+from clerk_sync.telemetry.tracing import Trace
 from tests import clerk_api, deliveries
 from tests import servers as database_servers
 from tests.conftest import Servers
@@ -358,7 +360,7 @@ async def a_defect(evening: Evening) -> None:
             CLERK_SYNC_PORT=slot.port,
             CLERK_SYNC_INTERNAL_PORT=slot.internal_port,
         )
-        running = service.running(settings, mapping_file.load("mirror"), committer_of=defective)
+        running = app.running(settings, loader.load("mirror"), committer_of=defective)
         async with running as urls, deliveries.talking_to(urls.url, urls.internal_url) as at:
             await at.until_ready()
             await asyncio.sleep(2 * SCRAPE_SECONDS)

@@ -18,8 +18,8 @@ from typing import Any, Final
 
 import aiohttp
 
-from clerk_sync import probe
-from clerk_sync.signature import signers
+from clerk_sync.clerk.signature import signers
+from clerk_sync.cli import probe
 from tests import deliveries, servers
 from tests.clerk_api import ClerkApi, Event
 from tests.deliveries import At, now_ms

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clerk_sync.events import PROBE
+from clerk_sync.clerk.events import PROBE
 from tests.monitoring.rules import INSTALLATION as BY
 from tests.monitoring.rules import Recording
 from tests.monitoring.thresholds import SILENCE_QUANTILE

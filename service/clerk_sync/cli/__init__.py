@@ -5,8 +5,8 @@ import signal
 import sys
 import traceback
 
-from clerk_sync.cli import deliveries, serving, walking  # noqa: F401 -- their commands join the group
-from clerk_sync.cli.frame import TERMINATED, cli, fail
+from clerk_sync.cli import deliveries, serve, sync  # noqa: F401 -- their commands join the group
+from clerk_sync.cli.common import TERMINATED, cli, fail
 
 __all__ = ["cli", "main"]
 

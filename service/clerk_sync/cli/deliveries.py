@@ -17,14 +17,16 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import aiohttp
 import click
 
-from clerk_sync import logs, samples, schema, signature
-from clerk_sync import quarantine as dead_letters
-from clerk_sync.answers import Answer, Outcome, Reason
-from clerk_sync.cli.frame import cli, command, fail, run, settled, text
-from clerk_sync.database import engine_of
-from clerk_sync.mapping import Mapping, change_of
+from clerk_sync.clerk import samples, signature
+from clerk_sync.clerk.signature import Delivery
+from clerk_sync.cli.common import cli, command, fail, run, settled, text
+from clerk_sync.database.connection import engine_of
+from clerk_sync.mapping.model import Mapping, change_of
+from clerk_sync.outcomes import Answer, Outcome, Reason
+from clerk_sync.schema import checks
 from clerk_sync.settings import Settings
-from clerk_sync.signature import Delivery
+from clerk_sync.store import quarantine as dead_letters
+from clerk_sync.telemetry import logs
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
@@ -114,7 +116,7 @@ def probe(url: str | None, seconds: float) -> None:
     1 says that what Clerk sends does not get through, and why.
     """
     settings, _ = settled(signing=True, mapped=False, located=False)
-    from clerk_sync import probe as probing  # noqa: PLC0415 -- the other commands need none
+    from clerk_sync.cli import probe as probing  # noqa: PLC0415 -- the other commands need none
 
     try:
         target = probing.address(url or _here(settings))
@@ -194,7 +196,7 @@ async def _applied(
     groups: AsyncIterator[Group],
 ) -> int:
     """Apply deliveries as the service would, group by group; 1 if any was not taken."""
-    from clerk_sync import service  # noqa: PLC0415
+    from clerk_sync import app  # noqa: PLC0415
 
     logs.configure(settings.log_level, settings.log_format)
     counts: Counter[str] = Counter()
@@ -215,10 +217,10 @@ async def _applied(
             return Answer(Outcome.REJECTED, error.reason)
 
     try:
-        async with service.committing(settings, mapping) as committer:
+        async with app.committing(settings, mapping) as committer:
             async for group in groups:
                 await asyncio.gather(*(told(name, delivery) for name, delivery in group))
-    except schema.SchemaFaults as error:
+    except checks.SchemaFaults as error:
         fail(*error.faults)
     click.echo(
         ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"
@@ -237,7 +239,7 @@ def _engine_work(work: Callable[[AsyncEngine], Coroutine[Any, Any, int]]) -> NoR
     async def around() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
-            if faults := await schema.own_faults(engine):
+            if faults := await checks.own_faults(engine):
                 fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
             return await work(engine)
         finally:

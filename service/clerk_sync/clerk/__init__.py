@@ -1,0 +1,1 @@
+"""What Clerk sends and answers. Knows no database."""

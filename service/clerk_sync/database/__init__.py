@@ -1,0 +1,1 @@
+"""Connections. Knows neither Clerk nor any table."""

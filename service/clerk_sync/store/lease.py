@@ -1,0 +1,202 @@
+"""A lease: of all processes on one database, one at a time does what only one may do.
+
+A holder that is dead is told by its row, which it no longer renews. One that only seems dead is
+told by its token, which every taking moves on: what it still writes under the old one is late.
+Single statements on one row, which also Vitess takes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import socket
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final
+
+import sqlalchemy as sa
+
+from clerk_sync.database.errors import Unavailable, engine_errors_told
+from clerk_sync.store.tables import leases
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncIterator
+
+    from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
+
+LEASE_SECONDS: Final = 15
+_STATEMENT_SECONDS: Final = 5
+_RELEASE_SECONDS: Final = 2
+
+# Milliseconds since 1970, by the database: the clocks of two pods differ. Neither depends on the
+# time zone of a session.
+_SQLITE_NOW: Final = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)"
+_MYSQL_NOW: Final = "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)"
+
+
+class Held(Exception):  # noqa: N818
+    """Somebody else holds the lease: who, and until when at least, by the database's clock."""
+
+    def __init__(self, name: str, holder: str, expires_ms: int) -> None:
+        until = datetime.fromtimestamp(expires_ms // 1000, UTC)
+        super().__init__(
+            f"{holder} is at work, and one at a time may be: wait for its end, then try again. It "
+            f"holds the lease `{name}` until {until:%Y-%m-%d %H:%M:%S} UTC, and longer while it "
+            "lives"
+        )
+        self.holder = holder
+        self.expires_ms = expires_ms
+
+
+class Lost(Exception):  # noqa: N818
+    """The lease is somebody else's by now."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lease:
+    """A lease that is held. `lost` is set once somebody else holds it.
+
+    `token` is greater than that of every holder before.
+    """
+
+    name: str
+    token: int
+    lost: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def check(self) -> None:
+        """Raise Lost once somebody else holds it."""
+        if self.lost.is_set():
+            raise Lost("another process has taken over the lease")
+
+
+def holder_name() -> str:
+    """What people may call this process: `clerk-sync-7c9f (pid 1)`."""
+    return f"{socket.gethostname()} (pid {os.getpid()})"
+
+
+@asynccontextmanager
+async def held(
+    engine: AsyncEngine,
+    name: str,
+    holder: str,
+    *,
+    seconds: float = LEASE_SECONDS,
+    patience: bool = True,
+) -> AsyncIterator[Lease]:
+    """Hold the lease `name` within, renewed three times in its `seconds`.
+
+    With patience, one that is held already is waited for until its holder renews it, so is
+    alive, or it expires, so its holder is dead. The renewal needs a connection of the engine's
+    pool beside those used within. Raises Held or Unavailable.
+    """
+    row = _Row(engine, name, seconds)
+    lease = Lease(name, await row.taken(holder, patience=patience))
+    renewal = asyncio.create_task(row.renewed(lease))
+    try:
+        yield lease
+    finally:
+        renewal.cancel()
+        await row.released(lease.token, after=renewal)
+
+
+class _Row:
+    """The row of one lease."""
+
+    def __init__(self, engine: AsyncEngine, name: str, seconds: float) -> None:
+        self._engine = engine
+        self._name = name
+        self._seconds = seconds
+        text = _SQLITE_NOW if engine.dialect.name == "sqlite" else _MYSQL_NOW
+        self._now: sa.ColumnElement[int] = sa.literal_column(text, sa.BigInteger)
+        self._expiry = self._now + round(seconds * 1000)
+
+    async def taken(self, holder: str, *, patience: bool) -> int:
+        """Take the lease; its token. Raises Held or Unavailable."""
+        seen = None
+        while True:
+            row = await self._read()
+            if row is None:
+                await self._make()
+            elif row.expires_ms <= row.now_ms:
+                if await self._take(holder, row.token + 1):
+                    return int(row.token) + 1
+                patience = False  # who was faster is alive
+            elif not patience or (seen and seen != (row.token, row.expires_ms)):
+                raise Held(self._name, row.holder, row.expires_ms)
+            else:
+                seen = (row.token, row.expires_ms)
+                await asyncio.sleep(self._seconds / 30)
+
+    async def renewed(self, lease: Lease) -> None:
+        """Renew the lease, until it is lost."""
+        pause = self._seconds / 3
+        while not lease.lost.is_set():
+            await asyncio.sleep(pause)
+            pause = self._seconds / 15
+            # Whatever fails: also after its time, it is ours while nobody else has taken it.
+            with suppress(Exception):
+                if not await self._expire(lease.token, self._expiry):
+                    # MySQL counts changed rows: one that would expire then anyway is not.
+                    row = await self._read()
+                    if row is None or row.token != lease.token:
+                        lease.lost.set()
+                pause = self._seconds / 3
+
+    async def released(self, token: int, *, after: asyncio.Task[Any]) -> None:
+        """Give the lease back once that task has ended, if the database can be told so in time."""
+        with suppress(Exception):
+            async with asyncio.timeout(_RELEASE_SECONDS):
+                await asyncio.wait([after])
+                await self._expire(token, sa.literal(0))
+
+    async def _read(self) -> sa.Row[Any] | None:
+        query: sa.Select[Any] = sa.select(*leases.c, self._now.label("now_ms"))
+        async with self._transaction() as connection:
+            found = await connection.execute(query.where(leases.c.name == self._name))
+            row: sa.Row[Any] | None = found.one_or_none()
+            return row
+
+    async def _make(self) -> None:
+        free = sa.insert(leases).values(name=self._name, holder="", token=0, expires_ms=0)
+        async with self._transaction() as connection:
+            with suppress(sa.exc.IntegrityError):  # somebody else just did
+                await connection.execute(free)
+
+    async def _take(self, holder: str, token: int) -> bool:
+        """Take the lease, unless it was taken or renewed since it was read."""
+        update = sa.update(leases).where(
+            leases.c.name == self._name,
+            leases.c.token == token - 1,
+            leases.c.expires_ms <= self._now,
+        )
+        taking = asyncio.create_task(
+            self._changed(update.values(holder=holder, token=token, expires_ms=self._expiry))
+        )
+        try:
+            return await asyncio.shield(taking)
+        except asyncio.CancelledError:
+            # Nobody would ever know whether it was ours, nor give it back.
+            with suppress(Exception):
+                async with asyncio.timeout(_RELEASE_SECONDS):
+                    if await taking:
+                        await self._expire(token, sa.literal(0))
+            raise
+
+    async def _expire(self, token: int, at: sa.ColumnElement[int]) -> bool:
+        """Let the lease end at another time; False if nothing changed."""
+        ours = sa.update(leases).where(leases.c.name == self._name, leases.c.token == token)
+        return await self._changed(ours.values(expires_ms=at))
+
+    async def _changed(self, update: sa.Update) -> bool:
+        async with self._transaction() as connection:
+            return (await connection.execute(update)).rowcount == 1
+
+    @asynccontextmanager
+    async def _transaction(self) -> AsyncIterator[AsyncConnection]:
+        with engine_errors_told():
+            try:
+                async with asyncio.timeout(_STATEMENT_SECONDS), self._engine.begin() as connection:
+                    yield connection
+            except TimeoutError:
+                raise Unavailable("the database did not answer in time") from None

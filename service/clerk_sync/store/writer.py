@@ -1,0 +1,419 @@
+"""One writer: a connection, and how a batch of changes gets through it.
+
+What the database refuses is told from the rest of its batch, so that one bad event hurts nobody
+else; what only time lets in is held; what cannot be taken now is the sender's to try again.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Final, TypeVar
+
+import stamina
+import structlog
+
+from clerk_sync.database.connection import Connection
+from clerk_sync.database.errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
+from clerk_sync.outcomes import Answer, Outcome, Reason
+from clerk_sync.store.quarantine import first_retry
+from clerk_sync.store.store import Fenced, quarantined
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clerk_sync.store.held import Entry, Held
+    from clerk_sync.store.store import Store
+    from clerk_sync.telemetry.metrics import Metrics
+
+log = structlog.get_logger()
+
+CONTENTION_ATTEMPTS: Final = 8
+CONTENTION_SECONDS: Final = 5.0
+# A connection older than this is replaced: PlanetScale cuts them after a day, and a rotated
+# password is taken up by then at the latest.
+CONNECTION_SECONDS: Final = 3600.0
+# For so long after a lock was met, every batch looks for locks before it writes: a wait for one
+# takes the whole batch's time.
+WARY_SECONDS: Final = 5.0
+# So many refusals in a row that nobody knows are the connection's fault.
+UNKNOWN_LIMIT: Final = 3
+
+_T = TypeVar("_T")
+Connect = Callable[[], Awaitable[Connection]]
+AWAY: Final = Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
+
+
+@dataclass(slots=True)
+class Status:
+    """What the writers of one committer share.
+
+    `store` is None until the schema is known to be right; `storeless` is what to answer while
+    there is none. `trouble` is set when the schema or the database turns out not to be there,
+    and `doubtful` when the schema wants another look, for whoever looks after them. `parked` is
+    set when an event came into quarantine that is tried again. `fenced` says that the store's
+    lease is somebody else's: nothing is written any more. `commits` counts transactions.
+    """
+
+    store: Store | None = None
+    storeless: Reason = Reason.DATABASE
+    trouble: asyncio.Event = field(default_factory=asyncio.Event)
+    doubtful: bool = False
+    parked: asyncio.Event = field(default_factory=asyncio.Event)
+    fenced: bool = False
+    connections: int = 0
+    commits: int = 0
+    wary_until: float = 0.0
+    # MariaDB before 10.6 and some releases of Vitess do not know SKIP LOCKED.
+    skips_locked: bool = True
+
+    def doubt(self) -> None:
+        """Have the schema looked at again, now."""
+        self.doubtful = True
+        self.trouble.set()
+
+
+class Writer:
+    """Commits batches by a connection of its own, which is opened when one comes."""
+
+    def __init__(self, connect: Connect, status: Status, held: Held, metrics: Metrics) -> None:
+        self._connect = connect
+        self._status = status
+        self._held = held
+        self._metrics = metrics
+        self._connection: Connection | None = None
+        self._opened = 0.0
+        self._unknown = 0
+
+    def close(self) -> None:
+        """Close the connection, until the next batch."""
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
+            self._status.connections -= 1
+
+    async def write(self, batch: Sequence[Entry]) -> bool:
+        """Answer the whole batch, but for what is held; False when there is no database."""
+        for entry in batch:
+            if entry.trace is not None:
+                entry.trace.taken()
+        return await self._answered(batch, self._commit)
+
+    async def retry(self, batch: Sequence[Entry]) -> bool:
+        """Try changes that were held, again: each gets its answer, or is held on."""
+        return await self._answered(batch, self._commit_held)
+
+    async def _answered(
+        self, batch: Sequence[Entry], work: Callable[[Sequence[Entry]], Awaitable[None]]
+    ) -> bool:
+        answer = AWAY
+        reused = self._connection is not None
+        connected = True
+        try:
+            reused = not await self._open() and reused
+            await work(batch)
+        except Fenced:
+            self._status.fenced = True
+        except (SchemaChanged, Refused) as error:
+            # Where not even the quarantine is taken, our own tables are not what they should be.
+            log.error("schema_changed", error=str(error))
+            self._status.doubt()
+            answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
+        except Unavailable as error:
+            connected = self._connection is not None
+            self.close()
+            if reused and not isinstance(error, Contention):
+                # It may have been cut while it lay idle: once more, on a new one.
+                return await self._answered(_unanswered(batch), work)
+            log.error("database_unavailable", error=str(error))
+            self._status.trouble.set()
+        except Exception:
+            log.exception("defect")
+            answer = Answer(Outcome.ERROR, Reason.INTERNAL)
+        else:
+            return True
+        self.close()
+        for entry in _unanswered(batch):
+            entry.resolve(answer)
+        return connected or self._status.connections > 0
+
+    async def _open(self) -> bool:
+        """Have a connection; whether it is a new one."""
+        if self._connection is not None:
+            if time.monotonic() - self._opened < CONNECTION_SECONDS:
+                return False
+            self.close()
+        self._connection = await self._connect()
+        self._opened = time.monotonic()
+        self._unknown = 0
+        self._status.connections += 1
+        return True
+
+    # A batch
+
+    async def _commit(self, batch: Sequence[Entry]) -> None:
+        """Commit and answer the batch, taken apart until what fails stands alone."""
+        batch = _unanswered(batch)  # a caller who is gone costs nothing
+        if time.monotonic() < self._status.wary_until:
+            batch = await self._past_locks(batch)
+        if not batch:
+            return
+        exemplar = next((entry.trace.exemplar for entry in batch if entry.trace is not None), None)
+        try:
+            answers = await self._applied(batch, exemplar)
+        except LockWait as error:
+            await self._around_locks(batch, error)
+        except Exception as error:
+            if isinstance(error, Unavailable) and not isinstance(error, SchemaChanged):
+                raise
+            await self._rollback()
+            if len(batch) > 1:
+                await self._take_apart(batch)
+                return
+            if _unknown(error):
+                self._count_unknown(error)
+            if not self._set_aside(batch[0], error):
+                await self._commit(batch)
+        else:
+            self._unknown = 0
+            _resolve(batch, answers)
+
+    async def _around_locks(self, batch: Sequence[Entry], error: LockWait) -> None:
+        """Commit a batch of which something is locked by others."""
+        await self._rollback()
+        self._status.wary_until = time.monotonic() + WARY_SECONDS
+        free = await self._past_locks(batch)
+        if len(free) < len(batch):
+            await self._commit(free)
+        elif len(batch) > 1:
+            # Nobody can say whose lock it is: each that meets it waits its full time.
+            for entry in batch:
+                await self._commit([entry])
+        else:
+            self._give_up(batch[0], error)
+
+    async def _take_apart(self, batch: Sequence[Entry]) -> None:
+        """Commit a batch of which something is refused."""
+        refused: dict[int, Refused | SchemaChanged] = {}
+        try:
+            refused = await self._refusals(batch)
+        except LockWait as error:
+            await self._around_locks(batch, error)
+            return
+        except (Refused, SchemaChanged):  # it is in nobody's row
+            await self._rollback()
+        if len(refused) == len(batch) and all(map(_unknown, refused.values())):
+            self._count_unknown(refused[0])
+        if not refused:
+            middle = len(batch) // 2
+            await self._commit(batch[:middle])
+            await self._commit(batch[middle:])
+            return
+        await self._commit(
+            [
+                entry
+                for place, entry in enumerate(batch)
+                if place not in refused or not self._set_aside(entry, refused[place])
+            ]
+        )
+
+    def _set_aside(self, entry: Entry, error: Exception) -> bool:
+        """Deal with a change that failed by itself; False when its place is the quarantine now."""
+        change = entry.change
+        about = {
+            "svix_id": change.delivery_id,
+            "type": change.type,
+            "clerk_id": change.clerk_id,
+            "error": str(error),
+        }
+        if isinstance(error, SchemaChanged):
+            log.error("schema_changed", **about)
+            self._status.doubt()
+            entry.resolve(Answer(Outcome.UNAVAILABLE, Reason.SCHEMA))
+        elif not isinstance(error, Refused):
+            log.error("defect", svix_id=change.delivery_id, exc_info=error)
+            entry.resolve(Answer(Outcome.ERROR, Reason.INTERNAL))
+        elif error.reason is None:
+            log.error("refused", **about)
+            entry.resolve(AWAY)
+        elif entry.parked:
+            entry.resolve(Answer(Outcome.QUARANTINED, error.reason))
+        elif change.reason is not None and change.payload is None:
+            raise error  # not even the quarantine takes it
+        elif change.reason is not None:
+            # Larger than the server takes, perhaps: then without the payload.
+            entry.change = replace(change, payload=None, retry_at_ms=None)
+            return False
+        elif not error.depends or not self._held.hold(entry):
+            log.warning("refused", reason=error.reason.value, **about)
+            again = first_retry(_now_ms()) if error.depends else None
+            if again is not None:
+                self._status.parked.set()
+            entry.change = quarantined(change, error.reason, str(error), retry_at_ms=again)
+            return False
+        return True
+
+    def _count_unknown(self, error: Exception) -> None:
+        """Count a refusal of everything. Raises Unavailable when it is the connection's fault."""
+        self._unknown += 1
+        if self._unknown >= UNKNOWN_LIMIT:
+            raise Unavailable(f"{error}, which is not known, {self._unknown} times in a row")
+
+    async def _past_locks(self, batch: Sequence[Entry]) -> Sequence[Entry]:
+        """The changes whose rows nobody has locked; the others are held, or given up."""
+        store = self._status.store
+        if store is None or not self._status.skips_locked or not batch:
+            return batch
+        changes = [entry.change for entry in batch]
+        try:
+            locked = await self._persistently(lambda: store.locked(self._there, changes))
+        except Refused as error:
+            await self._rollback()
+            if _unknown(error):  # a syntax error
+                self._status.skips_locked = False
+            return batch
+        for place in locked:
+            if not self._held.hold(batch[place]):
+                self._give_up(batch[place], LockWait("a row is locked by another transaction"))
+        return [entry for place, entry in enumerate(batch) if place not in locked]
+
+    def _give_up(self, entry: Entry, error: LockWait) -> None:
+        log.warning("row_locked", svix_id=entry.change.delivery_id, error=str(error))
+        entry.resolve(AWAY)
+
+    # What was held
+
+    async def _commit_held(self, batch: Sequence[Entry]) -> None:
+        """Commit what is let in by now, as one transaction, in which unique values may swap."""
+        tried = await self._past_locks(_unanswered(batch))
+        rest: list[Entry] = []
+        try:
+            refused = await self._refusals(tried)
+            swapped = await self._swappable(
+                [tried[place] for place, error in refused.items() if _conflicts(error)]
+            )
+            for place, error in refused.items():
+                if tried[place] not in swapped and not self._set_aside(tried[place], error):
+                    rest.append(tried[place])
+            tried = [one for place, one in enumerate(tried) if place not in refused] + swapped
+            if tried:
+                _resolve(tried, await self._applied(tried, vacating=swapped))
+        except LockWait as error:
+            await self._rollback()
+            for entry in _unanswered(tried):
+                if entry not in rest and not self._held.hold(entry):
+                    self._give_up(entry, error)
+        except (Refused, SchemaChanged):
+            await self._rollback()
+            waiting = [entry for entry in _unanswered(tried) if entry not in rest]
+            rest += [entry for entry in waiting if not self._held.hold(entry)]
+        # For the quarantine; or it has had its time, and ends here, whatever it meets.
+        await self._commit(rest)
+
+    async def _swappable(self, conflicting: list[Entry]) -> list[Entry]:
+        """Those that are let in when all of them first give up their unique values."""
+        while len(conflicting) > 1:
+            refused = await self._refusals(conflicting, vacating=conflicting)
+            if not refused:
+                return conflicting
+            # One that is refused gives up no value: without it, others may be refused.
+            conflicting = [one for place, one in enumerate(conflicting) if place not in refused]
+        return []
+
+    # Transactions
+
+    @property
+    def _there(self) -> Connection:
+        assert self._connection is not None
+        return self._connection
+
+    async def _rollback(self) -> None:
+        await self._there.rollback()
+
+    async def _refusals(
+        self, batch: Sequence[Entry], *, vacating: Sequence[Entry] = ()
+    ) -> dict[int, Refused | SchemaChanged]:
+        async def refusals() -> dict[int, Refused | SchemaChanged]:
+            store = self._status.store
+            if store is None or not batch:
+                return {}
+            changes = [entry.change for entry in batch]
+            moving = [entry.change for entry in vacating]
+            return await store.refusals(self._there, changes, now_ms=_now_ms(), vacating=moving)
+
+        return await self._persistently(refusals)
+
+    async def _applied(
+        self,
+        batch: Sequence[Entry],
+        exemplar: dict[str, str] | None = None,
+        *,
+        vacating: Sequence[Entry] = (),
+    ) -> list[Answer]:
+        """Apply the changes as one transaction."""
+        changes = [entry.change for entry in batch]
+        moving = [entry.change for entry in vacating]
+
+        async def apply() -> list[Answer]:
+            store = self._status.store
+            if store is None:
+                return [Answer(Outcome.UNAVAILABLE, self._status.storeless)] * len(changes)
+            started = time.perf_counter()
+            answers = await store.apply(self._there, changes, now_ms=_now_ms(), vacating=moving)
+            self._status.commits += 1
+            self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
+            committed_ms = _now_ms()
+            for entry, answer in zip(batch, answers, strict=True):
+                change = entry.change
+                # One that is sent again, by Svix or by hand, had its effect before; and how long
+                # one was in quarantine says nothing of how late events are.
+                known = entry.parked or answer.outcome is Outcome.DUPLICATE
+                if change.event_ms and change.delivery_id is not None and not known:
+                    self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
+            return answers
+
+        return await self._persistently(apply)
+
+    async def _persistently(self, work: Callable[[], Awaitable[_T]]) -> _T:
+        """Do the work, again while other transactions are in its way."""
+        try:
+            return await work()
+        except Contention:
+            async for attempt in stamina.retry_context(
+                on=Contention,
+                attempts=CONTENTION_ATTEMPTS,
+                timeout=CONTENTION_SECONDS,
+                wait_initial=0.01,
+                wait_max=0.5,
+            ):
+                with attempt:
+                    self._metrics.contention.inc()
+                    await self._rollback()
+                    return await work()
+            raise
+
+
+def _unknown(error: Exception) -> bool:
+    """Whether the database refused by a number that nobody knows."""
+    return isinstance(error, Refused) and error.reason is None
+
+
+def _conflicts(error: Exception) -> bool:
+    return isinstance(error, Refused) and error.reason is Reason.CONFLICT
+
+
+def _unanswered(batch: Sequence[Entry]) -> list[Entry]:
+    return [entry for entry in batch if not entry.held and not entry.answer.done()]
+
+
+def _resolve(batch: Sequence[Entry], answers: Sequence[Answer]) -> None:
+    for entry, answer in zip(batch, answers, strict=True):
+        if entry.trace is not None:
+            entry.trace.settled(len(batch))
+        entry.resolve(answer)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

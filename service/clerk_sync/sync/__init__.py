@@ -1,0 +1,1 @@
+"""Clerk's API becomes changes, beside the webhooks."""

@@ -1,0 +1,192 @@
+"""What Clerk's API says, beside what the tables hold: what differs, and the Change that mends it.
+
+It only reads. Whether a Change may still be written is decided by `store.apply`, under lock.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from clerk_sync.clerk.events import Action
+from clerk_sync.database.connection import COMMIT
+from clerk_sync.outcomes import Verdict
+from clerk_sync.store.sql import union
+from clerk_sync.store.values import Unfit, as_text, read_time_ms
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from clerk_sync.database.connection import Connection, Step
+    from clerk_sync.mapping.model import Change
+    from clerk_sync.outcomes import Reason
+    from clerk_sync.store.store import Key, Store
+    from clerk_sync.store.target import Target
+
+# Clerk's API may lag behind its own webhooks: what came within this time is not doubted.
+SETTLED_MS: Final = 60_000
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One column: its name, Clerk's value, the table's."""
+
+    column: str
+    wanted: Any
+    stored: Any
+
+
+@dataclass(frozen=True, slots=True)
+class Compared:
+    """One object of Clerk's beside its row.
+
+    `mend` is the Change that brings the row to what Clerk says, None where none is needed or
+    possible. `ahead` is what our state says where its version is higher than Clerk's, and has
+    been for a while. `buried` says that Clerk still has what was deleted here a while ago.
+    """
+
+    clerk_id: str
+    verdict: Verdict
+    mend: Change | None = None
+    differences: tuple[Difference, ...] = ()
+    ahead: State | None = None
+    buried: bool = False
+    reason: Reason | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """An entity as clerk-sync knows it; times are unix milliseconds.
+
+    `delivered` says that its content came by a webhook, not from Clerk's API.
+    """
+
+    version_ms: int
+    event_ms: int
+    delivered: bool
+    deleted_ms: int | None
+    synced_ms: int
+
+
+async def states_of(
+    connection: Connection, store: Store, kind: str, ids: Sequence[str]
+) -> dict[str, State]:
+    """What is known of these entities."""
+    result, _ = await connection.run([store.own.states[kind].of(ids), COMMIT])
+    return {clerk_id: state for (_, clerk_id), state in _states(result.rows).items()}
+
+
+async def compared(
+    connection: Connection, store: Store, kind: str, changes: Sequence[Change]
+) -> list[Compared]:
+    """Each change, made of what Clerk's API gave for one kind, beside its row.
+
+    One round trip. Raises Unavailable.
+    """
+    if not changes:
+        return []
+    target = store.targets[kind]
+    rows: dict[str, list[Any] | Unfit] = {}
+    wanted: dict[str, set[str]] = defaultdict(set)
+    for change in changes:
+        clerk_id = change.clerk_id or ""
+        wanted[kind].add(clerk_id)
+        try:
+            row = target.row(clerk_id, change.row or {})
+        except Unfit as error:
+            rows[clerk_id] = error
+            continue
+        rows[clerk_id] = row
+        for owner_kind, owner_id in target.owners_of(row):
+            wanted[owner_kind].add(owner_id)
+    reads = [store.own.states[kind].of(sorted(ids)) for kind, ids in wanted.items()]
+    steps: list[Step] = [union(reads), target.read.of(sorted(wanted[kind])), COMMIT]
+    known, stored, _ = await connection.run(steps)
+    states = _states(known.rows)
+    there = {as_text(row[0]): row for row in stored.rows}
+    return [
+        _compared(
+            change, store, rows[change.clerk_id or ""], there.get(change.clerk_id or ""), states
+        )
+        for change in changes
+    ]
+
+
+def _states(rows: Sequence[Sequence[Any]]) -> dict[Key, State]:
+    return {
+        (kind, clerk_id): State(
+            version_ms,
+            event_ms,
+            bool(source),
+            read_time_ms(deleted_at),
+            read_time_ms(synced_at) or 0,
+        )
+        for kind, clerk_id, version_ms, event_ms, source, deleted_at, synced_at in rows
+    }
+
+
+def _compared(
+    change: Change,
+    store: Store,
+    row: list[Any] | Unfit,
+    stored: Sequence[Any] | None,
+    states: dict[Key, State],
+) -> Compared:
+    clerk_id = change.clerk_id or ""
+    target = store.targets[change.kind or ""]
+    state = states.get((change.kind or "", clerk_id))
+    if state is not None and state.deleted_ms is not None:
+        buried = change.event_ms - state.deleted_ms > SETTLED_MS
+        return replace(lingering(change, target, stored, state.deleted_ms), buried=buried)
+    if isinstance(row, Unfit):
+        return Compared(clerk_id, Verdict.UNFIT, None, reason=row.reason)
+    for owner in target.owners_of(row):
+        its = states.get(owner)
+        if its is not None and store.has_no_row(
+            owner[0], its.version_ms, deleted=its.deleted_ms is not None
+        ):
+            return lingering(change, target, stored, change.event_ms)
+    places = target.differing(row, stored) if stored is not None else []
+    # Without a time of its own, an object's version is when it was asked for.
+    dated = change.version_ms != change.event_ms
+    behind = state is None or (state.version_ms < change.version_ms and (dated or bool(places)))
+    # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
+    far = state is not None and state.version_ms > change.version_ms + SETTLED_MS
+    if stored is not None and not places and not behind and not far:
+        return Compared(clerk_id, Verdict.SAME)
+    change = replace(change, row=None, fitted=row)
+    differences = tuple(
+        Difference(target.names[place], row[place], stored[place])
+        for place in places
+        if stored is not None
+    )
+    if state is None or behind:
+        verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
+        return Compared(clerk_id, verdict, change, differences)
+    verdict = Verdict.MISSING if stored is None else Verdict.DRIFTED
+    if state.version_ms == change.version_ms and state.event_ms < change.event_ms:
+        return Compared(clerk_id, verdict, change, differences)
+    if state.synced_ms > change.event_ms - SETTLED_MS:
+        return Compared(clerk_id, Verdict.NEWER)
+    return Compared(clerk_id, verdict, change, differences, ahead=state)
+
+
+def lingering(
+    change: Change, target: Target, stored: Sequence[Any] | None, deleted_ms: int
+) -> Compared:
+    """A deleted object: its row has to be gone, or marked."""
+    clerk_id = change.clerk_id or ""
+    mark = target.mapping.mark
+    if stored is None or (mark is not None and stored[-1] is not None):
+        return Compared(clerk_id, Verdict.NEWER)
+    delete = replace(
+        change,
+        action=Action.DELETE,
+        version_ms=0,
+        event_ms=deleted_ms,
+        row=None,
+        claims=None,
+        fitted=None,
+    )
+    return Compared(clerk_id, Verdict.DELETED, delete)
