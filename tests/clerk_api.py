@@ -90,7 +90,7 @@ def _errors(code: str, message: str, long_message: str, meta: Mapping[str, Any])
     return bytes_of({"errors": [error], "clerk_trace_id": secrets.token_hex(16)})
 
 
-class _Refused(Exception):  # noqa: N818 -- it is named for what happened to the request
+class _Refused(Exception):
     """An answer that is an error, in Clerk's form."""
 
     def __init__(
@@ -120,7 +120,7 @@ def _unbuilt(what: str) -> _Refused:
     return _Refused(501, "not_in_stand_in", f"this stand-in does not know {what}")
 
 
-class _LostCursor(Exception):  # noqa: N818 -- it is named for what it is about
+class _LostCursor(Exception):
     """Nobody has the id in `starting_after`."""
 
 

@@ -36,7 +36,7 @@ LOVELACE: Final = "Ada Lovelace"
 KING: Final = "Ada King"
 
 
-class Failed(Exception):  # noqa: N818 -- it is named for what happened to the demo
+class Failed(Exception):
     """The service could not be shown; the message says what it wrote."""
 
 

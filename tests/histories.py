@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, Self
 
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.database.connection import connect, engine_of
-from clerk_sync.database.errors import Contention, Refused, SchemaChanged
+from clerk_sync.database.errors import Contention, RejectedByDatabase, SchemaChanged
 from clerk_sync.database.url import target_of
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Change, change_of
@@ -242,7 +242,9 @@ class Halting:
         self._trips += 1
         return await self._connection.run(steps)
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         return await self._connection.try_each(steps)
 
     async def rollback(self) -> None:

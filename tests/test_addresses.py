@@ -10,8 +10,8 @@ import pytest
 import sqlalchemy as sa
 
 from clerk_sync.database.connection import connect, engine_of
-from clerk_sync.database.errors import Unavailable, engine_errors_told
-from clerk_sync.database.url import InvalidDatabase, Target, mysql_target, target_of
+from clerk_sync.database.errors import DatabaseUnavailable, translate_engine_errors
+from clerk_sync.database.url import InvalidDatabaseUrl, Target, mysql_target, target_of
 from clerk_sync.settings import load
 from tests.servers import query, url_of, write_certificates
 
@@ -120,7 +120,7 @@ def test_urls_of_providers_are_understood(url: str, mode: str, ca_file: str) -> 
 def test_what_says_how_safe_it_has_to_be_is_never_ignored(
     options: str, told: str, ca_file: str
 ) -> None:
-    with pytest.raises(InvalidDatabase) as refused:
+    with pytest.raises(InvalidDatabaseUrl) as refused:
         target_of(f"mysql://u:{HUNTER}@h/app?{options.replace(OWN_CA, ca_file)}")
     assert str(refused.value).startswith(told)
     assert HUNTER not in str(refused.value)
@@ -146,7 +146,7 @@ def test_what_says_how_safe_it_has_to_be_is_never_ignored(
     ],
 )
 def test_what_is_no_url_is_told_how_to_be_one(url: str, told: str) -> None:
-    with pytest.raises(InvalidDatabase) as refused:
+    with pytest.raises(InvalidDatabaseUrl) as refused:
         target_of(url)
     assert str(refused.value).startswith(told)
     assert HUNTER not in str(refused.value)
@@ -159,7 +159,7 @@ def test_addresses_of_ip_6_have_brackets_in_a_url_and_for_people() -> None:
     assert target_of("mysql://u:p@[fe80::1%25eth0]:3307/app").host == "fe80::1%eth0"
     pieces: dict[str, Any] = {"port": 3306, "name": "app", "username": "u", "password": ""}
     assert mysql_target(host="[fd00::1]", **pieces).host == "fd00::1"
-    with pytest.raises(InvalidDatabase, match="has a port in its host"):
+    with pytest.raises(InvalidDatabaseUrl, match="has a port in its host"):
         mysql_target(host="db.example.com:3306", **pieces)
 
 
@@ -187,10 +187,10 @@ def test_a_host_that_is_a_path_is_a_socket(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 async def cipher(url: str) -> str:
-    """What encrypts a connection of the engine. Raises Unavailable, with advice."""
+    """What encrypts a connection of the engine. Raises DatabaseUnavailable, with advice."""
     engine = engine_of(lambda: target_of(url), size=1)
     try:
-        with engine_errors_told():
+        with translate_engine_errors():
             async with engine.connect() as connection:
                 found = await connection.execute(sa.text("SHOW STATUS LIKE 'Ssl_cipher'"))
                 return str(found.one()[1])
@@ -213,10 +213,10 @@ async def test_a_certificate_without_the_hosts_name_is_verified_by_its_ca_alone(
 ) -> None:
     url = mysql_server.create_database("tls").replace("127.0.0.1", "127.1")
     assert await cipher(f"{url}?tls=verify-ca&tls_ca={mysql_server.ca_file}")
-    with pytest.raises(Unavailable, match="certificate verify failed") as failed:
+    with pytest.raises(DatabaseUnavailable, match="certificate verify failed") as failed:
         await cipher(f"{url}?tls=verify-ca&tls_ca={mysql_server.wrong_ca_file}")
     assert "DATABASE_TLS_CA" in str(failed.value)
-    with pytest.raises(Unavailable, match=r"\?tls=verify-ca or DATABASE_TLS=verify-ca"):
+    with pytest.raises(DatabaseUnavailable, match=r"\?tls=verify-ca or DATABASE_TLS=verify-ca"):
         await cipher(f"{url}?tls=verify&tls_ca={mysql_server.ca_file}")
 
 
@@ -226,7 +226,7 @@ async def test_a_server_that_demands_tls_is_reached_by_the_setting_that_it_asks_
     url = mysql_server.create_database("tls")
     mysql_server.execute("SET GLOBAL require_secure_transport = ON")
     try:
-        with pytest.raises(Unavailable, match=r"\?tls=verify or DATABASE_TLS=verify"):
+        with pytest.raises(DatabaseUnavailable, match=r"\?tls=verify or DATABASE_TLS=verify"):
             await cipher(f"{url}?tls=disable")
         assert await cipher(f"{url}?tls=verify-ca&tls_ca={mysql_server.ca_file}")
         assert await cipher(f"{url}?tls=verify&tls_ca={mysql_server.ca_file}")
@@ -251,7 +251,7 @@ async def test_the_certificate_that_mysql_makes_for_itself_is_enough(
         pytest.skip("the server is in a container")
     shutil.copy(made, tmp_path / "ca.pem")
     url = server.create_database("tls")
-    with pytest.raises(Unavailable, match="verify-ca verifies the CA alone"):
+    with pytest.raises(DatabaseUnavailable, match="verify-ca verifies the CA alone"):
         await cipher(f"{url}?ssl-mode=REQUIRED&ssl-ca={tmp_path}/ca.pem")
     assert await cipher(f"{url}?ssl-mode=VERIFY_CA&ssl-ca={tmp_path}/ca.pem")
 
@@ -261,5 +261,7 @@ async def test_a_server_without_tls_is_told_apart(mysql_server: Managed, servers
     server = servers.having(mysql_server.flavour, option)
     url = server.create_database("tls")
     assert await cipher(url) == ""
-    with pytest.raises(Unavailable, match=r"the server offers no TLS; .*DATABASE_TLS=disable"):
+    with pytest.raises(
+        DatabaseUnavailable, match=r"the server offers no TLS; .*DATABASE_TLS=disable"
+    ):
         await cipher(f"{url}?sslmode=REQUIRED")

@@ -28,7 +28,7 @@ import sqlalchemy as sa
 
 from clerk_sync.clerk.api import PAGE_LIMIT
 from clerk_sync.clerk.listing import OVERLAP
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping import loader
 from clerk_sync.sync import runs
 from clerk_sync.sync.backfill import fingerprint
@@ -440,7 +440,7 @@ async def test_what_does_not_fit_is_told_and_the_rest_is_written(
         assert "user: read 20, wrote 18, skipped 0 as in step or newer here, could not write 2" in (
             done.out
         )
-        told = {line["clerk_id"]: line["reason"] for line in done.logged("unfit")}
+        told = {line["clerk_id"]: line["reason"] for line in done.logged("invalid_value")}
         assert told == {
             "user_00003": "too_long",
             "user_00005": "bad_version",
@@ -506,12 +506,12 @@ async def test_half_a_character_stops_no_walk(database_url: str, tmp_path: Path)
     async with site(api, database_url, tmp_path) as here:
         done = await here.run("backfill")
         assert (done.code, len(await here.ids("clerk_users"))) == (1, 18)
-        told = {line["clerk_id"]: line["reason"] for line in done.logged("unfit")}
+        told = {line["clerk_id"]: line["reason"] for line in done.logged("invalid_value")}
         assert told == {"user_00003": "wrong_type", "user_00019": "wrong_type"}
         for arguments in (("--dry-run", "--show-values"), ()):
             done = await here.run("reconcile", *arguments)
             assert done.code == 2, done.err
-            assert {line["clerk_id"] for line in done.logged("unfit")} == told.keys()
+            assert {line["clerk_id"] for line in done.logged("invalid_value")} == told.keys()
 
 
 async def test_an_instance_without_organizations(embedded_url: str, tmp_path: Path) -> None:
@@ -951,11 +951,11 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         async def said() -> str:
             return command.said
 
-        await deliveries.until(said, lambda text: "database_away" in text)
+        await deliveries.until(said, lambda text: "waiting_for_database" in text)
         command.signal(signal.SIGTERM)
         done = await command.ended(seconds=2)
         assert done.code == 143
-        (told,) = done.logged("database_away")
+        (told,) = done.logged("waiting_for_database")
         assert "Can't connect" in told["error"]
         assert told["seconds"] == 60
         assert "hunter2" not in done.err
@@ -963,7 +963,7 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         # For as long as later in a run.
         settings, mapping = settings_of(url, api), loader.load("mirror")
         begun = time.monotonic()
-        with pytest.raises(Unavailable, match="Can't connect"):
+        with pytest.raises(DatabaseUnavailable, match="Can't connect"):
             async with runs.walks(settings, mapping, Metrics(), patience=1):
                 pass
         assert time.monotonic() - begun < 3
@@ -979,7 +979,7 @@ async def test_a_database_that_does_not_let_us_in_is_told_at_once(
         users = (_as(url, "nobody", None), _as(url, "locked_out", "x"))
         for wrong in (url.replace("clerk_sync_denied", "clerk_sync_none"), *users):
             done = await Site(api, wrong, tmp_path).run("backfill", seconds=10)
-            assert (done.code, done.logged("database_away")) == (1, [])
+            assert (done.code, done.logged("waiting_for_database")) == (1, [])
     mysql_server.execute("DROP USER locked_out")
     mysql_server.drop_database("clerk_sync_denied")
 

@@ -23,11 +23,11 @@ from clerk_sync.clerk.api import (
     LONGEST_PAUSE,
     PAGE_LIMIT,
     Clerk,
-    ClerkBusy,
+    ClerkRateLimited,
     ClerkRefused,
     ClerkUnavailable,
+    DeletionUnconfirmed,
     Rate,
-    Unconfirmed,
     rate_limit,
 )
 from clerk_sync.telemetry.metrics import Metrics
@@ -257,18 +257,18 @@ async def test_only_clerk_can_say_that_something_is_not_there(ask: Asking, body:
         lambda: ask.clerk.membership("orgmem_1", **ends),
     ]
     for look in looks:
-        with pytest.raises(Unconfirmed):
+        with pytest.raises(DeletionUnconfirmed):
             await look()
 
 
 @pytest.mark.parametrize("status", [400, 405, 410, 422, 451])
 async def test_another_status_is_no_word_for_it(ask: Asking, status: int) -> None:
     ask.api.faults.append(clerk_api.failing(status, body=error(), times=3))
-    with pytest.raises(Unconfirmed):
+    with pytest.raises(DeletionUnconfirmed):
         await ask.clerk.one("user", "user_1")
-    with pytest.raises(Unconfirmed):
+    with pytest.raises(DeletionUnconfirmed):
         await ask.clerk.one("organization", "org_1")
-    with pytest.raises(Unconfirmed):
+    with pytest.raises(DeletionUnconfirmed):
         await ask.clerk.membership("orgmem_1", organization="org_1", user="user_3")
 
 
@@ -283,18 +283,18 @@ async def test_another_status_is_no_word_for_it(ask: Asking, status: int) -> Non
 )
 async def test_one_object_is_the_one_that_was_asked_for(ask: Asking, body: bytes) -> None:
     ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/users/"))
-    with pytest.raises(Unconfirmed, match="CLERK_API_URL"):
+    with pytest.raises(DeletionUnconfirmed, match="CLERK_API_URL"):
         await ask.clerk.one("user", "user_1")
     body = body.replace(b"user_1", b"org_1").replace(b"USER_1", b"ORG_1")
     body = body.replace(b'"user"', b'"organization"').replace(b'"User"', b'"Organization"')
     ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/organizations/"))
-    with pytest.raises(Unconfirmed, match="CLERK_API_URL"):
+    with pytest.raises(DeletionUnconfirmed, match="CLERK_API_URL"):
         await ask.clerk.one("organization", "org_1")
 
 
 async def test_an_organization_of_this_slug_is_another_one(ask: Asking) -> None:
     ask.api.put_organization("org_2", slug="org_gone")
-    with pytest.raises(Unconfirmed):
+    with pytest.raises(DeletionUnconfirmed):
         await ask.clerk.one("organization", "org_gone")
 
 
@@ -325,7 +325,7 @@ async def test_a_membership_is_gone_only_by_a_list_that_is_whole(
 ) -> None:
     body = clerk_api.bytes_of(answer)
     ask.api.faults.append(clerk_api.failing(200, body=body, path="/v1/organizations/"))
-    with pytest.raises(Unconfirmed):
+    with pytest.raises(DeletionUnconfirmed):
         await ask.clerk.membership("orgmem_1", organization="org_1", user="user_3")
 
 
@@ -568,7 +568,7 @@ async def test_a_wait_that_cannot_be_read_is_a_second(ask: Asking, retry_after: 
 async def test_429_without_end_is_given_up_and_burns_no_requests() -> None:
     async with asking(clerk_api.ClerkApi(), patience=4) as ask:
         ask.api.faults.append(clerk_api.too_many("0", times=1000))
-        with pytest.raises(ClerkBusy, match="429") as busy:
+        with pytest.raises(ClerkRateLimited, match="429") as busy:
             await ask.users()
         first, second, third = ask.api.asked
         assert second.at - first.at >= 1
@@ -590,12 +590,12 @@ async def test_a_wait_of_a_day_is_a_minute_and_is_said_at_once(
         ask.api.faults.append(clerk_api.too_many(day))
         for _ in range(2):
             begun = time.monotonic()
-            with pytest.raises(ClerkBusy) as busy:
+            with pytest.raises(ClerkRateLimited) as busy:
                 await ask.users()
             assert time.monotonic() - begun < 0.5
             assert 58 < busy.value.seconds <= LONGEST_PAUSE == 60
         assert len(ask.api.asked) == 1
-    lines = [line for line in capsys.readouterr().out.splitlines() if "clerk_says_wait" in line]
+    lines = [line for line in capsys.readouterr().out.splitlines() if "clerk_rate_limited" in line]
     assert len(lines) == 1
     assert re.search(r"pause=60 +seconds=(86400|86399)", lines[0])
 
@@ -612,7 +612,7 @@ async def test_the_log_tells_once_of_many_long_waits(
 ) -> None:
     ask.api.faults.append(clerk_api.too_many("5", times=2))
     await asyncio.gather(ask.users(), ask.users())
-    assert capsys.readouterr().out.count("clerk_says_wait") == 1
+    assert capsys.readouterr().out.count("clerk_rate_limited") == 1
 
 
 async def test_a_share_of_the_rate_is_kept() -> None:

@@ -649,7 +649,7 @@ def test_replay_shows_nothing_private_even_when_the_database_refuses() -> None:
     assert done.returncode == 0
     *logged, told, summary = done.stdout.splitlines()
     assert (told, summary) == ("line 1: quarantined conflict", "1 quarantined")
-    assert [json.loads(line)["event"] for line in logged] == ["refused"]
+    assert [json.loads(line)["event"] for line in logged] == ["rejected_by_database"]
     assert "ada@" not in done.stdout + done.stderr
 
 

@@ -197,7 +197,7 @@ async def test_reconcile_cannot_write_all(embedded_url: str, tmp_path: Path) -> 
         done = await here.run("reconcile")
         assert done.code == 2
         assert "0 deleted, 1 that the table cannot take; Clerk counts 5" in done.out
-        assert [line["clerk_id"] for line in done.logged("unfit")] == ["user_00001"]
+        assert [line["clerk_id"] for line in done.logged("invalid_value")] == ["user_00001"]
 
 
 async def test_counts_that_differ_are_no_success(embedded_url: str, tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.outcomes import QUARANTINES
-from clerk_sync.store.values import Other, Unfit, fit_for, time_text
+from clerk_sync.store.values import InvalidValue, Other, fit_for, time_text
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -35,7 +35,7 @@ def fitted(
     column = sa.Column("x", type_)
     try:
         return fit_for(column, json_text=json_text, sqlite=sqlite)(value)
-    except Unfit as error:
+    except InvalidValue as error:
         reason = error.reason
     assert reason in QUARANTINES
     return f"!{reason.value}"

@@ -18,8 +18,12 @@ from clerk_sync.database.connection import (
     connect,
     engine_of,
 )
-from clerk_sync.database.errors import Refused, Unavailable, engine_errors_told
-from clerk_sync.database.url import InvalidDatabase, target_of
+from clerk_sync.database.errors import (
+    DatabaseUnavailable,
+    RejectedByDatabase,
+    translate_engine_errors,
+)
+from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema import checks
 from clerk_sync.store.committer import AWAY_SECONDS
@@ -277,7 +281,7 @@ async def test_database_that_is_away_is_not_asked_for_every_event(mysql_server: 
     async def refused() -> Connection:
         nonlocal attempts
         attempts += 1
-        raise Unavailable("no connection")
+        raise DatabaseUnavailable("no connection")
 
     clerk = Clerk(PEOPLE)
     async with (
@@ -372,7 +376,7 @@ async def test_connection_lost_between_decision_and_write_keeps_nothing(
         mysql_server.kill()
         mysql_server.start()
         halting.go_on.set()
-        with pytest.raises(Unavailable):
+        with pytest.raises(DatabaseUnavailable):
             await applying
         assert await database.value("SELECT COUNT(*) FROM clerk_sync_entities") == 0
         again = await database.connect()
@@ -389,7 +393,7 @@ async def test_connection_is_strict_about_data(people: tuple[Database, Store]) -
     if not database.sqlite:
         connection = await database.connect()
         statement = store.targets["user"].upsert
-        with pytest.raises(Refused):
+        with pytest.raises(RejectedByDatabase):
             await connection.run([(statement, [["user_1", "nine char", 1]])])
 
 
@@ -412,23 +416,25 @@ async def test_tls_of_another_ca_or_host_is_unavailable_and_says_why(
     mysql_server: Managed,
 ) -> None:
     url = mysql_server.create_database("tls")
-    with pytest.raises(Unavailable, match="certificate verify failed: self-signed"):
+    with pytest.raises(DatabaseUnavailable, match="certificate verify failed: self-signed"):
         await cipher(f"{url}?tls=verify&tls_ca={mysql_server.wrong_ca_file}")
-    with pytest.raises(Unavailable, match=r"certificate verify failed: (unable|self-signed)"):
+    with pytest.raises(
+        DatabaseUnavailable, match=r"certificate verify failed: (unable|self-signed)"
+    ):
         await cipher(f"{url}?tls=verify")
     # The same address, by a name that is not on the certificate.
     elsewhere = url.replace("127.0.0.1", "127.1")
-    with pytest.raises(Unavailable, match=r"Hostname mismatch.*127\.1"):
+    with pytest.raises(DatabaseUnavailable, match=r"Hostname mismatch.*127\.1"):
         await cipher(f"{elsewhere}?tls_ca={mysql_server.ca_file}")
 
 
 async def test_a_ca_that_is_not_known_tells_how_to_name_it(mysql_server: Managed) -> None:
     url = f"{mysql_server.create_database('tls')}?tls=verify"
     ways = r"name it in \?tls_ca=/path/ca\.pem or DATABASE_TLS_CA; .* \?tls=disable"
-    with pytest.raises(Unavailable, match=ways):
+    with pytest.raises(DatabaseUnavailable, match=ways):
         await pooled(url)
     elsewhere = url.replace("127.0.0.1", "127.1")
-    with pytest.raises(Unavailable, match="Hostname mismatch") as failed:
+    with pytest.raises(DatabaseUnavailable, match="Hostname mismatch") as failed:
         await pooled(f"{elsewhere}&tls_ca={mysql_server.ca_file}")
     assert "DATABASE_TLS_CA" not in str(failed.value), "another CA mends no name"
 
@@ -436,7 +442,7 @@ async def test_a_ca_that_is_not_known_tells_how_to_name_it(mysql_server: Managed
 async def pooled(url: str) -> None:
     engine = engine_of(lambda: target_of(url), size=1)
     try:
-        with engine_errors_told():
+        with translate_engine_errors():
             async with engine.connect():
                 pass
     finally:
@@ -447,12 +453,12 @@ async def test_wrong_password_is_unavailable_and_repeats_neither_name_nor_passwo
     mysql_server: Managed,
 ) -> None:
     url = mysql_server.create_database("login").replace("p%40ss%3Aw%2Frd", "wr0ng")
-    with pytest.raises(Unavailable) as refused:
+    with pytest.raises(DatabaseUnavailable) as refused:
         await connect(target_of(url), seconds=5)
     assert "1045" in str(refused.value)
     assert "wr0ng" not in str(refused.value)
 
 
 def test_ca_that_is_no_certificate_is_an_invalid_url(tmp_path: Any) -> None:
-    with pytest.raises(InvalidDatabase, match="tls_ca"):
+    with pytest.raises(InvalidDatabaseUrl, match="tls_ca"):
         target_of(f"mysql://a:b@127.0.0.1/c?tls=verify&tls_ca={tmp_path}/none.pem")

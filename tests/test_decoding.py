@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clerk_sync.clerk.decoding import NotJson, decoded
+from clerk_sync.clerk.decoding import InvalidJson, decoded
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -107,7 +107,7 @@ NONE: Final = (
 @pytest.mark.parametrize("text", NONE, ids=repr)
 def test_what_is_not_json_is_refused(text: str) -> None:
     for body in (text, text.encode(), '["\\ud800", ' + text + "]", deep(f"0, {text}")):
-        with pytest.raises(NotJson):
+        with pytest.raises(InvalidJson):
             decoded(body)
 
 
@@ -116,19 +116,19 @@ def test_what_is_not_json_is_refused(text: str) -> None:
 )
 def test_bytes_are_utf_8_without_a_mark(body: bytes) -> None:
     for more in (body, b'["\\ud800", ' + body + b"]", b"[" * LEVELS + body + b"]" * LEVELS):
-        with pytest.raises(NotJson):
+        with pytest.raises(InvalidJson):
             decoded(more)
 
 
 @pytest.mark.parametrize("text", ["[" * 2**21, '{"a":' * 2**18, "[{" * 2**20, " " * 2**21])
 def test_what_does_not_end_is_refused(text: str) -> None:
-    with pytest.raises(NotJson):
+    with pytest.raises(InvalidJson):
         decoded(text)
 
 
 def test_of_deep_json_no_more_is_read_than_takes_a_moment() -> None:
     assert len(within(decoded(deep("[" + "0," * 400_000 + "0]")))) == 400_001
-    with pytest.raises(NotJson):
+    with pytest.raises(InvalidJson):
         decoded(deep("[" + "0," * 600_000 + "0]"))
     assert len(decoded("[" + "0," * 600_000 + '"\\ud800"]')) == 600_001
 
@@ -168,7 +168,7 @@ def test_all_ways_refuse_the_same(value: object, data: st.DataObject) -> None:
         wanted = json.loads(text, parse_constant=_no_constant)
     except ValueError:
         for body in (text, deep(text)):
-            with pytest.raises(NotJson):
+            with pytest.raises(InvalidJson):
                 decoded(body)
         return
     assert decoded(text) == wanted

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
     from clerk_sync.database.connection import Connection, Result, Step
-    from clerk_sync.database.errors import Refused, SchemaChanged
+    from clerk_sync.database.errors import RejectedByDatabase, SchemaChanged
     from clerk_sync.mapping.model import Change
     from tests.deliveries import At
     from tests.servers import Managed
@@ -557,7 +557,9 @@ class Interrupted:
             await self._database.execute(self._once.pop())
         return await self._connection.run(steps)
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         return await self._connection.try_each(steps)
 
     async def rollback(self) -> None:

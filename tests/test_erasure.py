@@ -10,7 +10,12 @@ import pytest
 import sqlalchemy as sa
 from asyncmy.errors import OperationalError
 
-from clerk_sync.database.errors import Contention, LockWait, Unavailable, engine_errors_told
+from clerk_sync.database.errors import (
+    Contention,
+    DatabaseUnavailable,
+    LockWaitTimeout,
+    translate_engine_errors,
+)
 from clerk_sync.schema import checks
 from clerk_sync.store import erasure
 from clerk_sync.store.store import REMOVED
@@ -246,11 +251,11 @@ async def test_a_purge_waits_for_a_save_that_is_under_way(world_url: str) -> Non
 
 
 @pytest.mark.parametrize(
-    ("number", "told"), [(1213, Contention), (1205, LockWait), (1045, Unavailable)]
+    ("number", "told"), [(1213, Contention), (1205, LockWaitTimeout), (1045, DatabaseUnavailable)]
 )
 def test_an_engine_s_error_says_whether_to_try_again(number: int, told: type[Exception]) -> None:
     cause = OperationalError(number, "told")
-    with pytest.raises(Unavailable) as caught, engine_errors_told():
+    with pytest.raises(DatabaseUnavailable) as caught, translate_engine_errors():
         raise sa.exc.OperationalError("SELECT 1", {}, cause)
     assert type(caught.value) is told
 
@@ -362,7 +367,7 @@ async def test_what_failed_half_way_is_done_by_the_next_run(
     async with world(world_url, KEPT) as (database, store, clerk):
         await live(database, store, clerk, ADA)
         await database.execute("ALTER TABLE notes RENAME TO notes_away")
-        with pytest.raises(Unavailable, match="notes"):
+        with pytest.raises(DatabaseUnavailable, match="notes"):
             await erasure.erase(database.engine, store, ADA, now_ms=NOW)
         await database.execute("ALTER TABLE notes_away RENAME TO notes")
         assert await database.apply(store, clerk.user(ADA, 40)) == ["stale"]

@@ -13,8 +13,8 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from clerk_sync.clerk import events, samples
-from clerk_sync.clerk.events import Action, Event, Unusable, parse
-from clerk_sync.clerk.signature import Delivery, Rejected
+from clerk_sync.clerk.events import Action, Event, InvalidEvent, parse
+from clerk_sync.clerk.signature import Delivery, InvalidSignature
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Change, change_of
 from clerk_sync.outcomes import QUARANTINES, Reason
@@ -52,8 +52,8 @@ def without(event: dict[str, Any], *path: str) -> dict[str, Any]:
     return event
 
 
-def refusal(body: str | dict[str, Any]) -> Unusable:
-    with pytest.raises(Unusable) as caught:
+def refusal(body: str | dict[str, Any]) -> InvalidEvent:
+    with pytest.raises(InvalidEvent) as caught:
         parse(delivery(body))
     return caught.value
 
@@ -232,14 +232,14 @@ def test_a_deleted_membership_is_known_by_its_id_alone() -> None:
 
 @pytest.mark.parametrize("instance_id", ["ins_other", "", "ins_mine ", "INS_MINE"])
 def test_another_instances_events_are_rejected(instance_id: str) -> None:
-    with pytest.raises(Rejected, match="instance"):
+    with pytest.raises(InvalidSignature, match="instance"):
         change(envelope(instance_id=instance_id), instance_id="ins_mine")
 
 
 @pytest.mark.parametrize("type_", ["session.created", "email.created", "user.deleted", "x.y"])
 def test_another_instances_events_are_rejected_whatever_their_type(type_: str) -> None:
     body = {"type": type_, "instance_id": "ins_other", "data": {"id": "x"}}
-    with pytest.raises(Rejected, match="instance"):
+    with pytest.raises(InvalidSignature, match="instance"):
         change(body, instance_id="ins_mine")
 
 
@@ -425,7 +425,7 @@ def test_what_is_strange_is_no_type_and_such_a_body_is_not_kept(digits: str) -> 
 
 
 def test_half_a_pair_is_another_instance() -> None:
-    with pytest.raises(Rejected, match="instance"):
+    with pytest.raises(InvalidSignature, match="instance"):
         change(spelt(envelope(instance_id="@@"), '"ins_\\ud83d"'), instance_id="ins_mine")
 
 
@@ -497,7 +497,7 @@ def settled(body: dict[str, Any], *, instance_id: str | None) -> None:
     for of in MAPPINGS:
         try:
             found = change_of(delivery(body), of, instance_id=instance_id)
-        except Rejected:
+        except InvalidSignature:
             assert body["instance_id"] != instance_id
             continue
         assert found.delivery_id == "msg_1"

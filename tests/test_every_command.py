@@ -235,7 +235,7 @@ def test_strange_schemas_end_no_command_in_a_traceback(
         assert results["migrate"].exit_code == 0, results["migrate"].output
         assert "FAIL schema" not in results["check"].output
     said = served(ready_or_told, tmp_path)
-    assert "look_failed" not in said
+    assert "schema_check_failed" not in said
 
 
 def test_names_of_tables_in_any_case_where_the_server_takes_them_for_one(

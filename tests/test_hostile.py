@@ -109,7 +109,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Target]:
         statuses = {line.get("status") for line in process.lines()}
     finally:
         process.close()
-    assert "defect" not in events
+    assert "internal_error" not in events
     assert 500 not in statuses
 
 

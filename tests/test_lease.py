@@ -15,11 +15,11 @@ import sqlalchemy as sa
 
 from clerk_sync.clerk.listing import Part
 from clerk_sync.database.connection import engine_of
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import target_of
 from clerk_sync.outcomes import Ending
 from clerk_sync.store import lease, tables
-from clerk_sync.store.lease import Held, Lease, held, holder_name
+from clerk_sync.store.lease import Lease, LeaseHeld, held, holder_name
 from clerk_sync.store.sql import Compiler
 from clerk_sync.store.store import Store
 from clerk_sync.sync import progress
@@ -94,7 +94,7 @@ async def test_one_of_twenty_holds_it_and_tokens_grow(database: Database) -> Non
                 ) as ours:
                     tokens.append(ours.token)
                     await over.wait()
-            except Held:
+            except LeaseHeld:
                 refused += 1
                 if refused == 19:
                     over.set()
@@ -111,7 +111,7 @@ async def test_ten_that_insist_hold_it_one_after_the_other(database: Database) -
     async def insist(number: int) -> None:
         nonlocal inside
         while True:
-            with suppress(Held):
+            with suppress(LeaseHeld):
                 async with held(
                     database.engine, NAME, f"{number}", seconds=LONG, patience=False
                 ) as ours:
@@ -133,7 +133,7 @@ async def test_holder_that_died_is_waited_for_and_learns_it_when_it_was_not_dead
     line = Line(database.engine)
     async with line.held("dead", seconds=SHORT) as first:
         line.cut = True
-        with pytest.raises(Held):
+        with pytest.raises(LeaseHeld):
             async with held(database.engine, NAME, "hasty", patience=False):
                 pass
         async with held(database.engine, NAME, "heir", seconds=SHORT) as second:
@@ -165,7 +165,7 @@ async def test_holder_that_is_cut_off_keeps_it_while_nobody_takes_it(database: D
         line.cut = False
         await until(lambda: renewed(database, before))
         assert not ours.lost.is_set()
-        with pytest.raises(Held):
+        with pytest.raises(LeaseHeld):
             async with held(database.engine, NAME, "other", patience=False):
                 pass
 
@@ -180,7 +180,7 @@ async def test_renewal_between_look_and_taking_is_not_missed(database: Database)
     there = await now_ms(database.engine)
     await database.execute(f"UPDATE clerk_sync_leases SET expires_ms = {there + 60_000}")
     line.go_on.set()
-    with pytest.raises(Held, match="slow is at work"):
+    with pytest.raises(LeaseHeld, match="slow is at work"):
         await contender
 
 
@@ -204,12 +204,12 @@ async def now_ms(engine: AsyncEngine) -> int:
 async def test_renewal_keeps_it_beyond_its_time_and_tells_the_patient(database: Database) -> None:
     async with held(database.engine, NAME, "alive", seconds=SHORT) as ours:
         first = await expires_ms(database)
-        with pytest.raises(Held) as patient:
+        with pytest.raises(LeaseHeld) as patient:
             async with held(database.engine, NAME, "patient", seconds=SHORT):
                 pass
         assert patient.value.expires_ms > first
         await until(lambda: beyond(database, first))
-        with pytest.raises(Held):
+        with pytest.raises(LeaseHeld):
             async with held(database.engine, NAME, "hasty", patience=False):
                 pass
         assert not ours.lost.is_set()
@@ -322,7 +322,7 @@ async def test_row_that_is_gone_is_a_loss(database: Database) -> None:
 
 def test_held_says_who_until_when_and_that_it_ends() -> None:
     holder = "backfill on clerk-sync-7c9f (pid 1)"
-    error = Held("walk", holder, 1_700_000_015_400)
+    error = LeaseHeld("walk", holder, 1_700_000_015_400)
     assert (error.holder, error.expires_ms) == (holder, 1_700_000_015_400)
     assert str(error) == (
         "backfill on clerk-sync-7c9f (pid 1) is at work, and one at a time may be: wait for its "
@@ -333,7 +333,7 @@ def test_held_says_who_until_when_and_that_it_ends() -> None:
 
 async def test_held_names_the_holder_of_the_row(database: Database) -> None:
     async with held(database.engine, NAME, holder_name(), seconds=LONG):
-        with pytest.raises(Held) as error:
+        with pytest.raises(LeaseHeld) as error:
             async with held(database.engine, NAME, "other", patience=False):
                 pass
         assert error.value.holder == holder_name()
@@ -349,7 +349,7 @@ def test_holder_is_this_process() -> None:
 async def test_database_that_is_away_is_told_at_once() -> None:
     target = target_of("mysql://somebody@127.0.0.1:1/nothing")
     engine = engine_of(lambda: target, size=1)
-    with pytest.raises(Unavailable, match="Can't connect"):
+    with pytest.raises(DatabaseUnavailable, match="Can't connect"):
         async with held(engine, NAME, "hopeless"):
             pass
     await engine.dispose()
@@ -373,7 +373,7 @@ async def test_database_that_falls_silent_delays_no_end_and_hides_no_error(
             with pytest.raises(ValueError, match="of the work"):
                 await work(database.engine)
             monkeypatch.setattr(lease, "_STATEMENT_SECONDS", 0.1)
-            with pytest.raises(Unavailable, match="did not answer in time"):
+            with pytest.raises(DatabaseUnavailable, match="did not answer in time"):
                 await work(database.engine)
         mysql_server.thaw()
     mysql_server.drop_database("clerk_sync_test_lease")

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clerk_sync.clerk.api import ClerkUnavailable
 from clerk_sync.outcomes import Ending
-from clerk_sync.sync.report import Stopped
+from clerk_sync.sync.report import SafetyStop
 from tests import clerk_api
 from tests.clerk_api import Lies
 from tests.walking import Walking, prepare, walking
@@ -213,7 +213,7 @@ async def test_a_list_ends_where_it_ends_and_not_where_clerk_counts(
     assert await world.ids(kind) == ids
     try:
         ending, _ = await world.reconcile()
-    except (ClerkUnavailable, Stopped):
+    except (ClerkUnavailable, SafetyStop):
         ending = Ending.FAILED
     assert ending not in FINE
     assert await world.ids(kind) == ids
@@ -304,7 +304,9 @@ async def test_another_instances_run_changes_nothing(anywhere: Walking) -> None:
     for one in others:
         api.put_user(one, username="other")
     for run in (anywhere.backfill, anywhere.reconcile, anywhere.look):
-        with pytest.raises(Stopped, match="ins_2xAnother, and the last run on this database names"):
+        with pytest.raises(
+            SafetyStop, match="ins_2xAnother, and the last run on this database names"
+        ):
             await run()
         assert await anywhere.ids("user") == ids
     api.instance_id = "ins_2xStandIn"
@@ -318,7 +320,7 @@ async def test_a_key_of_another_instance_than_the_settings_name(world: Walking) 
     walks = world.walks
     ours = walks.settings.model_copy(update={"instance_id": "ins_2xOurs"})
     world.walks = replace(walks, settings=ours)
-    with pytest.raises(Stopped, match="ins_2xStandIn, and CLERK_INSTANCE_ID names ins_2xOurs"):
+    with pytest.raises(SafetyStop, match="ins_2xStandIn, and CLERK_INSTANCE_ID names ins_2xOurs"):
         await world.backfill()
     assert await world.ids("user") == []
 
@@ -416,7 +418,7 @@ async def check(url: str, store: Store, story: Story) -> None:
             async with asyncio.timeout(30):
                 run = world.backfill if story.command == "backfill" else world.reconcile
                 ending, _ = await run()
-        except (ClerkUnavailable, Stopped):
+        except (ClerkUnavailable, SafetyStop):
             ending = Ending.FAILED
         # Of 70 in tens, some ways of sweeping and going back, and questions for each missed one.
         assert len(api.asked) < 700

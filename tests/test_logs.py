@@ -17,7 +17,7 @@ from clerk_sync.telemetry import logs
 PRIVATE = "ada@example.com"
 
 
-class Refusal(Exception):  # noqa: N818
+class Refusal(Exception):
     """A driver's error, which quotes the row."""
 
 
@@ -106,11 +106,11 @@ def test_an_error_is_told_by_its_type_and_its_way_only(
         raise_with_local(PRIVATE)
     except Refusal as error:
         if how == "exception":
-            log.exception("defect")
+            log.exception("internal_error")
         elif how == "instance":
-            log.error("defect", exc_info=error)
+            log.error("internal_error", exc_info=error)
         else:
-            log.error("defect", exc_info=(type(error), error, error.__traceback__))
+            log.error("internal_error", exc_info=(type(error), error, error.__traceback__))
     out = capsys.readouterr().out
     assert "Refusal" in out
     assert "raise_with_local" in out
@@ -127,7 +127,7 @@ def test_nothing_is_told_of_what_an_error_came_from(capsys: pytest.CaptureFixtur
         except Refusal as error:
             raise RuntimeError(PRIVATE) from error
     except RuntimeError:
-        structlog.get_logger().exception("defect")
+        structlog.get_logger().exception("internal_error")
     (line,) = lines(capsys)
     assert line["error_type"] == "RuntimeError"
     assert PRIVATE not in str(line)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.schema import checks
 from clerk_sync.store import lease
 from tests.histories import Database, mapped, until
@@ -91,7 +91,9 @@ async def test_who_waits_is_told_whom_it_waits_for(database: Database, tmp_path:
     async with held_up(database):
         first = await begun(database, tmp_path / "new.yaml")
         await until(lambda: altering(database))
-        with pytest.raises(Unavailable, match=rf"\(pid {first.pid}\) is at work.*`migrate`"):
+        with pytest.raises(
+            DatabaseUnavailable, match=rf"\(pid {first.pid}\) is at work.*`migrate`"
+        ):
             await checks.migrate(database.engine, mapped(NEW), patience_seconds=0)
         second = asyncio.create_task(checks.migrate(database.engine, mapped(NEW)))
         # It takes longer than a lease lasts: the first renews its own.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from clerk_sync.database.errors import Refused
+from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.schema import checks
 from tests import deliveries
 from tests.deliveries import served, settings_of
@@ -249,10 +249,12 @@ class Strange:
         self._connection = connection
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
-        raise Refused(None, f"MySQL error 12345 for {len(steps)} statements")
+        raise RejectedByDatabase(None, f"MySQL error 12345 for {len(steps)} statements")
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
-        raise Refused(None, f"MySQL error 12345 for {len(steps)} statements")
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
+        raise RejectedByDatabase(None, f"MySQL error 12345 for {len(steps)} statements")
 
     async def rollback(self) -> None:
         await self._connection.rollback()
@@ -290,12 +292,14 @@ class Partly(Strange):
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         if any(self._name in map(str, row) for _, rows in steps for row in rows):
-            raise Refused(None, "MySQL error 1449")
+            raise RejectedByDatabase(None, "MySQL error 1449")
         return await self._connection.run(steps)
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         refused = {
-            place: Refused(None, "MySQL error 1449")
+            place: RejectedByDatabase(None, "MySQL error 1449")
             for place, (_, rows) in enumerate(steps)
             if any(self._name in map(str, row) for row in rows)
         }

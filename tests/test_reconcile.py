@@ -13,15 +13,15 @@ import stamina
 
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
 from clerk_sync.database.connection import connect
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import target_of
 from clerk_sync.outcomes import Ending, Verdict
 from clerk_sync.store.committer import Committer
-from clerk_sync.store.lease import Held, Lost, held
+from clerk_sync.store.lease import LeaseHeld, LeaseLost, held
 from clerk_sync.sync import progress
 from clerk_sync.sync.reconcile import Reconcile
 from clerk_sync.sync.repair import Mending
-from clerk_sync.sync.report import Report, Stopped
+from clerk_sync.sync.report import Report, SafetyStop
 from clerk_sync.sync.runs import LEASE, quiet
 from clerk_sync.telemetry.metrics import Metrics
 from tests.clerk_api import failing
@@ -292,7 +292,7 @@ async def test_endings_and_the_table_of_runs(world: Walking) -> None:
     api.put_user("unfit", username="nine char")
     assert (await world.reconcile())[0] is Ending.UNMENDED
     await users(world, 20, gone=10, first=1000)
-    with pytest.raises(Stopped, match="10 of 21 users"):
+    with pytest.raises(SafetyStop, match="10 of 21 users"):
         await world.reconcile()
     run = await progress.last(engine, "reconcile")
     assert run is not None
@@ -507,7 +507,7 @@ async def test_the_breaker(
     await world.deliver(world.api.put_organization("org_1", name="one"))
     world.api.delete("org_1")
     if stopped:
-        with pytest.raises(Stopped, match=f"{gone} of {number} users"):
+        with pytest.raises(SafetyStop, match=f"{gone} of {number} users"):
             await world.reconcile(percent=percent)
         # Not even what is below the breaker.
         assert await world.ids("organization") == ["org_1"]
@@ -524,7 +524,7 @@ async def test_one_kind_s_breaker_keeps_what_the_others_would_lose(world: Walkin
     for number in range(10):
         await world.deliver(world.api.put_organization(f"org_{number}", name="one"))
         world.api.delete(f"org_{number}")
-    with pytest.raises(Stopped, match="10 of 10 organizations"):
+    with pytest.raises(SafetyStop, match="10 of 10 organizations"):
         await world.reconcile()
     assert len(await world.ids("user")) == 20
     assert len(await world.ids("organization")) == 10
@@ -536,7 +536,7 @@ async def test_the_breaker_of_a_large_table(world: Walking) -> None:
     assert (ending, verdicts(report)[Verdict.DELETED]) == (Ending.MENDED, 16)
     for number in range(100, 123):  # 6 % of those that are left
         world.api.delete(f"user_{number:04}")
-    with pytest.raises(Stopped, match="23 of 384 users"):
+    with pytest.raises(SafetyStop, match="23 of 384 users"):
         await world.reconcile()
     assert len(await world.ids("user")) == 384
 
@@ -546,7 +546,7 @@ async def test_another_instances_key_changes_nothing(world: Walking, percent: fl
     await users(world, 12, gone=12)
     world.api.put_user("user_of_another", username="eve")
     told = "knows none of 12 users of this table: nothing was changed. Is CLERK_SECRET_KEY the key"
-    with pytest.raises(Stopped, match=told):
+    with pytest.raises(SafetyStop, match=told):
         await world.reconcile(percent=percent)
     assert await world.ids("user") == [f"user_{n:04}" for n in range(12)]
 
@@ -838,7 +838,7 @@ async def test_of_two_at_once_one_is_told_who_the_other_is(world: Walking) -> No
     refused = []
 
     async def second() -> None:
-        with pytest.raises(Held) as caught:
+        with pytest.raises(LeaseHeld) as caught:
             await world.reconcile()
         refused.append(caught.value)
 
@@ -900,7 +900,7 @@ async def test_nothing_is_written_once_the_lease_is_stolen(
         world.api.before_send(page, steal, path=path)
         if path.endswith("user_0000"):  # which the stand-in answers with 404, and sends nothing
             world.api.before_read(page, steal, path=path)
-        with pytest.raises((Lost, Unavailable)):
+        with pytest.raises((LeaseLost, DatabaseUnavailable)):
             await reconciled(world, lease)
     assert before
     assert await world.written() == before
@@ -922,7 +922,7 @@ async def test_nothing_new_is_written_once_the_lease_is_stolen(
 
         world.api.before_send(4, steal)
         async with held(world.database.engine, LEASE, "the first", seconds=60) as lease:
-            with pytest.raises((Lost, Unavailable)):
+            with pytest.raises((LeaseLost, DatabaseUnavailable)):
                 await reconciled(world, lease)
         assert await world.written() == before
         assert 20 <= len(await world.ids("user")) < 40
@@ -1030,4 +1030,4 @@ async def test_what_was_deleted_here_and_is_in_clerk_is_told(
     assert ending is Ending.UNMENDED
     assert report.doubts == ["Clerk counts 2 users, `people` has 1 of them"]
     assert await world.ids("user") == ["user_0000"]
-    assert "deleted_here" in capsys.readouterr().out
+    assert "tombstone_conflict" in capsys.readouterr().out

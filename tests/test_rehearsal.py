@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping import loader
 from clerk_sync.schema import checks, rehearsal
 from clerk_sync.store import erasure
@@ -84,7 +84,7 @@ async def tried(database: Database, text: str, *ddl: str) -> Rehearsed | tuple[s
     live = await checks.reflected(database.engine, mapping)
     try:
         checks.store_of(mapping, live)
-    except checks.SchemaFaults as error:
+    except checks.SchemaMismatch as error:
         return error.faults
     before = await counted(database, mapping, live)
     found = await rehearsal.rehearse(database.engine, mapping, live)
@@ -519,7 +519,7 @@ async def test_numbers_that_are_used_up_are_told(database: Database) -> None:
     try:
         found = await tried(database, people())
         told = "" if isinstance(found, tuple) else "".join(found.faults)
-    except Unavailable as error:  # MariaDB's number for it is not about data
+    except DatabaseUnavailable as error:  # MariaDB's number for it is not about data
         told = str(error)
     assert re.search("the AUTO_INCREMENT `n` is used up|does not give back the row", told)
     assert await database.rows("SELECT n, clerk_id FROM people") == [(127, "user_last")]

@@ -223,7 +223,7 @@ async def test_a_secret_s_file_that_is_of_no_use_is_told_once_and_when_it_is_bac
             mounted.write(**contents)
             await until(set())
             lines = process.lines()
-            for event_, level in (("secret_stale", "error"), ("secret_fresh", "info")):
+            for event_, level in (("secret_stale", "error"), ("secret_recovered", "info")):
                 told = [line for line in lines if line["event"] == event_]
                 assert sorted(line["name"] for line in told) == sorted([*contents] * turn)
                 assert {line["level"] for line in told} == {level}
@@ -245,7 +245,7 @@ async def test_a_key_that_was_never_there_is_told_too(tmp_path: Path) -> None:
         path.write_text("sk_test_bm90IHRvIGJlIHNlZW4")
         await deliveries.until(at.metrics, lambda seen: stale(seen) == set())
         told = [line["event"] for line in process.lines() if line["event"].startswith("secret_")]
-        assert told == ["secret_stale", "secret_fresh"]
+        assert told == ["secret_stale", "secret_recovered"]
 
 
 async def test_a_secret_that_makes_no_sense_is_stale_until_it_does(tmp_path: Path) -> None:

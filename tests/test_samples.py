@@ -305,7 +305,7 @@ def test_fields_are_those_of_clerks_objects() -> None:
     ],
 )
 def test_an_unknown_type_is_told_the_nearest(wrong: str, right: str) -> None:
-    with pytest.raises(samples.UnknownType, match=rf"`{wrong}`; did you mean `{right}`\?"):
+    with pytest.raises(samples.UnknownEventType, match=rf"`{wrong}`; did you mean `{right}`\?"):
         samples.event(wrong, now_ms=NOW)
 
 

@@ -151,7 +151,7 @@ async def assert_as_declared(database: Database, mapping: Mapping) -> None:
 
 
 async def faults(database: Database, mapping: Mapping) -> tuple[str, ...]:
-    with pytest.raises(checks.SchemaFaults) as found:
+    with pytest.raises(checks.SchemaMismatch) as found:
         await database.store(mapping)
     return found.value.faults
 

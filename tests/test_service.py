@@ -708,7 +708,7 @@ async def test_sigterm_under_load_loses_nothing_and_hangs_nobody(
     assert load.slowest < 4
     assert events.index("draining") < events.index("stopped")
     assert events[-1] == "stopped"
-    assert "defect" not in events
+    assert "internal_error" not in events
     await load.check(database_url)
     async with deliveries.process(tmp_path, database_url) as (_, at):
         await at.until_ready()

@@ -20,7 +20,11 @@ from urllib.parse import quote, urlsplit
 import pytest
 
 from clerk_sync.database.connection import Statement, connect, engine_of
-from clerk_sync.database.errors import Refused, Unavailable, engine_errors_told
+from clerk_sync.database.errors import (
+    DatabaseUnavailable,
+    RejectedByDatabase,
+    translate_engine_errors,
+)
 from clerk_sync.database.url import target_of
 from clerk_sync.outcomes import Reason
 from clerk_sync.store.values import as_text
@@ -316,7 +320,7 @@ _ISOLATION: Final = "SELECT @@{}_isolation"
 PROBES: Final[dict[str, Probe]] = {
     "backslash": Probe(("SELECT HEX('a\\\\b')",), "615C62", {"sql_mode": "'NO_BACKSLASH_ESCAPES'"}),
     "quotes": Probe(('SELECT "author" FROM owner',), "author", {"sql_mode": "'ANSI_QUOTES'"}),
-    "lax": Probe(("UPDATE loose SET shorty = 'long'",), Refused, {"sql_mode": "''"}),
+    "lax": Probe(("UPDATE loose SET shorty = 'long'",), RejectedByDatabase, {"sql_mode": "''"}),
     "padded": Probe(
         ("SELECT LENGTH(padded) FROM loose LIMIT 1",),
         1,
@@ -349,7 +353,10 @@ PROBES: Final[dict[str, Probe]] = {
     ),
     "unique": Probe(("SELECT @@unique_checks",), 1, {"unique_checks": "0"}),
     "checks": Probe(
-        ("UPDATE loose SET shorty = 'bad'",), Refused, {"check_constraint_checks": "0"}, "mariadb"
+        ("UPDATE loose SET shorty = 'bad'",),
+        RejectedByDatabase,
+        {"check_constraint_checks": "0"},
+        "mariadb",
     ),
     "null": Probe(
         ("INSERT INTO numbered VALUES (NULL)", "SELECT COUNT(*) FROM numbered WHERE id IS NULL"),
@@ -391,7 +398,7 @@ async def by_driver(url: str, *sql: str) -> list[Any]:
 async def by_engine(url: str, *sql: str) -> list[Any]:
     engine = engine_of(lambda: target_of(url), size=1)
     try:
-        with engine_errors_told():
+        with translate_engine_errors():
             async with engine.connect() as connection:
                 for one in sql:
                     last = await connection.exec_driver_sql(one)
@@ -417,7 +424,7 @@ def test_no_imposed_property_reaches_our_sessions(
         asyncio.run(with_tables(url))
         with imposing(mysql_server, probe.imposed):
             if isinstance(probe.shows, type):
-                with pytest.raises((Refused, Unavailable)):
+                with pytest.raises((RejectedByDatabase, DatabaseUnavailable)):
                     asyncio.run(way(url, *probe.sql))
             else:
                 shown = asyncio.run(way(url, *probe.sql))
@@ -487,7 +494,7 @@ async def refusals(url: str, **how: Any) -> list[str]:
     said = []
     async with relayed(url, **how) as relay:
         for way in (by_driver, by_engine):
-            with pytest.raises(Unavailable) as refused:
+            with pytest.raises(DatabaseUnavailable) as refused:
                 await way(relay, "SELECT 1")
             said.append(str(refused.value))
         return [*said, *await found_by_check(relay)]
@@ -562,7 +569,7 @@ def test_a_server_s_own_limit_of_time_is_named(mysql_server: Managed) -> None:
     with (
         plain_user(mysql_server) as url,
         imposing(mysql_server, {name: "1"}),
-        pytest.raises(Unavailable, match=name),
+        pytest.raises(DatabaseUnavailable, match=name),
     ):
         asyncio.run(by_driver(url, "SELECT 1 FROM information_schema.collations WHERE SLEEP(5)"))
 
@@ -624,7 +631,7 @@ def test_half_a_character_is_refused_and_no_byte_of_its_own(
     async def tried(url: str) -> None:
         connection = await connect(target_of(url), seconds=5)
         insert = Statement("INSERT INTO loose (author, padded) VALUES ", "(%s, 'p')")
-        with pytest.raises(Refused) as refused:
+        with pytest.raises(RejectedByDatabase) as refused:
             await connection.run([(insert, [["fine"], [text]])])
         assert refused.value.reason is Reason.OUT_OF_RANGE
         (found,) = await connection.run([(Statement(_COUNT), [()])])

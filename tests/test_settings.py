@@ -13,7 +13,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from clerk_sync import settings as settings_module
-from clerk_sync.database.url import InvalidDatabase, target_of
+from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.settings import InvalidSettings, Secret, Settings, load
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
@@ -442,7 +442,7 @@ def test_a_password_is_never_shown_however_badly_it_is_written(password: str) ->
     """Unencoded, it may change what the URL means, but no message and no address shows it."""
     try:
         target = target_of(f"mysql://u:{password}{HUNTER}@127.0.0.1/app")
-    except InvalidDatabase as error:
+    except InvalidDatabaseUrl as error:
         shown = str(error)
     else:
         shown = f"{target!r} {target.where}"

@@ -17,7 +17,7 @@ from clerk_sync.clerk.signature import (
     TOLERANCE_SECONDS,
     Delivery,
     InvalidSecret,
-    Rejected,
+    InvalidSignature,
     recorded,
     signers,
     verify,
@@ -56,7 +56,7 @@ def reason_for(
     """Why the POST is rejected; None when it is not."""
     try:
         verify(headers, body, signers=signers(secrets), now=now)
-    except Rejected as error:
+    except InvalidSignature as error:
         return error.reason
     return None
 
@@ -163,7 +163,7 @@ def test_the_age_of_a_recorded_delivery_does_not_matter() -> None:
 
 
 def test_the_signature_of_a_recorded_delivery_does() -> None:
-    with pytest.raises(Rejected, match="wrong"):
+    with pytest.raises(InvalidSignature, match="wrong"):
         recorded(headers_of(), BODY + b" ", signers=signers(NEW))
 
 
@@ -341,6 +341,6 @@ def test_no_secret_is_no_signer(secrets: str) -> None:
 
 
 def test_a_rejection_says_its_reason_and_nothing_of_what_was_sent() -> None:
-    with pytest.raises(Rejected) as caught:
+    with pytest.raises(InvalidSignature) as caught:
         verify(headers_of("v1,AAAA"), BODY, signers=signers(NEW), now=NOW)
     assert str(caught.value) == "wrong"

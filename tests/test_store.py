@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync.database.errors import Refused
+from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Change
 from clerk_sync.outcomes import Reason
@@ -751,7 +751,7 @@ async def test_effect_and_ledger_are_one_transaction(world: World) -> None:
     clerk = Clerk(PEOPLE)
     store = await world.of(PEOPLE)
     async with doorman(world, "INSERT ON clerk_sync_events", "NEW.svix_id = 'no'"):
-        with pytest.raises(Refused):
+        with pytest.raises(RejectedByDatabase):
             await world.apply(store, clerk.user("user_1", svix_id="no"))
     for table in ("people", "clerk_sync_entities", "clerk_sync_events"):
         assert await world.value(f"SELECT COUNT(*) FROM {table}") == 0
@@ -761,7 +761,7 @@ async def test_refusal_keeps_nothing_of_its_transaction(world: World) -> None:
     clerk = Clerk(STRICT)
     store = await world.of(STRICT)
     bad = clerk.user("user_2", username="ok", public_metadata={"age": 13})
-    with pytest.raises(Refused) as refused:
+    with pytest.raises(RejectedByDatabase) as refused:
         await world.apply(store, clerk.user("user_1", username="ok"), bad)
     assert refused.value.reason is Reason.REFUSED
     for table in ("strict", "clerk_sync_entities", "clerk_sync_events", "clerk_sync_quarantine"):
@@ -950,7 +950,7 @@ async def test_deleting_a_user_deletes_its_blocks_in_the_same_transaction(world:
         store, clerk.user("user_1", username="ada"), clerk.user("user_2", username="bob")
     )
     async with doorman(world, "DELETE ON users", "OLD.id = 1"):
-        with pytest.raises(Refused):
+        with pytest.raises(RejectedByDatabase):
             await world.apply(store, clerk.deleted("user_1"))
     assert await world.value("SELECT COUNT(*) FROM blocks") == 2
     assert await world.apply(store, clerk.deleted("user_1")) == ["applied"]

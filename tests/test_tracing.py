@@ -349,7 +349,7 @@ async def test_the_service_sends_them_as_the_standard_s_variables_say(tmp_path: 
             process.signal(signal.SIGTERM)
             assert await process.ended(seconds=8) == 0
             lines = [line for line in process.lines() if line["event"] == "delivery"]
-            assert not [line for line in process.lines() if line["event"] == "doubt"]
+            assert not [line for line in process.lines() if line["event"] == "config_warning"]
         spans = collector.spans()
         assert len(spans) == 8
         assert {headers["x-tenant"] for headers in collector.headers} == {"one"}
@@ -447,7 +447,7 @@ async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]
 
 
 @pytest.mark.parametrize(
-    ("environment", "doubt"),
+    ("environment", "config_warning"),
     [
         (
             {"OTEL_TRACES_EXPORTER": "zipkin"},
@@ -515,7 +515,7 @@ async def test_faulty_variables_are_told_without_a_token_and_stop_nothing(tmp_pa
             assert (await at.post(event("user.updated", "user_a"))).status == 200
             process.signal(signal.SIGTERM)
             assert await process.ended(seconds=8) == 0
-        told = [line["detail"] for line in process.lines() if line["event"] == "doubt"]
+        told = [line["detail"] for line in process.lines() if line["event"] == "config_warning"]
         headers = "OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"
         assert told == [headers, *last]
         assert "hunter2" not in process.log

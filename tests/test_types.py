@@ -18,10 +18,10 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.database.connection import COMMIT, NO_PARAMETERS, Statement
-from clerk_sync.database.errors import Refused
+from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.outcomes import QUARANTINES, Reason
 from clerk_sync.schema import checks, reflection
-from clerk_sync.store.values import Fit, Unfit, fit_for, same_for
+from clerk_sync.store.values import Fit, InvalidValue, fit_for, same_for
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ def answer(fit: Fit, value: Any) -> Any:
     """What the column is given; the reason as `!reason` where it is not."""
     try:
         return fit(value)
-    except Unfit as error:
+    except InvalidValue as error:
         return f"!{error.reason.value}"
 
 
@@ -223,7 +223,7 @@ async def taken(database: Database, column: sa.Column[Any], value: Any) -> bool:
     """Whether the server takes it, which knows the characters of its charsets."""
     try:
         await stored(database, column, [value])
-    except Refused as refused:
+    except RejectedByDatabase as refused:
         await database.connections[0].rollback()
         if refused.reason is not Reason.WRONG_TYPE:
             raise

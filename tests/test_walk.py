@@ -422,7 +422,7 @@ async def test_a_walk_goes_on_among_many_of_one_moment() -> None:
 # How it ends
 
 
-class Full(Exception):  # noqa: N818
+class TooManyReaders(Exception):
     """What a test's take() raises."""
 
 
@@ -457,11 +457,11 @@ async def test_a_take_that_fails_cancels_what_is_on_its_way(
         await met.take(page)
         if len(met.pages) == good:
             await until(lambda: len(api.asked) > good)
-            raise Full
+            raise TooManyReaders
 
     async with asking(api) as clerk:
         others = asyncio.all_tasks()
-        with pytest.raises(Full):
+        with pytest.raises(TooManyReaders):
             await asyncio.wait_for(walk(clerk, [Part(kind)], take), 2)
         asked = len(api.asked)
         await asyncio.sleep(0.05)
@@ -485,10 +485,10 @@ async def test_pages_that_nobody_waits_for_fail_in_silence(
             await until(lambda: [asked.status for asked in api.asked].count(401) == expected)
             await asyncio.sleep(0.05)
             if fails == "take":
-                raise Full
+                raise TooManyReaders
 
     async with asking(api) as clerk:
-        with pytest.raises(Full if fails == "take" else ClerkRefused):
+        with pytest.raises(TooManyReaders if fails == "take" else ClerkRefused):
             await walk(clerk, [Part(kind)], take)
 
 

@@ -16,7 +16,7 @@ from aiohttp import web
 
 from clerk_sync import __version__
 from clerk_sync.database.connection import Connection, close_idle, connect, engine_of
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http.connections import Connections, listeners
 from clerk_sync.http.internal import ENSURE_SECONDS, InternalListener, Readiness
 from clerk_sync.http.webhook import WebhookListener
@@ -122,7 +122,7 @@ class Watch:
         try:
             async with asyncio.timeout(PING_SECONDS):
                 await housekeeping.probe(self._engine)
-        except (Unavailable, InvalidSettings, TimeoutError) as error:
+        except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             if status.commits > commits:
                 return self.readiness  # what is written shows more than a look that failed
             # Nobody has to wait for a deadline to hear it.
@@ -131,7 +131,7 @@ class Watch:
         except Exception as error:
             if type(error) is not self._surprise:
                 self._surprise = type(error)
-                log.exception("look_failed")
+                log.exception("schema_check_failed")
             return self.readiness
         # Bound anew every now and then: a column that was widened takes longer values.
         now = asyncio.get_running_loop().time()
@@ -150,15 +150,15 @@ class Watch:
             async with asyncio.timeout(BINDING_SECONDS):
                 status.store = await checks.bound(self._engine, self._mapping)
             return Readiness(ready=True)
-        except checks.SchemaFaults as error:
+        except checks.SchemaMismatch as error:
             status.store, status.storeless = None, Reason.SCHEMA
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
-        except (Unavailable, InvalidSettings, TimeoutError) as error:
+        except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             unready = _unready(error, BINDING_SECONDS)
         except Exception as error:
             if type(error) is not self._surprise:
                 self._surprise = type(error)
-                log.exception("look_failed")
+                log.exception("schema_check_failed")
         return self.readiness if known else unready
 
     def _say(self, readiness: Readiness) -> None:
@@ -179,7 +179,7 @@ class Watch:
                 try:
                     async with asyncio.timeout(KEEP_SECONDS):
                         await self._keep()
-                except (Unavailable, TimeoutError) as error:
+                except (DatabaseUnavailable, TimeoutError) as error:
                     log.warning("housekeeping_failed", error=str(error))
                 except Exception:
                     log.exception("housekeeping_failed")
@@ -214,7 +214,7 @@ def database_committer(settings: Settings, metrics: Metrics) -> Committer:
         try:
             return await connect(settings.locate(), seconds=settings.deadline_seconds)
         except InvalidSettings as error:
-            raise Unavailable(str(error)) from None
+            raise DatabaseUnavailable(str(error)) from None
 
     return Committer(
         opened,
@@ -230,7 +230,10 @@ def database_committer(settings: Settings, metrics: Metrics) -> Committer:
 
 @contextlib.asynccontextmanager
 async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Committer]:
-    """A committer without listeners, for commands. Raises SchemaFaults, or Unavailable."""
+    """A committer without listeners, for commands.
+
+    Raises SchemaMismatch, or DatabaseUnavailable.
+    """
     committer = database_committer(settings, Metrics())
     engine = engine_of(settings.locate, size=1)
     try:

@@ -12,7 +12,7 @@ from sqlalchemy.ext.asyncio import AsyncEngine
 
 from clerk_sync.clerk import signature
 from clerk_sync.database.connection import engine_of
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import Target
 from clerk_sync.http import access
 from clerk_sync.mapping import loader
@@ -132,7 +132,7 @@ async def _of_schema(
         if not checks.lacks_own(live):
             await housekeeping.probe_rights(engine)
             await housekeeping.probe(engine)
-    except Unavailable as error:
+    except DatabaseUnavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return
     yield Finding("ok", "database", ", ".join(filter(None, (target.where, target.secrecy))))
@@ -140,7 +140,7 @@ async def _of_schema(
         return
     try:
         checks.store_of(mapping, live)
-    except checks.SchemaFaults as error:
+    except checks.SchemaMismatch as error:
         for fault in error.faults:
             yield Finding("FAIL", "schema", fault)
         return
@@ -152,7 +152,7 @@ async def _of_schema(
     else:
         try:
             rehearsed = await rehearsal.rehearse(engine, mapping, live)
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             yield Finding("FAIL", "database", f"{target.where}: {error}")
             return
         if rehearsed.tables:

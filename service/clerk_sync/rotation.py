@@ -101,7 +101,7 @@ class Rotation:
                 if fault and not faults[field]:
                     log.error("secret_stale", name=secret.name, file=str(secret.path), error=fault)
                 elif faults[field] and not fault:
-                    log.info("secret_fresh", name=secret.name)
+                    log.info("secret_recovered", name=secret.name)
                 faults[field] = fault
             self.signers()
             self.tokens()

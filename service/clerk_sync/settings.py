@@ -18,13 +18,13 @@ from pydantic_settings import (
     SettingsConfigDict,
 )
 
-from clerk_sync.database.url import InvalidDatabase, Target, mysql_target, target_of
+from clerk_sync.database.url import InvalidDatabaseUrl, Target, mysql_target, target_of
 from clerk_sync.mapping.loader import PRESETS
 
 _FILE_LOOK_SECONDS: Final = 1.0
 
 
-class InvalidSettings(Exception):  # noqa: N818
+class InvalidSettings(Exception):
     """What is wrong with the settings: one message per variable, none with a secret in it."""
 
     def __init__(self, faults: list[str]) -> None:
@@ -256,7 +256,7 @@ class Settings(BaseSettings):
             url = self.database_url.read() if self.database_url else self.DEFAULT_DATABASE
             try:
                 return target_of(url)
-            except InvalidDatabase as error:
+            except InvalidDatabaseUrl as error:
                 raise InvalidSettings([f"DATABASE_URL: {error}"]) from None
         pieces = {
             name: piece.read() if piece else ""
@@ -274,7 +274,7 @@ class Settings(BaseSettings):
             return mysql_target(
                 **pieces, port=int(port), tls=self.database_tls, tls_ca=self.database_tls_ca
             )
-        except InvalidDatabase as error:
+        except InvalidDatabaseUrl as error:
             raise InvalidSettings([f"DATABASE_*: {error}"]) from None
 
 

@@ -11,7 +11,7 @@ from typing import Final
 _MEBI: Final = 1024  # in KiB
 
 
-class Failed(Exception):  # noqa: N818 -- it is named for what happened to the contender
+class Failed(Exception):
     """A contender did not start or stop; the message says what it wrote."""
 
 

@@ -72,11 +72,11 @@ _OBJECTS: Final = {
 }
 
 
-class ClerkUnavailable(Exception):  # noqa: N818
+class ClerkUnavailable(Exception):
     """Clerk did not answer, or not usefully, however often it was asked."""
 
 
-class ClerkBusy(ClerkUnavailable):
+class ClerkRateLimited(ClerkUnavailable):
     """Clerk says to wait for longer than may be waited: `seconds` from now."""
 
     def __init__(self, seconds: float) -> None:
@@ -87,11 +87,11 @@ class ClerkBusy(ClerkUnavailable):
         self.seconds = seconds
 
 
-class Unconfirmed(ClerkUnavailable):
+class DeletionUnconfirmed(ClerkUnavailable):
     """Clerk neither gave this very object nor said, in its own words, that there is none."""
 
 
-class ClerkRefused(Exception):  # noqa: N818
+class ClerkRefused(Exception):
     """Clerk will not answer this: a wrong key, a feature that is off; `status` is HTTP's.
 
     `missing` says that it is Clerk's own word for an object that is not there.
@@ -109,7 +109,7 @@ class ClerkRefused(Exception):  # noqa: N818
         return self.code == _SWITCHED_OFF
 
 
-class _Again(Exception):  # noqa: N818
+class _Again(Exception):
     """Worth another attempt."""
 
 
@@ -137,7 +137,7 @@ class Rate:
     async def turn(self, patience: float = math.inf) -> None:
         """Wait until one more may begin.
 
-        Raises ClerkBusy where Clerk says to wait for more than `patience` seconds.
+        Raises ClerkRateLimited where Clerk says to wait for more than `patience` seconds.
         """
         self._check(patience)
         async with self._turn:
@@ -150,7 +150,7 @@ class Rate:
     def _check(self, patience: float) -> None:
         paused = self._paused_until - time.monotonic()
         if paused > patience:
-            raise ClerkBusy(paused)
+            raise ClerkRateLimited(paused)
 
     def _wait(self) -> float:
         now = time.monotonic()
@@ -266,22 +266,24 @@ class Clerk:
     async def one(self, kind: str, clerk_id: str) -> Read | None:
         """A user or an organization as it is now; None when Clerk says that there is none.
 
-        Raises Unconfirmed for every answer that is neither.
+        Raises DeletionUnconfirmed for every answer that is neither.
         """
         if clerk_id == "count":  # GET /users/count is another question
-            raise Unconfirmed(f"Clerk cannot be asked for a {kind} of this id")
+            raise DeletionUnconfirmed(f"Clerk cannot be asked for a {kind} of this id")
         extra = {"include_members_count": "true"} if kind == "organization" else {}
         read = await self._found(f"{_PATHS[kind]}/{_segment(clerk_id)}", **extra)
         if read is None or _is(read.json, kind, clerk_id):
             return read
         # An organization is found by its slug as well, which an id may look like.
-        raise Unconfirmed(f"CLERK_API_URL: what answers there is not Clerk: not this {kind}")
+        raise DeletionUnconfirmed(
+            f"CLERK_API_URL: what answers there is not Clerk: not this {kind}"
+        )
 
     async def membership(self, clerk_id: str, *, organization: str, user: str) -> Read | None:
         """A membership as it is now; None when its organization or its user has it no more.
 
         None only by Clerk's word for the organization, or by a list of this user's memberships
-        that is whole. Raises Unconfirmed for every other answer.
+        that is whole. Raises DeletionUnconfirmed for every other answer.
         """
         path = f"organizations/{_segment(organization)}/memberships"
         read = await self._found(path, user_id=user, limit=PAGE_LIMIT)
@@ -291,13 +293,15 @@ class Clerk:
             objects = _objects(read.json.get("data") if isinstance(read.json, dict) else None)
             total = _whole(read.json, "total_count")
         except ClerkUnavailable as error:
-            raise Unconfirmed(str(error)) from None
+            raise DeletionUnconfirmed(str(error)) from None
         for one in objects:
             if _is(one, "organizationMembership", clerk_id):
                 return Read(one, read.began_ms)
         if total == len(objects) and all(_ends(one) == (organization, user) for one in objects):
             return None
-        raise Unconfirmed("Clerk's list of one user's memberships is not whole, or not this user's")
+        raise DeletionUnconfirmed(
+            "Clerk's list of one user's memberships is not whole, or not this user's"
+        )
 
     async def _found(self, path: str, **query: object) -> Read | None:
         try:
@@ -308,7 +312,7 @@ class Clerk:
             if error.status in _OF_EVERYTHING or error.status < 400:  # noqa: PLR2004
                 raise
             # A proxy's, or that of a wrong address, or of a question that Clerk does not take.
-            raise Unconfirmed(str(error)) from None
+            raise DeletionUnconfirmed(str(error)) from None
 
     async def _get(self, path: str, **query: object) -> Read:
         # yarl would leave a `+` as it is, which a server reads as a space.
@@ -329,7 +333,10 @@ class Clerk:
         raise AssertionError  # the loop returns or raises
 
     async def _answered(self, url: yarl.URL) -> Read:
-        """Ask until Clerk does not say to wait. Raises ClerkBusy when that takes too long."""
+        """Ask until Clerk does not say to wait.
+
+        Raises ClerkRateLimited when that takes too long.
+        """
         deadline = time.monotonic() + self._patience
         least = SHORTEST_PAUSE
         while True:
@@ -371,7 +378,7 @@ class Clerk:
             self._rate.pause(pause)
             if pause >= _LONG_PAUSE and not self._told:
                 self._told = True
-                log.warning("clerk_says_wait", seconds=math.ceil(said), pause=math.ceil(pause))
+                log.warning("clerk_rate_limited", seconds=math.ceil(said), pause=math.ceil(pause))
             return None
         self._told = False
         if response.status >= 500:  # noqa: PLR2004

@@ -30,12 +30,12 @@ _NEXT: Final = re.compile(_SPACE + r"([,\]}])")
 _END: Final = re.compile(_SPACE + r"\Z")
 
 
-class NotJson(ValueError):  # noqa: N818
+class InvalidJson(ValueError):
     """The text is no JSON; or more of it than is read, in values or in levels."""
 
 
 def decoded(text: str | bytes) -> Any:
-    """The value of a JSON text; bytes are UTF-8. Raises NotJson.
+    """The value of a JSON text; bytes are UTF-8. Raises InvalidJson.
 
     Of equal names the last counts. A number beyond what a double or 4300 digits can say is
     infinite. Text may hold lone surrogates, which no encoding of Unicode takes.
@@ -47,13 +47,13 @@ def decoded(text: str | bytes) -> Any:
     try:
         characters = text.decode() if isinstance(text, bytes) else text
     except UnicodeDecodeError:
-        raise NotJson from None
+        raise InvalidJson from None
     try:
         return _slow.decode(characters)
     except RecursionError:
         return _walked(characters)
     except ValueError:
-        raise NotJson from None
+        raise InvalidJson from None
 
 
 def _integer(digits: str) -> int | float:
@@ -62,14 +62,14 @@ def _integer(digits: str) -> int | float:
 
 
 def _constant(_: str) -> None:
-    raise NotJson  # NaN and Infinity, which Python takes for JSON
+    raise InvalidJson  # NaN and Infinity, which Python takes for JSON
 
 
 _slow: Final = json.JSONDecoder(parse_int=_integer, parse_constant=_constant)
 
 
 def _walked(text: str) -> Any:
-    """The value of a JSON text of any depth, but not of any size. Raises NotJson."""
+    """The value of a JSON text of any depth, but not of any size. Raises InvalidJson."""
     whole: list[Any] = []
     opened: list[list[Any] | dict[str, Any]] = [whole]
     name = ""
@@ -93,7 +93,7 @@ def _walked(text: str) -> Any:
             _, at = _met(_NAME, text, at)
             name, at = _plain(text, at)
             _, at = _met(_COLON, text, at)
-    raise NotJson
+    raise InvalidJson
 
 
 def _begun(text: str, at: int, last: str) -> tuple[Any, int, bool]:
@@ -117,7 +117,7 @@ def _closed(text: str, at: int, opened: list[list[Any] | dict[str, Any]]) -> int
         if found[1] == ",":
             break
         if (found[1] == "}") is not isinstance(opened.pop(), dict):
-            raise NotJson
+            raise InvalidJson
     return at
 
 
@@ -125,7 +125,7 @@ def _met(pattern: re.Pattern[str], text: str, at: int) -> tuple[re.Match[str], i
     """What has to come here, and where it ends."""
     found = pattern.match(text, at)
     if found is None:
-        raise NotJson
+        raise InvalidJson
     return found, found.end()
 
 
@@ -134,4 +134,4 @@ def _plain(text: str, at: int) -> tuple[Any, int]:
     try:
         return _slow.raw_decode(text, at)
     except ValueError:
-        raise NotJson from None
+        raise InvalidJson from None

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from clerk_sync.clerk.decoding import NotJson, decoded
-from clerk_sync.clerk.signature import Delivery, Rejected
+from clerk_sync.clerk.decoding import InvalidJson, decoded
+from clerk_sync.clerk.signature import Delivery, InvalidSignature
 from clerk_sync.outcomes import Reason
 
 # Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
@@ -111,7 +111,7 @@ class Event:
     data: dict[str, Any]
 
 
-class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
+class InvalidEvent(Exception):
     """A verified event that cannot be applied; `reason` says why, `type` where it is known."""
 
     def __init__(
@@ -129,38 +129,38 @@ class Unusable(Exception):  # noqa: N818 -- it is named for what the event is
 
 
 def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
-    """Read Clerk's envelope. Raises Unusable, or Rejected for another instance's event.
+    """Read Clerk's envelope. Raises InvalidEvent, or InvalidSignature for another instance's event.
 
     An event that names no instance passes: Clerk's older ones do not.
     """
     try:
         envelope = decoded(delivery.body)
-    except NotJson:
-        raise Unusable(Reason.BAD_JSON) from None
+    except InvalidJson:
+        raise InvalidEvent(Reason.BAD_JSON) from None
     if not isinstance(envelope, dict):
-        raise Unusable(Reason.BAD_ENVELOPE)
+        raise InvalidEvent(Reason.BAD_ENVELOPE)
     type_ = envelope.get("type")
     if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
-        raise Unusable(Reason.BAD_ENVELOPE)
+        raise InvalidEvent(Reason.BAD_ENVELOPE)
     instance = envelope.get("instance_id")
     if not isinstance(instance, str):
         instance = None
     if instance_id and instance not in (None, instance_id):
-        raise Rejected(Reason.INSTANCE)
+        raise InvalidSignature(Reason.INSTANCE)
     if type_ not in ACTIONS:
         return Event(delivery.id, type_, instance, None, None, None, 0, 0, {})
     kind, action = ACTIONS[type_]
     data = envelope.get("data")
     if not isinstance(data, dict):
-        raise Unusable(Reason.BAD_ENVELOPE, type_)
+        raise InvalidEvent(Reason.BAD_ENVELOPE, type_)
     clerk_id = data.get("id")
     if not isinstance(clerk_id, str) or not CLERK_ID.fullmatch(clerk_id):
-        raise Unusable(Reason.BAD_ID, type_)
+        raise InvalidEvent(Reason.BAD_ID, type_)
     try:
         event_ms = _milliseconds(envelope.get("timestamp"))
         version_ms = _milliseconds(data.get("updated_at")) if action is Action.SAVE else None
     except ValueError:
-        raise Unusable(Reason.BAD_VERSION, type_, clerk_id) from None
+        raise InvalidEvent(Reason.BAD_VERSION, type_, clerk_id) from None
     if event_ms is None:
         event_ms = delivery.sent_at * 1000
     elif event_ms < _SECONDS_BELOW:
@@ -179,14 +179,14 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
 
 
 def read(kind: str, data: dict[str, Any], *, at_ms: int) -> Event:
-    """An object as Clerk's API gave it when it was asked at this time. Raises Unusable."""
+    """An object as Clerk's API gave it when it was asked at this time. Raises InvalidEvent."""
     clerk_id = data.get("id")
     if not isinstance(clerk_id, str) or not CLERK_ID.fullmatch(clerk_id):
-        raise Unusable(Reason.BAD_ID, READ)
+        raise InvalidEvent(Reason.BAD_ID, READ)
     try:
         version_ms = _milliseconds(data.get("updated_at"))
     except ValueError:
-        raise Unusable(Reason.BAD_VERSION, READ, clerk_id) from None
+        raise InvalidEvent(Reason.BAD_VERSION, READ, clerk_id) from None
     version_ms = at_ms if version_ms is None else version_ms
     return Event(None, READ, None, kind, Action.SAVE, clerk_id, version_ms, at_ms, data)
 

@@ -150,7 +150,7 @@ FIELDS: Final[Mapping[str, frozenset[str]]] = {
 }
 
 
-class UnknownType(ValueError):  # noqa: N818 -- it is named for what the type is
+class UnknownEventType(ValueError):
     """Not an event type of Clerk's; the message names the nearest one."""
 
     def __init__(self, type_: str) -> None:
@@ -167,13 +167,13 @@ def event(
     now_ms: int,
     instance_id: str = _INSTANCE_ID,
 ) -> dict[str, Any]:
-    """Clerk's whole envelope for an event that happens now. Raises UnknownType.
+    """Clerk's whole envelope for an event that happens now. Raises UnknownEventType.
 
     Without a `clerk_id` it is about a new object, with a random one. With one, everything
     that is not a time is the same on each call.
     """
     if type not in _CHANGES:
-        raise UnknownType(type)
+        raise UnknownEventType(type)
     kind = _kind(type)
     if clerk_id is None:
         prefix, _, _ = IDS[kind].rpartition("_")

@@ -1,4 +1,4 @@
-"""Only Clerk gets in: a signed POST becomes a Delivery, or is Rejected.
+"""Only Clerk gets in: a signed POST becomes a Delivery, or raises InvalidSignature.
 
 The signature is computed by Svix's own library over the raw bytes. Around it stand stricter
 checks than the library's: its `verify` raises plain ValueErrors on hostile headers, reads
@@ -83,7 +83,7 @@ def signed(
     }
 
 
-class Rejected(Exception):  # noqa: N818 -- it is named for what happened to the POST
+class InvalidSignature(Exception):
     """The POST is not a valid delivery; `reason` says why in one word."""
 
     def __init__(self, reason: Reason, delivery: Delivery | None = None) -> None:
@@ -93,7 +93,7 @@ class Rejected(Exception):  # noqa: N818 -- it is named for what happened to the
         self.delivery = delivery
 
 
-class InvalidSecret(ValueError):  # noqa: N818
+class InvalidSecret(ValueError):
     """A signing secret that cannot be one. The message never repeats it."""
 
 
@@ -122,11 +122,11 @@ def verify(
     """Check one POST against every secret.
 
     `headers` has lower-case names, `svix-*` or the standard's `webhook-*`; `now` is unix
-    seconds. Raises Rejected, and nothing else, whatever the bytes.
+    seconds. Raises InvalidSignature, and nothing else, whatever the bytes.
     """
     delivery = recorded(headers, body, signers=signers)
     if abs(now - delivery.sent_at) > TOLERANCE_SECONDS:
-        raise Rejected(Reason.EXPIRED, delivery)
+        raise InvalidSignature(Reason.EXPIRED, delivery)
     return delivery
 
 
@@ -136,18 +136,18 @@ def recorded(headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webho
     timestamp = headers.get("svix-timestamp") or headers.get("webhook-timestamp")
     signature = headers.get("svix-signature") or headers.get("webhook-signature")
     if not (svix_id and timestamp and signature):
-        raise Rejected(Reason.MISSING)
+        raise InvalidSignature(Reason.MISSING)
     tokens = [token for token in signature.split(" ") if _TOKEN.fullmatch(token)]
     if not _ID.fullmatch(svix_id) or not _TIMESTAMP.fullmatch(timestamp) or not tokens:
-        raise Rejected(Reason.MALFORMED)
+        raise InvalidSignature(Reason.MALFORMED)
     try:
         text = body.decode()
         sent_at = datetime.fromtimestamp(int(timestamp), tz=UTC)
         expected = [signer.sign(svix_id, sent_at, text).encode() for signer in signers]
         given = [token.encode() for token in tokens]
     except Exception:  # noqa: BLE001 -- whatever fails in there, it is no valid signature
-        raise Rejected(Reason.MALFORMED) from None
+        raise InvalidSignature(Reason.MALFORMED) from None
     # Every pair is compared, in constant time each: nothing tells which secret came close.
     if not sum(hmac.compare_digest(mine, theirs) for mine in expected for theirs in given):
-        raise Rejected(Reason.WRONG)
+        raise InvalidSignature(Reason.WRONG)
     return Delivery(svix_id, int(timestamp), text)

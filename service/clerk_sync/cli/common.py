@@ -10,7 +10,7 @@ import click
 
 from clerk_sync import __version__
 from clerk_sync.check import signing_faults, token_faults
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping.loader import InvalidMapping
 from clerk_sync.mapping.loader import load as load_mapping
 from clerk_sync.mapping.model import Mapping
@@ -79,7 +79,7 @@ def run(work: Coroutine[Any, Any, int]) -> NoReturn:
             sys.exit(runner.run(work))
     except KeyboardInterrupt:
         sys.exit(INTERRUPTED)
-    except Unavailable as error:
+    except DatabaseUnavailable as error:
         fail(str(error))
     except InvalidSettings as error:  # a file that was there when it began
         fail(*error.faults)

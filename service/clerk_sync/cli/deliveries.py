@@ -186,7 +186,7 @@ def _recorded(line: str, keys: Sequence[Webhook]) -> Delivery | Answer:
         return Answer(Outcome.REJECTED, Reason.MALFORMED)
     try:
         return signature.recorded(headers, body, signers=keys)
-    except signature.Rejected as error:
+    except signature.InvalidSignature as error:
         return Answer(Outcome.REJECTED, error.reason)
 
 
@@ -213,14 +213,14 @@ async def _applied(
             return await committer.commit(
                 change_of(delivery, mapping, instance_id=settings.instance_id)
             )
-        except signature.Rejected as error:
+        except signature.InvalidSignature as error:
             return Answer(Outcome.REJECTED, error.reason)
 
     try:
         async with app.committing(settings, mapping) as committer:
             async for group in groups:
                 await asyncio.gather(*(told(name, delivery) for name, delivery in group))
-    except checks.SchemaFaults as error:
+    except checks.SchemaMismatch as error:
         fail(*error.faults)
     click.echo(
         ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"

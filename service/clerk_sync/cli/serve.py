@@ -12,7 +12,7 @@ import structlog
 from clerk_sync.check import findings
 from clerk_sync.cli.common import command, fail, run, settled
 from clerk_sync.database.connection import engine_of
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.schema import checks, rehearsal
 from clerk_sync.settings import load as load_settings
 from clerk_sync.telemetry import logs
@@ -41,7 +41,7 @@ def serve() -> None:
     logs.configure(settings.log_level, settings.log_format)
     tracing, doubts = tracing_of(os.environ)
     for warning in (*settings.doubts(os.environ), *mapping.warnings, *doubts):
-        structlog.get_logger().warning("doubt", detail=warning)
+        structlog.get_logger().warning("config_warning", detail=warning)
 
     async def work() -> int:
         try:
@@ -114,7 +114,7 @@ def migrate(*, print_: bool) -> None:
                 await printed(engine, mapping)
             else:
                 await migrated(engine, mapping, probe_rows=settings.probe_rows == "true")
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             fail(f"{settings.locate().where}: {error}")
         finally:
             await engine.dispose()
@@ -140,7 +140,7 @@ async def migrated(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -
     if probe_rows:
         try:
             rehearsed = await rehearsal.rehearse(engine, mapping, live)
-        except rehearsal.Denied as error:  # who runs DDL may be somebody else than who serves
+        except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
             click.echo(f"advice: no row was tried: {error}", err=True)
             return
         for doubt in rehearsed.doubts:
@@ -154,7 +154,7 @@ async def looked_at(engine: AsyncEngine, mapping: Mapping) -> Live:
     live = await checks.reflected(engine, mapping)
     try:
         checks.store_of(mapping, live)
-    except checks.SchemaFaults as error:
+    except checks.SchemaMismatch as error:
         fail(*error.faults)
     for warning in checks.advice(mapping, live):
         click.echo(f"advice: {warning}", err=True)

@@ -41,10 +41,10 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
 
     async def opened(settings: Settings, mapping: Mapping) -> int:
         from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable  # noqa: PLC0415 -- see `serve`
-        from clerk_sync.schema.checks import SchemaFaults  # noqa: PLC0415
+        from clerk_sync.schema.checks import SchemaMismatch  # noqa: PLC0415
         from clerk_sync.settings import InvalidSettings  # noqa: PLC0415
-        from clerk_sync.store.lease import Held, Lost  # noqa: PLC0415
-        from clerk_sync.sync.report import Stopped  # noqa: PLC0415
+        from clerk_sync.store.lease import LeaseHeld, LeaseLost  # noqa: PLC0415
+        from clerk_sync.sync.report import SafetyStop  # noqa: PLC0415
         from clerk_sync.sync.runs import walks  # noqa: PLC0415
         from clerk_sync.telemetry.metrics import Metrics  # noqa: PLC0415
 
@@ -61,9 +61,9 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
                 return await work(open_)
         except InvalidSettings as error:
             fail(*error.faults)
-        except SchemaFaults as error:
+        except SchemaMismatch as error:
             fail(*error.faults, *unnamed(settings))
-        except (ClerkUnavailable, ClerkRefused, Held, Lost, Stopped) as error:
+        except (ClerkUnavailable, ClerkRefused, LeaseHeld, LeaseLost, SafetyStop) as error:
             fail(str(error))
 
     try:
@@ -161,7 +161,7 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended
         _say_absent(report)
         _say_doubts(
             report,
-            "both sides do not agree: run it again; if it stays, see `deleted_here`"
+            "both sides do not agree: run it again; if it stays, see `tombstone_conflict`"
             " and `unconfirmed` in the log, and whether Clerk's API is well",
         )
         fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
@@ -180,7 +180,7 @@ def ensure(user_id: str) -> None:
 
     async def work(walks: Walks) -> int:
         from clerk_sync import app  # noqa: PLC0415
-        from clerk_sync.sync.ensure import Ensure, Unmapped  # noqa: PLC0415
+        from clerk_sync.sync.ensure import Ensure, NotMapped  # noqa: PLC0415
 
         async with app.committing(walks.settings, walks.mapping) as committer:
             ensure = Ensure(
@@ -192,7 +192,7 @@ def ensure(user_id: str) -> None:
             )
             try:
                 ensured = await ensure(user_id)
-            except Unmapped as error:
+            except NotMapped as error:
                 fail(str(error))
         if ensured.row is None:
             why = "Clerk has no such user, or it was deleted"
@@ -226,7 +226,7 @@ def erase(user_id: str) -> None:
             store = await checks.bound(engine, mapping)
             now_ms = time.time_ns() // 1_000_000
             removed = await erasure.erase(engine, store, user_id, now_ms=now_ms)
-        except checks.SchemaFaults as error:
+        except checks.SchemaMismatch as error:
             fail(*error.faults, *unnamed(settings))
         except ValueError as error:
             fail(f"{user_id}: {error}")

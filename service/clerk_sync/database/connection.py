@@ -20,10 +20,10 @@ from sqlalchemy.util import greenlet_spawn
 
 from clerk_sync.database.errors import (
     Contention,
-    LockWait,
-    Refused,
+    DatabaseUnavailable,
+    LockWaitTimeout,
+    RejectedByDatabase,
     SchemaChanged,
-    Unavailable,
     translated,
 )
 from clerk_sync.database.url import Locate, Target
@@ -100,12 +100,15 @@ class Connection(Protocol):
     async def run(self, steps: Sequence[Step]) -> list[Result]:
         """Run all statements in order; a result for each.
 
-        Raises Refused, Contention, LockWait or SchemaChanged, after which `rollback` makes it
-        usable again, or another Unavailable, after which the connection is closed.
+        Raises RejectedByDatabase, Contention, LockWaitTimeout or SchemaChanged, after which
+        `rollback` makes it usable again, or another DatabaseUnavailable, after which the connection
+        is closed.
         """
         ...
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         """Run all statements in order, past those that are refused; which these are, by place.
 
         Each step is one statement. One that is refused changes nothing, and the transaction
@@ -114,7 +117,7 @@ class Connection(Protocol):
         ...
 
     async def rollback(self) -> None:
-        """Forget the open transaction. Raises Unavailable."""
+        """Forget the open transaction. Raises DatabaseUnavailable."""
         ...
 
     def close(self) -> None:
@@ -128,7 +131,10 @@ _TRIED_TOGETHER: Final = 16
 
 
 async def connect(target: Target, *, seconds: float) -> Connection:
-    """Open a connection whose every round trip ends within `seconds`. Raises Unavailable."""
+    """Open a connection whose every round trip ends within `seconds`.
+
+    Raises DatabaseUnavailable.
+    """
     if target.path is not None:
         return await _SQLiteConnection.open(target.path, seconds)
     return await _MySQLConnection.open(target, seconds)
@@ -152,13 +158,15 @@ class _MySQLConnection:
         await self._guarded(self._query(self._packet(steps), results))
         return results
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
-        refused: dict[int, Refused | SchemaChanged] = {}
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
+        refused: dict[int, RejectedByDatabase | SchemaChanged] = {}
         place, together = 0, _TRIED_TOGETHER
         while place < len(steps):
             try:
                 packet = self._packet(steps[place : place + together])
-            except Refused as error:
+            except RejectedByDatabase as error:
                 if together > 1:
                     together = 1  # which of them it is shows one by one
                     continue
@@ -168,14 +176,14 @@ class _MySQLConnection:
             results: list[Result] = []
             try:
                 await self._guarded(self._query(packet, results))
-            except (Refused, SchemaChanged) as error:
+            except (RejectedByDatabase, SchemaChanged) as error:
                 refused[place + len(results)] = error
                 place += 1
             place += len(results)
         return refused
 
     def _packet(self, steps: Sequence[Step]) -> bytes:
-        """The steps as one packet. Raises Refused for a text that is not valid Unicode.
+        """The steps as one packet. Raises RejectedByDatabase for a text that is not valid Unicode.
 
         And when the server would not take it: it would hang up, which looks like any lost
         connection. The driver would send some lone surrogates as raw bytes, as it does with the
@@ -188,9 +196,13 @@ class _MySQLConnection:
             try:
                 packet = _text(steps, lambda value: _binary(value) or literal(value)).encode()
             except UnicodeEncodeError as error:
-                raise Refused(Reason.OUT_OF_RANGE, "a text with half of a character") from error
+                raise RejectedByDatabase(
+                    Reason.OUT_OF_RANGE, "a text with half of a character"
+                ) from error
         if len(packet) >= self._largest_packet:
-            raise Refused(Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}")
+            raise RejectedByDatabase(
+                Reason.TOO_LONG, f"more than max_allowed_packet={self._largest_packet}"
+            )
         return packet
 
     async def _query(self, packet: bytes, results: list[Result]) -> None:
@@ -209,7 +221,7 @@ class _MySQLConnection:
     async def _guarded(self, work: Coroutine[Any, Any, _T]) -> _T:
         try:
             return await translated(work, self._seconds)
-        except (Refused, Contention, LockWait, SchemaChanged):
+        except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
             raise
         except BaseException:
             self.close()
@@ -238,7 +250,7 @@ async def open_mysql(target: Target) -> Any:
     """A plain asyncmy connection whose session is as `_SESSION` says, whatever the server imposes.
 
     It is open within CONNECT_SECONDS, or raises TimeoutError; cancelled, it ends at once. Raises
-    Unavailable where the session cannot be made so.
+    DatabaseUnavailable where the session cannot be made so.
     """
     opening = asyncio.create_task(_opened_in_time(target))
     done: set[asyncio.Task[Any]] = set()
@@ -286,7 +298,7 @@ async def _opened(target: Target) -> Any:
 
 
 async def _prepare(connection: Any, target: Target) -> None:
-    """Make the session as it has to be, and see that it is. Raises Unavailable."""
+    """Make the session as it has to be, and see that it is. Raises DatabaseUnavailable."""
     where = target.server
     version = connection.get_server_info().lower()
     # The driver's own goes by a status flag of the server: whether a backslash escapes. A trigger
@@ -308,9 +320,9 @@ async def _prepare(connection: Any, target: Target) -> None:
             await _execute(connection, settings)
             faults = await _faults(connection, _CHARSETS | session)
     except MySQLError as error:
-        raise Unavailable(f"{where}: the session cannot be prepared: {error}") from error
+        raise DatabaseUnavailable(f"{where}: the session cannot be prepared: {error}") from error
     if faults:
-        raise Unavailable(f"{where}: unsafe session: {faults}")
+        raise DatabaseUnavailable(f"{where}: unsafe session: {faults}")
 
 
 def _session_of(version: str) -> dict[str, Any]:
@@ -434,7 +446,9 @@ class _SQLiteConnection:
 
         return await self._in_thread(ran)
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         return await _one_by_one(self, steps)
 
     async def rollback(self) -> None:
@@ -444,7 +458,7 @@ class _SQLiteConnection:
         loop = asyncio.get_running_loop()
         try:
             return await translated(loop.run_in_executor(self._thread, work), None)
-        except (Refused, Contention, LockWait, SchemaChanged):
+        except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
             raise
         except BaseException:
             self.close()
@@ -458,13 +472,13 @@ class _SQLiteConnection:
 
 async def _one_by_one(
     connection: Connection, steps: Sequence[Step]
-) -> dict[int, Refused | SchemaChanged]:
+) -> dict[int, RejectedByDatabase | SchemaChanged]:
     """Run the steps past those that are refused; which these are, by place."""
-    refused: dict[int, Refused | SchemaChanged] = {}
+    refused: dict[int, RejectedByDatabase | SchemaChanged] = {}
     for place, step in enumerate(steps):
         try:
             await connection.run([step])
-        except (Refused, SchemaChanged) as error:
+        except (RejectedByDatabase, SchemaChanged) as error:
             refused[place] = error
     return refused
 
@@ -491,7 +505,9 @@ class _Shared:
 
         return await translated(ran(), None)
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         return await _one_by_one(self, steps)
 
     async def rollback(self) -> None:
@@ -504,7 +520,7 @@ class _Shared:
 async def shared(connection: AsyncConnection, *, seconds: float) -> Connection:
     """The session and transaction of SQLAlchemy's connection, as the hot path uses one.
 
-    It stays SQLAlchemy's to close. Raises Unavailable.
+    It stays SQLAlchemy's to close. Raises DatabaseUnavailable.
     """
     driver = (await connection.get_raw_connection()).driver_connection
     if isinstance(driver, aiosqlite.Connection):

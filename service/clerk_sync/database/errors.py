@@ -17,23 +17,23 @@ from clerk_sync.outcomes import Reason
 _T = TypeVar("_T")
 
 
-class Unavailable(Exception):  # noqa: N818
+class DatabaseUnavailable(Exception):
     """The database cannot take this now, and nothing was kept; the same again may work."""
 
 
-class Contention(Unavailable):
+class Contention(DatabaseUnavailable):
     """Another transaction was in the way: retry at once."""
 
 
-class LockWait(Unavailable):
+class LockWaitTimeout(DatabaseUnavailable):
     """A row is held by somebody else's transaction, for longer than events may wait."""
 
 
-class SchemaChanged(Unavailable):
+class SchemaChanged(DatabaseUnavailable):
     """A table or column is not there (any more)."""
 
 
-class Refused(Exception):  # noqa: N818
+class RejectedByDatabase(Exception):
     """The database refuses this data; `reason` is for the quarantine.
 
     `reason` None marks an error that we do not know: it may be the data, and may be not.
@@ -217,8 +217,8 @@ def _told(error: Exception) -> str:
 
 
 @contextmanager
-def engine_errors_told() -> Iterator[None]:
-    """Within, what fails in SQLAlchemy's engine is Unavailable, in words for people.
+def translate_engine_errors() -> Iterator[None]:
+    """Within, what fails in SQLAlchemy's engine is DatabaseUnavailable, in words for people.
 
     It is Contention or LockWait where that is why.
     """
@@ -229,14 +229,14 @@ def engine_errors_told() -> Iterator[None]:
         raise _unavailability(error)(_told(error)) from error
 
 
-def _unavailability(error: Exception) -> type[Unavailable]:
+def _unavailability(error: Exception) -> type[DatabaseUnavailable]:
     known: Exception | None = None
     match getattr(error, "orig", None):
         case MySQLError() as cause:
             known = _mysql_error(cause)
         case sqlite3.Error() as cause:
             known = _sqlite_error(cause)
-    return type(known) if isinstance(known, Contention | LockWait) else Unavailable
+    return type(known) if isinstance(known, Contention | LockWaitTimeout) else DatabaseUnavailable
 
 
 async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
@@ -249,11 +249,11 @@ async def translated(work: Awaitable[_T], seconds: float | None) -> _T:
     except sqlite3.Error as error:
         raise _sqlite_error(error) from error
     except (OverflowError, UnicodeEncodeError) as error:
-        raise Refused(Reason.OUT_OF_RANGE, "value does not fit the driver") from error
+        raise RejectedByDatabase(Reason.OUT_OF_RANGE, "value does not fit the driver") from error
     except TimeoutError as error:
-        raise Unavailable("the database did not answer in time") from error
+        raise DatabaseUnavailable("the database did not answer in time") from error
     except (OSError, EOFError, RuntimeError) as error:
-        raise Unavailable(f"no connection: {type(error).__name__}") from error
+        raise DatabaseUnavailable(f"no connection: {type(error).__name__}") from error
 
 
 def _mysql_error(error: MySQLError) -> Exception:
@@ -261,26 +261,26 @@ def _mysql_error(error: MySQLError) -> Exception:
     number = error.args[0] if error.args and isinstance(error.args[0], int) else 0
     text = f"MySQL error {number}{_WORDS.get(number, '')}"
     if number == 2003:  # noqa: PLR2004 -- CR_CONN_HOST_ERROR: nothing was said yet, by anybody
-        return Unavailable(str(error.args[1]))
+        return DatabaseUnavailable(str(error.args[1]))
     if number in _REFUSALS:
-        return Refused(_REFUSALS[number], text, depends=number in _DEPENDS)
+        return RejectedByDatabase(_REFUSALS[number], text, depends=number in _DEPENDS)
     if number in _NUMBERS_USED_UP:
-        return Refused(Reason.CONFLICT, text, depends=True)
+        return RejectedByDatabase(Reason.CONFLICT, text, depends=True)
     if number in _CONTENTION:
         return Contention(text)
     if number in _LOCK_WAIT:
-        return LockWait(text)
+        return LockWaitTimeout(text)
     if number in _SCHEMA:
         return SchemaChanged(text)
     if number == 1105:  # noqa: PLR2004 -- ER_UNKNOWN_ERROR
         transient = _VITESS_TRANSIENT.search(str(error))
-        return Contention(text) if transient else Refused(None, text)
+        return Contention(text) if transient else RejectedByDatabase(None, text)
     if number < 1000 or 2000 <= number < 3000 or number in _UNAVAILABLE:  # noqa: PLR2004
-        return Unavailable(text)  # the client library's own numbers, and the list above
+        return DatabaseUnavailable(text)  # the client library's own numbers, and the list above
     # Data exception, integrity constraint, and what a trigger of the app's signals.
     if str(error.sqlstate)[:2] in ("22", "23", "45"):
-        return Refused(Reason.REFUSED, text)
-    return Refused(None, text)
+        return RejectedByDatabase(Reason.REFUSED, text)
+    return RejectedByDatabase(None, text)
 
 
 def _sqlite_error(error: sqlite3.Error) -> Exception:
@@ -289,15 +289,15 @@ def _sqlite_error(error: sqlite3.Error) -> Exception:
     if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
         return Contention(text)
     if name == "SQLITE_CONSTRAINT_NOTNULL":
-        return Refused(Reason.NOT_NULL, text)
+        return RejectedByDatabase(Reason.NOT_NULL, text)
     if name in ("SQLITE_CONSTRAINT_UNIQUE", "SQLITE_CONSTRAINT_PRIMARYKEY"):
-        return Refused(Reason.CONFLICT, text, depends=True)
+        return RejectedByDatabase(Reason.CONFLICT, text, depends=True)
     if name.startswith("SQLITE_CONSTRAINT"):
         foreign = name == "SQLITE_CONSTRAINT_FOREIGNKEY"
-        return Refused(Reason.REFUSED, text, depends=foreign)
+        return RejectedByDatabase(Reason.REFUSED, text, depends=foreign)
     if name == "SQLITE_TOOBIG":
-        return Refused(Reason.TOO_LONG, text)
+        return RejectedByDatabase(Reason.TOO_LONG, text)
     if name == "SQLITE_MISMATCH" or isinstance(error, sqlite3.InterfaceError):
-        return Refused(Reason.WRONG_TYPE, text)
+        return RejectedByDatabase(Reason.WRONG_TYPE, text)
     # SQLITE_ERROR is a statement that does not compile: here, a table or column that went.
-    return SchemaChanged(text) if name == "SQLITE_ERROR" else Unavailable(text)
+    return SchemaChanged(text) if name == "SQLITE_ERROR" else DatabaseUnavailable(text)

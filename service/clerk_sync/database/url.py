@@ -18,7 +18,7 @@ from urllib.parse import unquote
 import sqlalchemy as sa
 
 
-class InvalidDatabase(ValueError):  # noqa: N818
+class InvalidDatabaseUrl(ValueError):
     """A database address that cannot be used. The message never repeats a password."""
 
 
@@ -125,21 +125,23 @@ _UNVERIFIED: Final = frozenset({"skipverify", "trust", "insecure", "noverify"})
 
 
 def target_of(url: str) -> Target:
-    """Read `DATABASE_URL`. Raises InvalidDatabase."""
+    """Read `DATABASE_URL`. Raises InvalidDatabaseUrl."""
     try:
         parsed = sa.make_url(url)
     except (sa.exc.ArgumentError, ValueError):
-        raise InvalidDatabase(_misread(url)) from None
+        raise InvalidDatabaseUrl(_misread(url)) from None
     scheme = parsed.drivername.partition("+")[0].lower()
     if scheme == "sqlite":
         if not parsed.database or parsed.database == ":memory:":
-            raise InvalidDatabase("names no file: write sqlite:///clerk-sync.db")
+            raise InvalidDatabaseUrl("names no file: write sqlite:///clerk-sync.db")
         return Target(path=parsed.database)
     if scheme not in _SCHEMES:
-        raise InvalidDatabase(f"has the scheme `{scheme}`: use mysql:// (MariaDB too) or sqlite://")
+        raise InvalidDatabaseUrl(
+            f"has the scheme `{scheme}`: use mysql:// (MariaDB too) or sqlite://"
+        )
     if url.count("@") > 1:
         # What follows the first would be taken for an address, and shown to people.
-        raise InvalidDatabase("has an @ too many: write the one in the password as %40")
+        raise InvalidDatabaseUrl("has an @ too many: write the one in the password as %40")
     options = _Options(parsed.query)
     if scheme == "mysqls":
         options.modes["mysqls://"] = VERIFY
@@ -166,25 +168,25 @@ def mysql_target(
 ) -> Target:
     """A MySQL target from its pieces; a host that begins with / is a socket's path.
 
-    Raises InvalidDatabase.
+    Raises InvalidDatabaseUrl.
     """
     pieces = {"host": host, "database name": name, "username": username}
     missing = [what for what, value in pieces.items() if not value]
     if missing:
-        raise InvalidDatabase(f"names no {' and no '.join(missing)}")
+        raise InvalidDatabaseUrl(f"names no {' and no '.join(missing)}")
     if not 1 <= port <= 65535:  # noqa: PLR2004 -- there are no others
-        raise InvalidDatabase(f"has the port {port}: MySQL's is 3306")
+        raise InvalidDatabaseUrl(f"has the port {port}: MySQL's is 3306")
     if tls_ca and tls == DISABLE:
-        raise InvalidDatabase("says `tls` disable and names a `tls_ca`: keep one of them")
+        raise InvalidDatabaseUrl("says `tls` disable and names a `tls_ca`: keep one of them")
     if host.startswith("/"):
         if tls_ca or tls in (VERIFY, VERIFY_CA):
-            raise InvalidDatabase("asks for TLS over a socket of this machine: leave `tls` out")
+            raise InvalidDatabaseUrl("asks for TLS over a socket of this machine: leave `tls` out")
         return Target(None, "localhost", port, name, username, password, None, host)
     host = host.removeprefix("[").removesuffix("]")
     if "," in host:
-        raise InvalidDatabase("names several hosts: name the one that takes writes")
+        raise InvalidDatabaseUrl("names several hosts: name the one that takes writes")
     if ":" in host and not _is_address(host.partition("%")[0]):
-        raise InvalidDatabase("has a port in its host, or an address that is none")
+        raise InvalidDatabaseUrl("has a port in its host, or an address that is none")
     if tls is None:
         tls = VERIFY if tls_ca or not _is_loopback(host) else DISABLE
     context = None if tls == DISABLE else _context(tls, tls_ca)
@@ -194,11 +196,11 @@ def mysql_target(
 def _context(tls: str, tls_ca: str | None) -> ssl.SSLContext:
     if tls == VERIFY_CA and not tls_ca:
         # Whoever has a certificate of any public CA, for any name, would do.
-        raise InvalidDatabase("says `verify-ca`, and names no CA: name its file in `tls_ca`")
+        raise InvalidDatabaseUrl("says `verify-ca`, and names no CA: name its file in `tls_ca`")
     try:
         context = ssl.create_default_context(cafile=tls_ca)
     except (OSError, ssl.SSLError, ValueError):
-        raise InvalidDatabase(f"names a `tls_ca` that is no PEM file: {tls_ca}") from None
+        raise InvalidDatabaseUrl(f"names a `tls_ca` that is no PEM file: {tls_ca}") from None
     context.check_hostname = tls != VERIFY_CA
     if tls_ca:
         # From Python 3.13 on by default, and more than any client of MySQL asks of a CA that
@@ -208,7 +210,7 @@ def _context(tls: str, tls_ca: str | None) -> ssl.SSLContext:
 
 
 class _Options:
-    """What a URL has behind its `?`. Raises InvalidDatabase.
+    """What a URL has behind its `?`. Raises InvalidDatabaseUrl.
 
     `modes` is how far TLS has to verify, by the option that says so.
     """
@@ -223,7 +225,7 @@ class _Options:
             group = "tlsca" if meant in _CA_FILES else "socket" if meant in _SOCKETS else meant
             for value in [values] if isinstance(values, str) else values:
                 if seen.setdefault(group, value) != value:
-                    raise InvalidDatabase(f"has `{name}` twice: keep one of them")
+                    raise InvalidDatabaseUrl(f"has `{name}` twice: keep one of them")
                 self._take(name, meant, value)
 
     def _take(self, name: str, meant: str, value: str) -> None:
@@ -231,10 +233,10 @@ class _Options:
             self.tls_ca = value
         elif meant in _SOCKETS:
             if not value.startswith("/"):
-                raise InvalidDatabase(f"has a `{name}` that is no path: write it from the / on")
+                raise InvalidDatabaseUrl(f"has a `{name}` that is no path: write it from the / on")
             self.socket = value
         elif meant in _CLIENT_CERTIFICATES:
-            raise InvalidDatabase(
+            raise InvalidDatabaseUrl(
                 f"has `{name}`: a CA's file is named by `tls_ca`; a client's certificate cannot "
                 "be shown, so let the account have a password"
             )
@@ -246,7 +248,7 @@ class _Options:
             "allowpublickeyretrieval",
             "true",
         ):
-            raise InvalidDatabase(
+            raise InvalidDatabaseUrl(
                 f"has an unknown option `{name}`: leave it out. "
                 "Of TLS, there are tls and tls_ca, and what other clients call them"
             )
@@ -256,25 +258,25 @@ class _Options:
         asked = set(self.modes.values())
         if DISABLE in asked and len(asked) > 1:
             names = " and ".join(f"`{name}`" for name in sorted(self.modes))
-            raise InvalidDatabase(f"asks for TLS and for none by {names}: keep one of them")
+            raise InvalidDatabaseUrl(f"asks for TLS and for none by {names}: keep one of them")
         return next((mode for mode in (VERIFY, VERIFY_CA, DISABLE) if mode in asked), None)
 
 
 def _mode(name: str, meant: str, value: str) -> str | None:
-    """How far TLS has to verify, by one option; None leaves it open. Raises InvalidDatabase."""
+    """How far TLS has to verify, by one option; None leaves it open. Raises InvalidDatabaseUrl."""
     small = _small(value)
     if meant == "ssl" and value.lstrip().startswith("{"):
         # Drivers of Node take an object, which PlanetScale's dashboard writes into URLs.
         given = _json(value)
         if given is None or not {*map(_small, given)} <= {"rejectunauthorized"}:
-            raise InvalidDatabase(
+            raise InvalidDatabaseUrl(
                 "has an `ssl` object that says more than rejectUnauthorized: use ?tls=verify, with "
                 "the CA's file in tls_ca, or ?tls=disable"
             )
         meant, small = "rejectunauthorized", str(all(given.values())).lower()
     mode: str | None
     if small in _UNVERIFIED or (meant in _CHECKS and small in _NO):
-        raise InvalidDatabase(
+        raise InvalidDatabaseUrl(
             f"asks for unverified TLS by `{name}`, which whoever is in between can read: use "
             "?tls=verify-ca with the CA's file in tls_ca, which does without the host's name, or "
             "?tls=disable"
@@ -287,7 +289,7 @@ def _mode(name: str, meant: str, value: str) -> str | None:
             mode = None
     if mode == "":
         known = "`verify` (default), `verify-ca` or `disable`"
-        raise InvalidDatabase(f"has an unknown `{name}`: use ?tls=, which is {known}")
+        raise InvalidDatabaseUrl(f"has an unknown `{name}`: use ?tls=, which is {known}")
     return mode
 
 

@@ -35,7 +35,7 @@ _OF_PROXIES: Final = (
 )
 
 
-class InvalidToken(ValueError):  # noqa: N818
+class InvalidToken(ValueError):
     """A token that is none. The message never repeats it."""
 
 

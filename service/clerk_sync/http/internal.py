@@ -14,12 +14,12 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 from aiohttp import web
 
-from clerk_sync.clerk.api import ClerkBusy, ClerkRefused, ClerkUnavailable
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.clerk.api import ClerkRateLimited, ClerkRefused, ClerkUnavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http import access
 from clerk_sync.outcomes import RETRY_AFTER_SECONDS, Outcome, Reason
 from clerk_sync.store import profiles
-from clerk_sync.sync.ensure import Busy, Unmapped
+from clerk_sync.sync.ensure import NotMapped, TooManyWaiting
 from clerk_sync.telemetry.logs import Ration
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Readiness:
     detail: str = ""
 
 
-class Full(Exception):  # noqa: N818
+class TooManyReaders(Exception):
     """As many as may are being answered, or wait."""
 
 
@@ -63,9 +63,9 @@ class _Places:
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Take a place while this lasts. Raises Full."""
+        """Take a place while this lasts. Raises TooManyReaders."""
         if not self._free:
-            raise Full
+            raise TooManyReaders
         self._free -= 1
         try:
             yield
@@ -176,11 +176,11 @@ class InternalListener:
                     if username is None:
                         return _json(await profiles.some(self._engine, users))
                     return _json(await profiles.named(self._engine, users, username))
-        except Full:
+        except TooManyReaders:
             return _sorry(f"{READ_LIMIT} others are read already")
         except LookupError as error:
             return _json({"error": str(error)}, status=400)
-        except (Unavailable, TimeoutError):
+        except (DatabaseUnavailable, TimeoutError):
             return _sorry("the database is not reachable")
 
     async def ensure(self, request: web.Request) -> web.Response:
@@ -194,15 +194,15 @@ class InternalListener:
             with self._ensures.taken():
                 async with asyncio.timeout(ENSURE_SECONDS):
                     ensured = await self._ensure(request.match_info["user_id"])
-        except (Full, Busy):
+        except (TooManyReaders, TooManyWaiting):
             return _sorry("too many users are asked for at once")
-        except Unmapped as error:
+        except NotMapped as error:
             return _json({"error": str(error)}, status=404)
         except ClerkRefused as error:
             return _json({"error": str(error)}, status=502)
-        except ClerkBusy as error:
+        except ClerkRateLimited as error:
             return _sorry(str(error), retry_after=str(math.ceil(error.seconds)))
-        except (ClerkUnavailable, Unavailable, TimeoutError):
+        except (ClerkUnavailable, DatabaseUnavailable, TimeoutError):
             return _sorry("Clerk or the database is not reachable")
         if ensured.row is not None:
             return _json(ensured.row)

@@ -13,7 +13,7 @@ from aiohttp import web
 from multidict import CIMultiDict, CIMultiDictProxy
 
 from clerk_sync.clerk import signature
-from clerk_sync.clerk.signature import Rejected
+from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.http.connections import Rank
 from clerk_sync.mapping.model import change_of
 from clerk_sync.outcomes import Answer, Outcome, Reason
@@ -118,14 +118,14 @@ class WebhookListener:
                 answer = await self._answer(request, peer, seen)
         except TimeoutError:
             answer = Answer(Outcome.UNAVAILABLE, Reason.DEADLINE)
-        except Rejected as error:
+        except InvalidSignature as error:
             seen.delivery = seen.delivery or error.delivery
             answer = Answer(Outcome.REJECTED, error.reason)
         except (ConnectionError, web.RequestPayloadError):
             # The sender went away, or its chunks are none: nobody hears the answer.
             answer = Answer(Outcome.REJECTED, Reason.MALFORMED)
         except Exception:
-            log.exception("defect", svix_id=seen.delivery.id if seen.delivery else None)
+            log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
         self._tell(answer, seen, time.perf_counter() - started)
         response = web.Response(
@@ -139,16 +139,16 @@ class WebhookListener:
 
     async def _answer(self, request: web.BaseRequest, peer: Peer, seen: _Seen) -> Answer:
         if request.path.removesuffix("/") != self._path.removesuffix("/"):
-            raise Rejected(Reason.PATH)
+            raise InvalidSignature(Reason.PATH)
         if request.method != "POST":
-            raise Rejected(Reason.METHOD)
+            raise InvalidSignature(Reason.METHOD)
         trace = None
         if self._tracing is not None:
             trace = seen.trace = self._tracing.trace(self._path)
         if self.draining:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if (request.content_length or 0) > BODY_LIMIT:
-            raise Rejected(Reason.TOO_LARGE)
+            raise InvalidSignature(Reason.TOO_LARGE)
         if request.headers.get("Expect", "").lower() == "100-continue":
             await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
             request.writer.output_size = 0
@@ -173,7 +173,7 @@ class WebhookListener:
             while not content.at_eof():
                 body += await content.readany()
                 if len(body) > BODY_LIMIT:
-                    raise Rejected(Reason.TOO_LARGE)
+                    raise InvalidSignature(Reason.TOO_LARGE)
                 if not content.at_eof():
                     self._connections.read(peer, request, len(body))
             self._connections.keep(peer)
@@ -227,13 +227,13 @@ class WebhookListener:
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:
-    """The three headers of a signature, in one of their two spellings. Raises Rejected."""
+    """The three headers of a signature, in one of their two spellings. Raises InvalidSignature."""
     found: dict[str, str] = {}
     for names in _SPELLINGS:
         for name in names:
             values = headers.getall(name, ())
             if len(values) > 1:
-                raise Rejected(Reason.MALFORMED)
+                raise InvalidSignature(Reason.MALFORMED)
             if values:
                 found[name] = values[0].strip()
         if found:

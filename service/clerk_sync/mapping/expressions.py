@@ -32,7 +32,7 @@ _environment: Final = _Environment(undefined=ChainableUndefined, autoescape=Fals
 _environment.globals.clear()
 
 
-class InvalidExpression(ValueError):  # noqa: N818
+class InvalidExpression(ValueError):
     """Not a Jinja expression; the message is Jinja's own."""
 
 

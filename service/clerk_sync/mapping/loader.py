@@ -29,7 +29,7 @@ _NUMBER_OR_FLAG: Final = re.compile(r"true|false|-?(?:0|[1-9][0-9]{0,30})(?:\.[0
 _COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TYPES[1:]))
 
 
-class InvalidMapping(Exception):  # noqa: N818
+class InvalidMapping(Exception):
     """What is wrong with the mapping file: one message per fault, each with file and line."""
 
     def __init__(self, faults: Iterable[str]) -> None:

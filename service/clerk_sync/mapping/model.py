@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clerk_sync.clerk.events import ACTIONS, SECRET_TYPES, Action, Event, Unusable, parse
+from clerk_sync.clerk.events import ACTIONS, SECRET_TYPES, Action, Event, InvalidEvent, parse
 from clerk_sync.outcomes import Reason
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class Change:
 
 
 def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:
-    """What this event changes. Raises Unusable when an expression fails on its data."""
+    """What this event changes. Raises InvalidEvent when an expression fails on its data."""
     table = mapping.tables.get(event.kind or "")
     if table is None:
         return Change(event.delivery_id, event.type, event_ms=event.event_ms)
@@ -140,7 +140,7 @@ def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) ->
             row = table.row(event.data)
             claims = table.claims(event.data) if table.adopt else None
         except Exception as error:  # an expression may fail in any way
-            raise Unusable(
+            raise InvalidEvent(
                 Reason.BAD_EXPRESSION, event.type, event.clerk_id, type(error).__name__
             ) from error
     return Change(
@@ -161,13 +161,13 @@ def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) ->
 def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) -> Change:
     """What one delivery changes; one that is unusable becomes a Change for the quarantine.
 
-    Raises Rejected when it is another Clerk instance's than `instance_id`.
+    Raises InvalidSignature when it is another Clerk instance's than `instance_id`.
     """
     try:
         event = parse(delivery, instance_id=instance_id)
         payload = None if event.type in SECRET_TYPES else delivery.body
         return change_for(event, mapping, payload=payload)
-    except Unusable as error:
+    except InvalidEvent as error:
         kind, _ = ACTIONS.get(error.type or "", (None, None))
         if error.type is not None and kind not in mapping.tables:
             return Change(delivery.id, error.type)  # nobody asked for it, so nobody has to mend it

@@ -15,17 +15,17 @@ from asyncmy.errors import MySQLError
 from sqlalchemy.dialects import mysql
 
 from clerk_sync.clerk import samples
-from clerk_sync.database.errors import Contention, Unavailable, engine_errors_told
+from clerk_sync.database.errors import Contention, DatabaseUnavailable, translate_engine_errors
 from clerk_sync.mapping.loader import nearest
 from clerk_sync.mapping.model import Mapping, Owned, Place, TableMapping
 from clerk_sync.schema import reflection as looked
 from clerk_sync.schema.reflection import Live, TableNames
 from clerk_sync.store import tables
-from clerk_sync.store.lease import Held, Lost, held, holder_name
+from clerk_sync.store.lease import LeaseHeld, LeaseLost, held, holder_name
 from clerk_sync.store.sql import Compiler
 from clerk_sync.store.store import Store
 from clerk_sync.store.target import Target, unique_keys
-from clerk_sync.store.values import BINARY, TextOfBytes, Unfit, fit_for
+from clerk_sync.store.values import BINARY, InvalidValue, TextOfBytes, fit_for
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -46,7 +46,7 @@ _MADE_MEANWHILE: Final = frozenset({1050, 1060, 1061})
 RUN_MIGRATE: Final = "run `clerk-sync migrate` (or `clerk-sync migrate --print` for its SQL)"
 
 
-class SchemaFaults(Exception):  # noqa: N818
+class SchemaMismatch(Exception):
     """The live schema is not what is needed: one message per fault."""
 
     def __init__(self, faults: list[str]) -> None:
@@ -55,18 +55,18 @@ class SchemaFaults(Exception):  # noqa: N818
 
 
 async def bound(engine: AsyncEngine, mapping: Mapping) -> Store:
-    """A Store on the live schema. Raises SchemaFaults, or Unavailable."""
+    """A Store on the live schema. Raises SchemaMismatch, or DatabaseUnavailable."""
     live = await looked.inspected(engine, _names(mapping))
     return store_of(mapping, live)
 
 
 async def reflected(engine: AsyncEngine, mapping: Mapping) -> Live:
-    """The live tables that the mapping names. Raises Unavailable."""
+    """The live tables that the mapping names. Raises DatabaseUnavailable."""
     return await looked.inspected(engine, _names(mapping))
 
 
 async def own_faults(engine: AsyncEngine) -> list[str]:
-    """What is missing of clerk-sync's own tables. Raises Unavailable."""
+    """What is missing of clerk-sync's own tables. Raises DatabaseUnavailable."""
     return list(_own_faults(await looked.inspected(engine, _own_names())))
 
 
@@ -76,10 +76,10 @@ def lacks_own(live: Live) -> bool:
 
 
 def store_of(mapping: Mapping, live: Live) -> Store:
-    """Bind the mapping to the live tables. Raises SchemaFaults with every fault."""
+    """Bind the mapping to the live tables. Raises SchemaMismatch with every fault."""
     faults = [*_own_faults(live), *_mapping_faults(mapping, live)]
     if faults:
-        raise SchemaFaults(faults)
+        raise SchemaMismatch(faults)
     for table in mapping.tables.values():
         _read_text_of_bytes(table, live)
     compiler = Compiler(live.dialect)
@@ -317,7 +317,7 @@ def _set_faults(table: TableMapping, there: sa.Table, *, sqlite: bool) -> Iterat
         else:
             try:
                 fit_for(column, json_text=types.get(one.name) == "json", sqlite=sqlite)(one.value)
-            except Unfit as error:
+            except InvalidValue as error:
                 yield (
                     f"{one.at}: `{one.name}` of `{there.name}` is {column.type}, which does not "
                     f"take {one.value!r}: {error.reason}"
@@ -449,7 +449,7 @@ def _id_faults(table: sa.Table, column: str, at: Place, live: Live, *, kind: str
     example = samples.IDS[kind]
     try:
         fit_for(table.c[column], json_text=False, sqlite=live.dialect.name == "sqlite")(example)
-    except Unfit:
+    except InvalidValue:
         why = f"Clerk's ids have {len(example)} characters and more"
         if isinstance(type_, sa.BINARY):
             why = f"fills up with zeros what is shorter, such as Clerk's ids of {len(example)}"
@@ -465,7 +465,8 @@ async def migrate(
     """Make clerk-sync's tables and those that the mapping asks for; what was done, in words.
 
     Several at once are safe: one works, the others wait and find nothing to do. The engine needs
-    two connections. Raises Unavailable, also when it was not our turn within `patience_seconds`.
+    two connections. Raises DatabaseUnavailable, also when it was not our turn within
+    `patience_seconds`.
     """
     if engine.dialect.name == "sqlite":
         return await _worked(engine, lambda connection: _migrated_alone(connection, mapping))
@@ -475,24 +476,24 @@ async def migrate(
     while True:
         try:
             return await _migrated_in_turn(engine, mapping)
-        except Held as error:
+        except LeaseHeld as error:
             if loop.time() > deadline:
-                raise Unavailable(str(error)) from error
+                raise DatabaseUnavailable(str(error)) from error
         # Another node of a cluster was faster: whatever fails so has changed nothing. Or what one
         # that is dead had begun was ended without it.
-        except (Contention, Lost, _MadeMeanwhile) as error:
+        except (Contention, LeaseLost, _MadeMeanwhile) as error:
             attempts += 1
             if attempts == _ATTEMPTS:
-                raise Unavailable(str(error)) from error
+                raise DatabaseUnavailable(str(error)) from error
         await asyncio.sleep(_PAUSE_SECONDS)
 
 
-class _MadeMeanwhile(Exception):  # noqa: N818
+class _MadeMeanwhile(Exception):
     """Somebody else made what was to be made."""
 
 
 async def _worked(engine: AsyncEngine, work: Callable[[sa.Connection], list[str]]) -> list[str]:
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             try:
                 done = await connection.run_sync(work)
@@ -508,7 +509,8 @@ async def _migrated_in_turn(engine: AsyncEngine, mapping: Mapping) -> list[str]:
     """Migrate under a lease: DDL is no transaction on MySQL, so that something has to guard it.
 
     Not by GET_LOCK, which a cluster of several writers cannot keep, and Percona's refuses. The
-    lease's own table is the one thing that is made without it. Raises Held, Contention or Lost.
+    lease's own table is the one thing that is made without it. Raises LeaseHeld, Contention or
+    LeaseLost.
     """
 
     def prepare(connection: sa.Connection) -> list[str]:
@@ -534,9 +536,12 @@ def _migrated_alone(connection: sa.Connection, mapping: Mapping) -> list[str]:
 
 
 async def migration_sql(engine: AsyncEngine, mapping: Mapping) -> str:
-    """The SQL that `migrate` would run now, for people who may not run it. Raises Unavailable."""
+    """The SQL that `migrate` would run now, for people who may not run it.
+
+    Raises DatabaseUnavailable.
+    """
     out = io.StringIO()
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             await connection.run_sync(_migrated, mapping, print_to=out)
     return out.getvalue()
@@ -552,7 +557,7 @@ def _migrated(
 ) -> list[str]:
     """Bring the schema to what is wanted; `new` tables were made just now, and are empty.
 
-    Raises Lost between two steps once the lease is somebody else's.
+    Raises LeaseLost between two steps once the lease is somebody else's.
     """
     # Alembic is loaded by this command alone: `serve` starts a tenth of a second sooner.
     from clerk_sync.schema.migrations import Migration  # noqa: PLC0415

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
-from clerk_sync.database.errors import engine_errors_told
+from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.values import Other, declared
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ class TableNames:
 
 
 async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
-    """Those of the tables that are there. Raises Unavailable."""
+    """Those of the tables that are there. Raises DatabaseUnavailable."""
 
     def inspect(connection: sa.Connection) -> Live:
         if connection.dialect.name == "sqlite":
@@ -142,7 +142,7 @@ async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
             _spelling(connection),
         )
 
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             return await connection.run_sync(inspect)
 

@@ -25,11 +25,11 @@ from clerk_sync.clerk.events import KINDS, PROBE_IDS, Action, read
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step, shared
 from clerk_sync.database.errors import (
     Contention,
-    LockWait,
-    Refused,
+    DatabaseUnavailable,
+    LockWaitTimeout,
+    RejectedByDatabase,
     SchemaChanged,
-    Unavailable,
-    engine_errors_told,
+    translate_engine_errors,
 )
 from clerk_sync.mapping.expressions import row_of
 from clerk_sync.mapping.model import Change, Column, Mapping, TableMapping, change_for
@@ -37,7 +37,7 @@ from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.schema.checks import store_of, type_text, unfilled
 from clerk_sync.store import erasure, profiles
 from clerk_sync.store.target import unique_keys
-from clerk_sync.store.values import Unfit, as_text, fit_for
+from clerk_sync.store.values import InvalidValue, as_text, fit_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as Names
@@ -76,26 +76,29 @@ class Rehearsed:
     doubts: list[str] = field(default_factory=list)
 
 
-class Denied(Unavailable):
+class AccessDenied(DatabaseUnavailable):
     """The user of the database may not write, read or delete in a mapped table."""
 
 
-class _Fault(Exception):  # noqa: N818 -- it is one of the mapped table's
+class _Fault(Exception):
     """What is wrong, for people."""
 
 
-class _Untried(Exception):  # noqa: N818
+class _Untried(Exception):
     """Why a table could not be tried, although it may be well; None where that is told already."""
 
 
 async def rehearse(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehearsed:
-    """Try every mapped table of a schema that looks right. Raises Denied or Unavailable."""
+    """Try every mapped table of a schema that looks right.
+
+    Raises AccessDenied or DatabaseUnavailable.
+    """
     again = stamina.AsyncRetryingCaller(attempts=_ATTEMPTS, wait_initial=0.05, wait_max=1)
     return await again(Contention, _rehearsed, engine, mapping, live)
 
 
 async def _rehearsed(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehearsed:
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             transaction = await connection.begin()
             try:
@@ -122,7 +125,9 @@ class _Uncommitted:
         results = await self._connection.run(kept) if kept else []
         return results + [Result(0, ())] * (len(steps) - len(kept))
 
-    async def try_each(self, steps: Sequence[Step]) -> dict[int, Refused | SchemaChanged]:
+    async def try_each(
+        self, steps: Sequence[Step]
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         return await self._connection.try_each(steps)
 
     async def rollback(self) -> None:
@@ -167,9 +172,9 @@ class _Rehearsal:
         except _Untried as untried:
             if untried.args:
                 self._told.doubts.append(f"{table.at}: `{table.table}` is not tried: {untried}")
-        except (Refused, SchemaChanged) as error:
+        except (RejectedByDatabase, SchemaChanged) as error:
             self._note(table, error)
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             raise self._unavailable(table, error) from error
         except sa.exc.DBAPIError as error:
             self._note_engine(table, error)
@@ -295,7 +300,7 @@ class _Rehearsal:
         sqlite = self._live.dialect.name == "sqlite"
         try:
             fit_for(live, json_text=column.type == "json", sqlite=sqlite)(value)
-        except Unfit as error:
+        except InvalidValue as error:
             return error.reason
         return None
 
@@ -322,23 +327,25 @@ class _Rehearsal:
         """What the way of `erase` and `ensure` met. Raises what is not the table's fault."""
         number, text = _said(error)
         if number in _DENIED:
-            raise Denied(f"`{table.table}`: {text}") from error
+            raise AccessDenied(f"`{table.table}`: {text}") from error
         if error.connection_invalidated or not text:
             raise error
         self._told.faults.append(f"{table.at}: `{table.table}`: {text}")
 
-    def _unavailable(self, table: TableMapping, error: Unavailable) -> Unavailable:
+    def _unavailable(self, table: TableMapping, error: DatabaseUnavailable) -> DatabaseUnavailable:
         """The same, with the table and the database's own words."""
-        if isinstance(error, Contention | LockWait):
+        if isinstance(error, Contention | LockWaitTimeout):
             return type(error)(str(error))
         number, text = _said(error)
         if number in _USED_UP:
             text = f"{text}: {_used_up(self._live.tables[table.table])}"
-        return (Denied if number in _DENIED else Unavailable)(f"`{table.table}`: {error}: {text}")
+        return (AccessDenied if number in _DENIED else DatabaseUnavailable)(
+            f"`{table.table}`: {error}: {text}"
+        )
 
-    def _note(self, table: TableMapping, error: Refused | SchemaChanged) -> None:
+    def _note(self, table: TableMapping, error: RejectedByDatabase | SchemaChanged) -> None:
         number, text = _said(error)
-        reason = error.reason if isinstance(error, Refused) else None
+        reason = error.reason if isinstance(error, RejectedByDatabase) else None
         if reason is Reason.NOT_NULL and unfilled(table, self._live):
             return  # it is among the advice already
         used_up = _used_up(self._live.tables[table.table])

@@ -17,7 +17,7 @@ import sqlalchemy as sa
 import stamina
 
 from clerk_sync.clerk.events import CLERK_ID, USER_PATHS
-from clerk_sync.database.errors import Contention, LockWait, engine_errors_told
+from clerk_sync.database.errors import Contention, LockWaitTimeout, translate_engine_errors
 from clerk_sync.store.store import REMOVED, Key, Store
 from clerk_sync.store.tables import entities, events, quarantine
 from clerk_sync.store.values import time_text
@@ -43,7 +43,7 @@ async def purge(
 
     A row has to be due by its own mark and by what is known of its delete: an app may have
     taken the mark off, or set one itself. What the row owns goes with it. With `dry_run`,
-    nothing goes. Raises Unavailable.
+    nothing goes. Raises DatabaseUnavailable.
     """
     counts = {}
     for kind, target in store.targets.items():
@@ -83,7 +83,7 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
     of the waitlist; the id where somebody else's row mentions it (`created_by`, `inviter_id`);
     state and ledger of what went before, when Clerk deleted the user, which are ids and times;
     what the app copied elsewhere; backups, binlogs, logs, and Clerk itself. Raises ValueError
-    for what is no id, and Unavailable.
+    for what is no id, and DatabaseUnavailable.
     """
     if not CLERK_ID.fullmatch(user_id):
         raise ValueError("not an id of Clerk's")
@@ -91,7 +91,7 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
     advance = functools.partial(_advance, store=store, now_ms=now_ms)
     # First, so that nothing that the user owns is added while the rest is looked for.
     await _transacted(engine, functools.partial(advance, keys=[user]))
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             everything = await everything_of(connection, store, user)
     for keys in _chunks(sorted(everything)):
@@ -323,7 +323,7 @@ async def _read(engine: AsyncEngine, query: sa.Select[Any]) -> Sequence[Any]:
 
 
 async def _rows(engine: AsyncEngine, query: sa.Select[Any]) -> list[tuple[Any, ...]]:
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             return [tuple(row) for row in await connection.execute(query)]
 
@@ -332,9 +332,9 @@ async def _transacted(engine: AsyncEngine, work: Callable[[AsyncConnection], Awa
     """Do the work in one transaction, again while others are in its way."""
 
     async def once() -> _T:
-        with engine_errors_told():
+        with translate_engine_errors():
             async with engine.begin() as connection:
                 return await work(connection)
 
     again = stamina.AsyncRetryingCaller(attempts=_ATTEMPTS, wait_initial=0.05, wait_max=1)
-    return await again((Contention, LockWait), once)
+    return await again((Contention, LockWaitTimeout), once)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from clerk_sync.clerk.events import PROBE, PROBE_IDS
-from clerk_sync.database.errors import engine_errors_told
+from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import entities, events, quarantine
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
     ):
         old = sa.select(table.c.svix_id).where(outlived).limit(_CHUNK)
         while ids := [row["svix_id"] for row in await _run(engine, old)]:
-            with engine_errors_told():
+            with translate_engine_errors():
                 async with engine.begin() as connection:
                     await connection.execute(sa.delete(table).where(table.c.svix_id.in_(ids)))
             gone += len(ids)
@@ -48,14 +48,16 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
 
 
 async def probe(engine: AsyncEngine) -> None:
-    """Ask the database whether it takes writes, with one that changes nothing. Raises Unavailable.
+    """Ask the database whether it takes writes, with one that changes nothing.
+
+    Raises DatabaseUnavailable.
 
     After a failover the old primary still answers every SELECT. A server's full disk stops the
     server, or shows in its numbers; SQLite's shows when pages are written, and in nothing less.
     """
     none = entities.c.kind == ""
     nothing = sa.update(entities).where(none).values(synced_at=None)
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             await connection.execute(nothing)
             if connection.dialect.name == "sqlite":
@@ -69,13 +71,13 @@ async def probe(engine: AsyncEngine) -> None:
 
 
 async def probe_rights(engine: AsyncEngine) -> None:
-    """As `probe`, and with every right that serving needs. Raises Unavailable.
+    """As `probe`, and with every right that serving needs. Raises DatabaseUnavailable.
 
     It is asked of one table: rights are mostly given for a whole database.
     """
     none = entities.c.kind == ""
     rows = sa.select(entities).where(none)
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             await connection.execute(sa.insert(entities).from_select(entities.c.keys(), rows))
             await connection.execute(sa.update(entities).where(none).values(synced_at=None))
@@ -83,6 +85,6 @@ async def probe_rights(engine: AsyncEngine) -> None:
 
 
 async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any]]:
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             return [dict(row) for row in (await connection.execute(query)).mappings()]

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database.errors import Unavailable, engine_errors_told
+from clerk_sync.database.errors import DatabaseUnavailable, translate_engine_errors
 from clerk_sync.store.tables import leases
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ _SQLITE_NOW: Final = "CAST((julianday('now') - 2440587.5) * 86400000 AS INTEGER)
 _MYSQL_NOW: Final = "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3)) DIV 1000)"
 
 
-class Held(Exception):  # noqa: N818
+class LeaseHeld(Exception):
     """Somebody else holds the lease: who, and until when at least, by the database's clock."""
 
     def __init__(self, name: str, holder: str, expires_ms: int) -> None:
@@ -49,7 +49,7 @@ class Held(Exception):  # noqa: N818
         self.expires_ms = expires_ms
 
 
-class Lost(Exception):  # noqa: N818
+class LeaseLost(Exception):
     """The lease is somebody else's by now."""
 
 
@@ -65,9 +65,9 @@ class Lease:
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self) -> None:
-        """Raise Lost once somebody else holds it."""
+        """Raise LeaseLost once somebody else holds it."""
         if self.lost.is_set():
-            raise Lost("another process has taken over the lease")
+            raise LeaseLost("another process has taken over the lease")
 
 
 def holder_name() -> str:
@@ -88,7 +88,7 @@ async def held(
 
     With patience, one that is held already is waited for until its holder renews it, so is
     alive, or it expires, so its holder is dead. The renewal needs a connection of the engine's
-    pool beside those used within. Raises Held or Unavailable.
+    pool beside those used within. Raises LeaseHeld or DatabaseUnavailable.
     """
     row = _Row(engine, name, seconds)
     lease = Lease(name, await row.taken(holder, patience=patience))
@@ -112,7 +112,7 @@ class _Row:
         self._expiry = self._now + round(seconds * 1000)
 
     async def taken(self, holder: str, *, patience: bool) -> int:
-        """Take the lease; its token. Raises Held or Unavailable."""
+        """Take the lease; its token. Raises LeaseHeld or DatabaseUnavailable."""
         seen = None
         while True:
             row = await self._read()
@@ -123,7 +123,7 @@ class _Row:
                     return int(row.token) + 1
                 patience = False  # who was faster is alive
             elif not patience or (seen and seen != (row.token, row.expires_ms)):
-                raise Held(self._name, row.holder, row.expires_ms)
+                raise LeaseHeld(self._name, row.holder, row.expires_ms)
             else:
                 seen = (row.token, row.expires_ms)
                 await asyncio.sleep(self._seconds / 30)
@@ -194,9 +194,9 @@ class _Row:
 
     @asynccontextmanager
     async def _transaction(self) -> AsyncIterator[AsyncConnection]:
-        with engine_errors_told():
+        with translate_engine_errors():
             try:
                 async with asyncio.timeout(_STATEMENT_SECONDS), self._engine.begin() as connection:
                     yield connection
             except TimeoutError:
-                raise Unavailable("the database did not answer in time") from None
+                raise DatabaseUnavailable("the database did not answer in time") from None

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.database.errors import engine_errors_told
+from clerk_sync.database.errors import translate_engine_errors
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
@@ -23,13 +23,14 @@ LIMIT: Final = 30
 async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, Any] | None:
     """The user of this name with all columns, owned rows nested by their table's name, or None.
 
-    Raises LookupError when the mapping has no column for Clerk's `username`, and Unavailable.
+    Raises LookupError when the mapping has no column for Clerk's `username`, and
+    DatabaseUnavailable.
     """
     column = users.mapping.column_of("username")
     if column is None:
         raise LookupError("the mapping fills no column with `username`")
     query = _present(users).where(users.table.c[column] == username).limit(1)
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             row = (await connection.execute(query)).mappings().first()
             if row is None:
@@ -44,8 +45,8 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
 
 
 async def identified(engine: AsyncEngine, users: Target, clerk_id: str) -> dict[str, Any] | None:
-    """The user of this Clerk id with all columns, or None. Raises Unavailable."""
-    with engine_errors_told():
+    """The user of this Clerk id with all columns, or None. Raises DatabaseUnavailable."""
+    with translate_engine_errors():
         async with engine.connect() as connection:
             return await row_of(connection, users, clerk_id)
 
@@ -60,8 +61,8 @@ async def row_of(
 
 
 async def some(engine: AsyncEngine, users: Target) -> list[dict[str, Any]]:
-    """At most 30 users with all columns. Raises Unavailable."""
-    with engine_errors_told():
+    """At most 30 users with all columns. Raises DatabaseUnavailable."""
+    with translate_engine_errors():
         async with engine.connect() as connection:
             rows = await connection.execute(_present(users).limit(LIMIT))
             return [dict(row) for row in rows.mappings()]

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from clerk_sync.clerk.signature import Delivery
-from clerk_sync.database.errors import engine_errors_told
+from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import quarantine
 from clerk_sync.store.values import time_text
 
@@ -89,7 +89,8 @@ async def listed(
 ) -> list[Quarantined]:
     """The events in quarantine, oldest first; only these ids, if any are given.
 
-    Payloads may be a MiB each: without them there is a null in their place. Raises Unavailable.
+    Payloads may be a MiB each: without them there is a null in their place. Raises
+    DatabaseUnavailable.
     """
     columns = [
         column if payloads or column is not quarantine.c.payload else sa.null().label("payload")
@@ -110,7 +111,10 @@ class Size:
 
 
 async def size(engine: AsyncEngine) -> Size:
-    """Count the events in quarantine; one that is tried for long is in both. Raises Unavailable."""
+    """Count the events in quarantine; one that is tried for long is in both.
+
+    Raises DatabaseUnavailable.
+    """
     retried = quarantine.c.retry_at.is_not(None)
     young = quarantine.c.quarantined_at > _now() - PATIENCE
     query = sa.select(
@@ -118,15 +122,18 @@ async def size(engine: AsyncEngine) -> Size:
         sa.func.count(quarantine.c.retry_at),
         sa.func.sum(sa.case((sa.and_(retried, young), 1), else_=0)),
     ).select_from(quarantine)
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             every, again, patient = (await connection.execute(query)).one()
     return Size(int(every) - int(patient or 0), int(again))
 
 
 async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
-    """Forget these events; how many were there. The ledger keeps its rows. Raises Unavailable."""
-    with engine_errors_told():
+    """Forget these events; how many were there. The ledger keeps its rows.
+
+    Raises DatabaseUnavailable.
+    """
+    with translate_engine_errors():
         async with engine.begin() as connection:
             gone = await connection.execute(
                 sa.delete(quarantine).where(quarantine.c.svix_id.in_(ids))
@@ -135,12 +142,12 @@ async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
 
 
 async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
-    """Those that are due, for this process alone to try. Raises Unavailable."""
+    """Those that are due, for this process alone to try. Raises DatabaseUnavailable."""
     now = _now()
     due = sa.select(quarantine).where(quarantine.c.retry_at <= now)
     claimed = []
     found = await _read(engine, due.order_by(quarantine.c.retry_at).limit(limit))
-    with engine_errors_told():
+    with translate_engine_errors():
         # In one transaction and one order: whoever has the first has those that are due with it.
         async with engine.begin() as connection:
             for one in sorted(found, key=lambda one: one.svix_id):
@@ -153,20 +160,22 @@ async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
 
 
 async def postpone(engine: AsyncEngine, svix_id: str, reason: str, retry_at_ms: int | None) -> None:
-    """Note why it was refused again, and when it is tried the next time. Raises Unavailable.
+    """Note why it was refused again, and when it is tried the next time.
+
+    Raises DatabaseUnavailable.
 
     One that was erased or dropped meanwhile stays away.
     """
     at = None if retry_at_ms is None else datetime.fromisoformat(time_text(retry_at_ms))
     row = sa.update(quarantine).where(quarantine.c.svix_id == svix_id)
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             await connection.execute(row.values(reason=reason, retry_at=at))
 
 
 async def next_due(engine: AsyncEngine) -> datetime | None:
-    """When the next one is tried again, as naive UTC. Raises Unavailable."""
-    with engine_errors_told():
+    """When the next one is tried again, as naive UTC. Raises DatabaseUnavailable."""
+    with translate_engine_errors():
         async with engine.connect() as connection:
             at: datetime | None = await connection.scalar(
                 sa.select(sa.func.min(quarantine.c.retry_at))
@@ -179,7 +188,7 @@ def _now() -> datetime:
 
 
 async def _read(engine: AsyncEngine, query: sa.Select[Any]) -> list[Quarantined]:
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             rows = (await connection.execute(query)).mappings()
             return [Quarantined(**row) for row in rows]

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Final
 
 import structlog
 
-from clerk_sync.clerk.signature import Rejected
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.clerk.signature import InvalidSignature
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping.model import change_of
 from clerk_sync.outcomes import Outcome
 from clerk_sync.store import quarantine
@@ -60,7 +60,7 @@ class Retries:
             if self._ready():
                 try:
                     pause = await self.due()
-                except Unavailable as error:
+                except DatabaseUnavailable as error:
                     log.warning("quarantine_retry_failed", error=str(error))
                 except Exception:
                     log.exception("quarantine_retry_failed")
@@ -72,7 +72,7 @@ class Retries:
                 pass
 
     async def due(self) -> float:
-        """Try what is due now; in how many seconds to look again. Raises Unavailable."""
+        """Try what is due now; in how many seconds to look again. Raises DatabaseUnavailable."""
         while due := await quarantine.claim(self._engine, AT_ONCE):
             tried: list[tuple[Quarantined, Change]] = []
             for one in due:
@@ -97,7 +97,7 @@ class Retries:
             return None
         try:
             change = change_of(delivery, self._mapping, instance_id=self._instance_id)
-        except Rejected:
+        except InvalidSignature:
             return None
         return change if change.action is not None else None
 

@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.clerk.events import Action
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step
-from clerk_sync.database.errors import Refused, SchemaChanged, Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable, RejectedByDatabase, SchemaChanged
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.sql import Compiler, OwnStatements, Read, union
-from clerk_sync.store.values import Unfit, as_text, time_text
+from clerk_sync.store.values import InvalidValue, as_text, time_text
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -114,7 +114,7 @@ def _folded(value: object) -> str:
     return as_text(value).casefold()
 
 
-class Fenced(Unavailable):
+class FencedOff(DatabaseUnavailable):
     """The lease under which this was to be written is somebody else's now."""
 
 
@@ -133,7 +133,7 @@ class Store:
     def fenced(self, lease: str, token: int) -> Store:
         """The same store, whose transactions fail once the lease has another token.
 
-        Raises Fenced then, also while its holder does not know yet that it lost it.
+        Raises FencedOff then, also while its holder does not know yet that it lost it.
         """
         store = copy(self)
         store._fence = (lease, token)  # noqa: SLF001 -- our own kind
@@ -150,8 +150,8 @@ class Store:
         """Commit all changes in one transaction; their answers, in order.
 
         The rows of those in `vacating` give up their unique values before they get the new ones,
-        so that two may swap them. Raises Refused when the database refuses some of the data,
-        Unavailable when it cannot take it now; nothing is kept then.
+        so that two may swap them. Raises RejectedByDatabase when the database refuses some of the
+        data, DatabaseUnavailable when it cannot take it now; nothing is kept then.
         """
         now = time_text(now_ms)
         checked = [self._checked(change) for change in changes]
@@ -174,7 +174,7 @@ class Store:
         *,
         now_ms: int,
         vacating: Sequence[Change] = (),
-    ) -> dict[int, Refused | SchemaChanged]:
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
         """Which of these changes the database refuses, by their place, and why. Nothing is kept.
 
         It costs a round trip for each refusal, and one for some changes: halving a batch until
@@ -188,13 +188,13 @@ class Store:
         answers = self._answers(batch, changes)
         won = [place for place, answer in enumerate(answers) if answer is APPLIED]
         await connection.try_each(self._vacated(vacating))
-        refused: dict[int, Refused | SchemaChanged] = {}
+        refused: dict[int, RejectedByDatabase | SchemaChanged] = {}
         steps: list[Step] = []
         places: list[int] = []
         for place in sorted(won, key=lambda place: self._turn(changes[place])):
             try:
                 of_one = await self._writes(connection, batch, [changes[place]])
-            except (Refused, SchemaChanged) as error:  # of a row that was to be adopted
+            except (RejectedByDatabase, SchemaChanged) as error:  # of a row that was to be adopted
                 refused[place] = error
                 continue
             steps += of_one
@@ -238,15 +238,16 @@ class Store:
         """Commit rows of one kind that are all new, and their state with them.
 
         Whether they are is told by the keys: nothing is read, which saves half of what `apply`
-        takes. Raises Refused where one is known here, or does not fit, and Unavailable; nothing
-        is kept then. Not for rows that belong to others, whose state would have to be locked.
+        takes. Raises RejectedByDatabase where one is known here, or does not fit, and
+        DatabaseUnavailable; nothing is kept then. Not for rows that belong to others, whose state
+        would have to be locked.
         """
         target, now = self.targets[kind], time_text(now_ms)
         changes = sorted(changes, key=_clerk_id)  # the order of all locks
         try:
             rows = [target.row(_clerk_id(change), change.row or {}) for change in changes]
-        except Unfit as error:
-            raise Refused(error.reason, f"column {error.column}") from None
+        except InvalidValue as error:
+            raise RejectedByDatabase(error.reason, f"column {error.column}") from None
         state = [(_clerk_id(one), one.version_ms, one.event_ms, now) for one in changes]
         fence = self._fence_steps()
         results = await connection.run(
@@ -264,7 +265,7 @@ class Store:
             return change, [*change.fitted]
         try:
             return change, self.targets[change.kind].row(change.clerk_id, change.row or {})
-        except Unfit as error:
+        except InvalidValue as error:
             return quarantined(change, error.reason, f"column {error.column}"), None
 
     def _reduced(self, checked: Iterable[tuple[Change, list[Any] | None]], now: str) -> _Batch:
@@ -349,7 +350,7 @@ class Store:
 
     def _check_fence(self, result: Result) -> None:
         if [token for (token,) in result.rows] != [self._fence and self._fence[1]]:
-            raise Fenced("another process has taken over the lease")
+            raise FencedOff("another process has taken over the lease")
 
     def _answers(self, batch: _Batch, changes: Sequence[Change]) -> list[Answer]:
         """Each change's answer, as if they had come one by one."""

@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from clerk_sync.outcomes import Reason
 from clerk_sync.store.sql import Compiler, ForIds, ordered
-from clerk_sync.store.values import Fit, Same, Unfit, fit_for, same_for
+from clerk_sync.store.values import Fit, InvalidValue, Same, fit_for, same_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -150,7 +150,7 @@ class Target:
         return same_for(self.table.c[name], json_text=type_ == "json")
 
     def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
-        """A row in the order of `names`, its mark still empty. Raises Unfit."""
+        """A row in the order of `names`, its mark still empty. Raises InvalidValue."""
         name = self.mapping.key
         try:
             row = [self._fits[name](clerk_id)]
@@ -160,8 +160,8 @@ class Target:
                 else:
                     self._take_null(name)
                     row.append(None)
-        except Unfit as error:
-            raise Unfit(error.reason, name) from None
+        except InvalidValue as error:
+            raise InvalidValue(error.reason, name) from None
         if self.mapping.mark:
             row.append(None)
         return row
@@ -183,7 +183,7 @@ class Target:
 
     def _take_null(self, name: str) -> None:
         if name in self._not_null:
-            raise Unfit(Reason.NOT_NULL)
+            raise InvalidValue(Reason.NOT_NULL)
 
     def differing(self, row: Sequence[Any], stored: Sequence[Any]) -> list[int]:
         """The places of `names` in which a row that is not deleted and the table's differ."""
@@ -202,7 +202,7 @@ class Target:
             return None
         try:
             return tuple(self._fits[name](value) for name, value in values.items())
-        except Unfit:
+        except InvalidValue:
             return None
 
     def owners_of(self, row: Sequence[Any]) -> list[tuple[str, str]]:

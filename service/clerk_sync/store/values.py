@@ -138,7 +138,7 @@ class TextOfBytes(sa.types.TypeDecorator[str]):
             return value
 
 
-class Unfit(Exception):  # noqa: N818
+class InvalidValue(Exception):
     """The column cannot hold this value; `column` once it is known which."""
 
     def __init__(self, reason: Reason, column: str | None = None) -> None:
@@ -301,9 +301,9 @@ def _text(length: int | None, octets: int | None, codec: str) -> Fit:
     def fit(value: Any) -> str:
         text = _utf8(value if type(value) is str else _written(value))
         if length is not None and len(text) > length:
-            raise Unfit(Reason.TOO_LONG)
+            raise InvalidValue(Reason.TOO_LONG)
         if octets is not None and len(text.encode(codec, _LENIENT[codec])) > octets:
-            raise Unfit(Reason.TOO_LONG)
+            raise InvalidValue(Reason.TOO_LONG)
         return text
 
     return fit
@@ -315,7 +315,7 @@ def _utf8(text: str) -> str:
         try:
             text.encode()
         except UnicodeEncodeError:
-            raise Unfit(Reason.WRONG_TYPE) from None
+            raise InvalidValue(Reason.WRONG_TYPE) from None
     return text
 
 
@@ -330,7 +330,7 @@ def _unpadded(fit: Fit) -> Fit:
     def unpadded(value: Any) -> str:
         text: str = fit(value)
         if text.endswith(" "):
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
     return unpadded
@@ -343,9 +343,9 @@ def _octets(least: int, most: int) -> Fit:
         text = _utf8(value if type(value) is str else _written(value))
         size = len(text.encode())
         if size > most:
-            raise Unfit(Reason.TOO_LONG)
+            raise InvalidValue(Reason.TOO_LONG)
         if size < least:
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
     return fit
@@ -355,7 +355,7 @@ def _no_number(fit: Fit) -> Fit:
     def no_number(value: Any) -> str:
         text: str = fit(value)
         if _NUMBER.fullmatch(text):
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
     return no_number
@@ -374,7 +374,7 @@ def _label(labels: Sequence[str]) -> Fit:
     def fit(value: Any) -> str:
         text = value if type(value) is str else _written(value)
         if text not in known:
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
     return fit
@@ -385,10 +385,10 @@ def _members(labels: Sequence[str]) -> Fit:
 
     def fit(value: Any) -> str:
         if type(value) is not str:
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         named = value.split(",") if value else []
         if ",".join(label for label in labels if label in named) != value:
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         return value
 
     return fit
@@ -403,7 +403,7 @@ def _written_as(canonical: Callable[[str], str]) -> Fit:
         except ValueError:
             same = False
         if not same:
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         text: str = value
         return text
 
@@ -435,7 +435,7 @@ def declared(text: str) -> Type | None:
 
 def _nothing(_value: Any) -> Any:
     """For a type that holds nothing of Clerk's, such as a POINT, or is not known here."""
-    raise Unfit(Reason.WRONG_TYPE)
+    raise InvalidValue(Reason.WRONG_TYPE)
 
 
 def _written(value: object) -> str:
@@ -445,13 +445,13 @@ def _written(value: object) -> str:
     if isinstance(value, dict | list):
         return _json(value)
     if isinstance(value, float) and not math.isfinite(value):
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     if isinstance(value, int | float | str):
         try:
             return str(value)
         except ValueError:  # Python writes no integer of more than 4300 digits
-            raise Unfit(Reason.TOO_LONG) from None
-    raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.TOO_LONG) from None
+    raise InvalidValue(Reason.WRONG_TYPE)
 
 
 def _integer(least: int, most: int) -> Fit:
@@ -459,7 +459,7 @@ def _integer(least: int, most: int) -> Fit:
         if type(value) is not int:
             value = _whole(value)
         if not least <= value <= most:
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         number: int = value
         return number
 
@@ -470,9 +470,9 @@ def _whole(value: object) -> int:
     if isinstance(value, float) and value.is_integer():
         return int(value)
     if isinstance(value, float) and math.isinf(value):  # a number of too many digits, or 1e400
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     if not isinstance(value, int):
-        raise Unfit(Reason.WRONG_TYPE)
+        raise InvalidValue(Reason.WRONG_TYPE)
     return int(value)
 
 
@@ -485,19 +485,19 @@ def _number(type_: sa.Numeric[Any] | sa.Float[Any], *, sqlite: bool) -> Fit:
 
     def fit(value: Any) -> float | int:
         if isinstance(value, bool) or not isinstance(value, int | float):
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         # Comparing takes integers of any size; NaN is in no range.
         if not -sys.float_info.max <= value <= sys.float_info.max or (value < 0 and not negative):
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         if double and float(value) != value:
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         if single and value and not _keeps_single(value):
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         if whole is not None and not (-whole < value < whole and _places(value) <= (scale or 0)):
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         if sqlite and isinstance(value, int) and not -(2**63) <= value < 2**63:
             if not double:  # but SQLite would make one of it
-                raise Unfit(Reason.OUT_OF_RANGE)
+                raise InvalidValue(Reason.OUT_OF_RANGE)
             return float(value)
         return value
 
@@ -532,7 +532,7 @@ def _milliseconds(value: Any) -> int:
     if type(value) is not int:
         value = _whole(None if isinstance(value, bool) else value)
     if not _EARLIEST_MS <= value <= _LATEST_MS:
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     number: int = value
     return number
 
@@ -548,7 +548,7 @@ def _moment(type_: sa.DateTime) -> Fit:
     def fit(value: Any) -> str:
         milliseconds = _milliseconds(value) // unit * unit
         if stamp and not _STAMPS_MS[0] <= milliseconds <= _STAMPS_MS[1]:
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         return time_text(milliseconds)
 
     return fit
@@ -561,9 +561,9 @@ def _clock(digits: int) -> Fit:
     def fit(value: Any) -> str:
         found = pattern.fullmatch(value) if type(value) is str else None
         if found is None or value == "-00:00:00":
-            raise Unfit(Reason.WRONG_TYPE)
+            raise InvalidValue(Reason.WRONG_TYPE)
         if len(found[2] or ".") - 1 > digits:
-            raise Unfit(Reason.OUT_OF_RANGE)
+            raise InvalidValue(Reason.OUT_OF_RANGE)
         text: str = value
         return text
 
@@ -584,7 +584,7 @@ def _year(value: Any) -> int:
     """Four digits: MySQL takes 26 for 2026."""
     year = _whole(None if isinstance(value, bool) else value)
     if not _YEARS[0] <= year <= _YEARS[1]:
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     return year
 
 
@@ -596,11 +596,11 @@ def _json(value: Any) -> str:
     try:
         text = _utf8(_encode(value))
     except ValueError:  # a number that is infinite, or of more digits than Python writes
-        raise Unfit(Reason.OUT_OF_RANGE) from None
+        raise InvalidValue(Reason.OUT_OF_RANGE) from None
     except (TypeError, RecursionError):
-        raise Unfit(Reason.WRONG_TYPE) from None
+        raise InvalidValue(Reason.WRONG_TYPE) from None
     if _VAST.search(text) and not _has_doubles(value):
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     return text
 
 
@@ -620,7 +620,7 @@ def _has_doubles(value: Any) -> bool:
 def _json_or_number(value: Any) -> str:
     """For SQLite, which takes a number alone in a JSON column for a number of its own."""
     if isinstance(value, int) and not -(2**63) <= value < 2**63:
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     return _json(value)
 
 
@@ -629,7 +629,7 @@ def _scalar(value: Any) -> Any:
     if isinstance(value, dict | list):
         return _json(value)
     if not isinstance(value, str | int | float):
-        raise Unfit(Reason.WRONG_TYPE)
+        raise InvalidValue(Reason.WRONG_TYPE)
     if isinstance(value, float) and not math.isfinite(value):
-        raise Unfit(Reason.OUT_OF_RANGE)
+        raise InvalidValue(Reason.OUT_OF_RANGE)
     return _utf8(value) if isinstance(value, str) else value

@@ -16,10 +16,16 @@ import stamina
 import structlog
 
 from clerk_sync.database.connection import Connection
-from clerk_sync.database.errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
+from clerk_sync.database.errors import (
+    Contention,
+    DatabaseUnavailable,
+    LockWaitTimeout,
+    RejectedByDatabase,
+    SchemaChanged,
+)
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.quarantine import first_retry
-from clerk_sync.store.store import Fenced, quarantined
+from clerk_sync.store.store import FencedOff, quarantined
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -114,14 +120,14 @@ class Writer:
         try:
             reused = not await self._open() and reused
             await work(batch)
-        except Fenced:
+        except FencedOff:
             self._status.fenced = True
-        except (SchemaChanged, Refused) as error:
+        except (SchemaChanged, RejectedByDatabase) as error:
             # Where not even the quarantine is taken, our own tables are not what they should be.
             log.error("schema_changed", error=str(error))
             self._status.doubt()
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             connected = self._connection is not None
             self.close()
             if reused and not isinstance(error, Contention):
@@ -130,7 +136,7 @@ class Writer:
             log.error("database_unavailable", error=str(error))
             self._status.trouble.set()
         except Exception:
-            log.exception("defect")
+            log.exception("internal_error")
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
         else:
             return True
@@ -163,10 +169,10 @@ class Writer:
         exemplar = next((entry.trace.exemplar for entry in batch if entry.trace is not None), None)
         try:
             answers = await self._applied(batch, exemplar)
-        except LockWait as error:
+        except LockWaitTimeout as error:
             await self._around_locks(batch, error)
         except Exception as error:
-            if isinstance(error, Unavailable) and not isinstance(error, SchemaChanged):
+            if isinstance(error, DatabaseUnavailable) and not isinstance(error, SchemaChanged):
                 raise
             await self._rollback()
             if len(batch) > 1:
@@ -180,7 +186,7 @@ class Writer:
             self._unknown = 0
             _resolve(batch, answers)
 
-    async def _around_locks(self, batch: Sequence[Entry], error: LockWait) -> None:
+    async def _around_locks(self, batch: Sequence[Entry], error: LockWaitTimeout) -> None:
         """Commit a batch of which something is locked by others."""
         await self._rollback()
         self._status.wary_until = time.monotonic() + WARY_SECONDS
@@ -196,13 +202,13 @@ class Writer:
 
     async def _take_apart(self, batch: Sequence[Entry]) -> None:
         """Commit a batch of which something is refused."""
-        refused: dict[int, Refused | SchemaChanged] = {}
+        refused: dict[int, RejectedByDatabase | SchemaChanged] = {}
         try:
             refused = await self._refusals(batch)
-        except LockWait as error:
+        except LockWaitTimeout as error:
             await self._around_locks(batch, error)
             return
-        except (Refused, SchemaChanged):  # it is in nobody's row
+        except (RejectedByDatabase, SchemaChanged):  # it is in nobody's row
             await self._rollback()
         if len(refused) == len(batch) and all(map(_unknown, refused.values())):
             self._count_unknown(refused[0])
@@ -232,11 +238,11 @@ class Writer:
             log.error("schema_changed", **about)
             self._status.doubt()
             entry.resolve(Answer(Outcome.UNAVAILABLE, Reason.SCHEMA))
-        elif not isinstance(error, Refused):
-            log.error("defect", svix_id=change.delivery_id, exc_info=error)
+        elif not isinstance(error, RejectedByDatabase):
+            log.error("internal_error", svix_id=change.delivery_id, exc_info=error)
             entry.resolve(Answer(Outcome.ERROR, Reason.INTERNAL))
         elif error.reason is None:
-            log.error("refused", **about)
+            log.error("rejected_by_database", **about)
             entry.resolve(AWAY)
         elif entry.parked:
             entry.resolve(Answer(Outcome.QUARANTINED, error.reason))
@@ -247,7 +253,7 @@ class Writer:
             entry.change = replace(change, payload=None, retry_at_ms=None)
             return False
         elif not error.depends or not self._held.hold(entry):
-            log.warning("refused", reason=error.reason.value, **about)
+            log.warning("rejected_by_database", reason=error.reason.value, **about)
             again = first_retry(_now_ms()) if error.depends else None
             if again is not None:
                 self._status.parked.set()
@@ -256,10 +262,15 @@ class Writer:
         return True
 
     def _count_unknown(self, error: Exception) -> None:
-        """Count a refusal of everything. Raises Unavailable when it is the connection's fault."""
+        """Count a refusal of everything.
+
+        Raises DatabaseUnavailable when it is the connection's fault.
+        """
         self._unknown += 1
         if self._unknown >= UNKNOWN_LIMIT:
-            raise Unavailable(f"{error}, which is not known, {self._unknown} times in a row")
+            raise DatabaseUnavailable(
+                f"{error}, which is not known, {self._unknown} times in a row"
+            )
 
     async def _past_locks(self, batch: Sequence[Entry]) -> Sequence[Entry]:
         """The changes whose rows nobody has locked; the others are held, or given up."""
@@ -269,17 +280,19 @@ class Writer:
         changes = [entry.change for entry in batch]
         try:
             locked = await self._persistently(lambda: store.locked(self._there, changes))
-        except Refused as error:
+        except RejectedByDatabase as error:
             await self._rollback()
             if _unknown(error):  # a syntax error
                 self._status.skips_locked = False
             return batch
         for place in locked:
             if not self._held.hold(batch[place]):
-                self._give_up(batch[place], LockWait("a row is locked by another transaction"))
+                self._give_up(
+                    batch[place], LockWaitTimeout("a row is locked by another transaction")
+                )
         return [entry for place, entry in enumerate(batch) if place not in locked]
 
-    def _give_up(self, entry: Entry, error: LockWait) -> None:
+    def _give_up(self, entry: Entry, error: LockWaitTimeout) -> None:
         log.warning("row_locked", svix_id=entry.change.delivery_id, error=str(error))
         entry.resolve(AWAY)
 
@@ -300,12 +313,12 @@ class Writer:
             tried = [one for place, one in enumerate(tried) if place not in refused] + swapped
             if tried:
                 _resolve(tried, await self._applied(tried, vacating=swapped))
-        except LockWait as error:
+        except LockWaitTimeout as error:
             await self._rollback()
             for entry in _unanswered(tried):
                 if entry not in rest and not self._held.hold(entry):
                     self._give_up(entry, error)
-        except (Refused, SchemaChanged):
+        except (RejectedByDatabase, SchemaChanged):
             await self._rollback()
             waiting = [entry for entry in _unanswered(tried) if entry not in rest]
             rest += [entry for entry in waiting if not self._held.hold(entry)]
@@ -334,8 +347,8 @@ class Writer:
 
     async def _refusals(
         self, batch: Sequence[Entry], *, vacating: Sequence[Entry] = ()
-    ) -> dict[int, Refused | SchemaChanged]:
-        async def refusals() -> dict[int, Refused | SchemaChanged]:
+    ) -> dict[int, RejectedByDatabase | SchemaChanged]:
+        async def refusals() -> dict[int, RejectedByDatabase | SchemaChanged]:
             store = self._status.store
             if store is None or not batch:
                 return {}
@@ -397,11 +410,11 @@ class Writer:
 
 def _unknown(error: Exception) -> bool:
     """Whether the database refused by a number that nobody knows."""
-    return isinstance(error, Refused) and error.reason is None
+    return isinstance(error, RejectedByDatabase) and error.reason is None
 
 
 def _conflicts(error: Exception) -> bool:
-    return isinstance(error, Refused) and error.reason is Reason.CONFLICT
+    return isinstance(error, RejectedByDatabase) and error.reason is Reason.CONFLICT
 
 
 def _unanswered(batch: Sequence[Entry]) -> list[Entry]:

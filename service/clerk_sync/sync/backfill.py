@@ -54,7 +54,7 @@ async def backfill(
     Users first, then organizations, then memberships, as rows may refer to those before them.
     `instance` is Clerk's that the settings name, `pauses` is for `settle`. `on_page` hears of
     each page: the kind, how many objects were taken by now, and how many there are. Raises
-    Stopped, ClerkUnavailable, ClerkRefused, Unavailable, Lost.
+    SafetyStop, ClerkUnavailable, ClerkRefused, DatabaseUnavailable, LeaseLost.
     """
     report.tallies = mending.tallies
     counted = await listed(clerk, mapping, report)
@@ -135,7 +135,7 @@ async def _kept(
                     "the backfill before"
                 )
         if why is not None:
-            log.warning("backfill_anew", kind=kind, error=why)
+            log.warning("backfill_restarted", kind=kind, error=why)
             report.anew.append(why)
             await progress.forget(engine, lease, kind)
             del kept[kind]

@@ -13,7 +13,7 @@ from clerk_sync.clerk.events import Action
 from clerk_sync.database.connection import COMMIT
 from clerk_sync.outcomes import Verdict
 from clerk_sync.store.sql import union
-from clerk_sync.store.values import Unfit, as_text, read_time_ms
+from clerk_sync.store.values import InvalidValue, as_text, read_time_ms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -82,19 +82,19 @@ async def compared(
 ) -> list[Compared]:
     """Each change, made of what Clerk's API gave for one kind, beside its row.
 
-    One round trip. Raises Unavailable.
+    One round trip. Raises DatabaseUnavailable.
     """
     if not changes:
         return []
     target = store.targets[kind]
-    rows: dict[str, list[Any] | Unfit] = {}
+    rows: dict[str, list[Any] | InvalidValue] = {}
     wanted: dict[str, set[str]] = defaultdict(set)
     for change in changes:
         clerk_id = change.clerk_id or ""
         wanted[kind].add(clerk_id)
         try:
             row = target.row(clerk_id, change.row or {})
-        except Unfit as error:
+        except InvalidValue as error:
             rows[clerk_id] = error
             continue
         rows[clerk_id] = row
@@ -129,7 +129,7 @@ def _states(rows: Sequence[Sequence[Any]]) -> dict[Key, State]:
 def _compared(
     change: Change,
     store: Store,
-    row: list[Any] | Unfit,
+    row: list[Any] | InvalidValue,
     stored: Sequence[Any] | None,
     states: dict[Key, State],
 ) -> Compared:
@@ -139,7 +139,7 @@ def _compared(
     if state is not None and state.deleted_ms is not None:
         buried = change.event_ms - state.deleted_ms > SETTLED_MS
         return replace(lingering(change, target, stored, state.deleted_ms), buried=buried)
-    if isinstance(row, Unfit):
+    if isinstance(row, InvalidValue):
         return Compared(clerk_id, Verdict.UNFIT, None, reason=row.reason)
     for owner in target.owners_of(row):
         its = states.get(owner)

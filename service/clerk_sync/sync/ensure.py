@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from clerk_sync.clerk import events
-from clerk_sync.clerk.events import Unusable
+from clerk_sync.clerk.events import InvalidEvent
 from clerk_sync.mapping.model import change_for
 from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.store import profiles
@@ -23,11 +23,11 @@ if TYPE_CHECKING:
     from clerk_sync.store.target import Target
 
 
-class Busy(Exception):  # noqa: N818
+class TooManyWaiting(Exception):
     """More users are asked for than Clerk's rate limit lets through in time."""
 
 
-class Unmapped(LookupError):  # noqa: N818
+class NotMapped(LookupError):
     """The mapping has no table for users, or the schema is not known yet."""
 
 
@@ -72,13 +72,13 @@ class Ensure:
     async def __call__(self, user_id: str) -> Ensured:
         """The user's row, once it is what Clerk says.
 
-        Raises Unmapped, Busy, ClerkUnavailable, ClerkRefused, Unavailable.
+        Raises NotMapped, TooManyWaiting, ClerkUnavailable, ClerkRefused, DatabaseUnavailable.
         """
         asked = self._asked.get(user_id)
         if asked is None:
             # Of more, the last would wait for longer than anybody does.
             if len(self._asked) >= self._clerk.per_window:
-                raise Busy
+                raise TooManyWaiting
             asked = _Asked(asyncio.create_task(self._ensured(user_id)))
             self._asked[user_id] = asked
         asked.callers += 1
@@ -95,14 +95,14 @@ class Ensure:
     async def _ensured(self, user_id: str) -> Ensured:
         users = self._users()
         if users is None:
-            raise Unmapped("the mapping names no table for `user`")
+            raise NotMapped("the mapping names no table for `user`")
         read = await self._clerk.one("user", user_id)
         if read is None:
             # No delete: who asked may be ahead of Clerk's API, and a tombstone is for good.
             return Ensured(None)
         try:
             change = change_for(events.read("user", read.json, at_ms=read.began_ms), self._mapping)
-        except Unusable as error:
+        except InvalidEvent as error:
             return Ensured(None, Outcome.QUARANTINED, error.reason)
         answer = await self._committer.commit(change)
         if answer.outcome in (Outcome.UNAVAILABLE, Outcome.ERROR, Outcome.QUARANTINED):

@@ -12,7 +12,7 @@ import sqlalchemy as sa
 import stamina
 
 from clerk_sync.clerk.listing import Part
-from clerk_sync.database.errors import Unavailable, engine_errors_told
+from clerk_sync.database.errors import DatabaseUnavailable, translate_engine_errors
 from clerk_sync.outcomes import Ending
 from clerk_sync.store.tables import cursors, leases, runs
 from clerk_sync.store.values import time_text
@@ -29,7 +29,7 @@ Name = Literal["backfill", "reconcile", "count"]
 PATIENCE_SECONDS: Final = 60.0
 """How long a database may be away before a walk gives up."""
 patient: Final = stamina.retry(
-    on=Unavailable, attempts=None, timeout=PATIENCE_SECONDS, wait_max=5.0
+    on=DatabaseUnavailable, attempts=None, timeout=PATIENCE_SECONDS, wait_max=5.0
 )
 
 
@@ -47,7 +47,7 @@ class Run:
 @patient
 async def begun(engine: AsyncEngine) -> datetime | None:
     """When the backfill began whose cursors are kept, None where there is none."""
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             at = await connection.scalar(sa.select(sa.func.min(cursors.c.begun_at)))
     return at if at is None or isinstance(at, datetime) else datetime.fromisoformat(str(at))
@@ -58,7 +58,7 @@ async def parts(engine: AsyncEngine) -> dict[str, list[Part]]:
     """The parts of the backfill that was not finished, by kind."""
     query = sa.select(cursors).order_by(cursors.c.kind, cursors.c.part)
     found: dict[str, list[Part]] = {}
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             for row in await connection.execute(query):
                 part = Part(
@@ -79,7 +79,7 @@ async def mappings(engine: AsyncEngine) -> dict[str, str | None]:
     """For what the parts of each kind are kept: a hash of its mapping."""
     query = sa.select(cursors.c.kind, cursors.c.mapping).distinct()
     found: dict[str, str | None] = {}
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             for kind, mapping in await connection.execute(query):
                 found[kind] = mapping if found.get(kind, mapping) == mapping else None
@@ -106,7 +106,7 @@ async def planned(engine: AsyncEngine, new: Sequence[Part], mapping: str) -> Non
         }
         for part in new
     ]
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             kinds = {part.kind for part in new}
             await connection.execute(sa.delete(cursors).where(cursors.c.kind.in_(kinds)))
@@ -131,7 +131,7 @@ async def moved(mending: Mending, part: Part) -> None:
 async def forget(engine: AsyncEngine, lease: Lease, kind: str | None = None) -> None:
     """Forget all parts, or a kind's, as long as the lease is ours: it is done, or starts anew."""
     its = sa.true() if kind is None else cursors.c.kind == kind
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             await connection.execute(sa.delete(cursors).where(_ours(lease), its))
 
@@ -140,7 +140,7 @@ async def forget(engine: AsyncEngine, lease: Lease, kind: str | None = None) -> 
 async def started(engine: AsyncEngine, name: Name) -> datetime:
     """Note that a run begins; how the last one ended stays until this one has."""
     now = _now()
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             changed = await connection.execute(
                 sa.update(runs).where(runs.c.name == name).values(started_at=now)
@@ -156,7 +156,7 @@ async def finished(
 ) -> None:
     """Note how a run ended, as long as the lease is its own: else the next one's word counts."""
     values = {"finished_at": _now(), "result": ending.value, "report": json.dumps(report)}
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             await connection.execute(
                 sa.update(runs).where(runs.c.name == name, _ours(lease)).values(values)
@@ -166,7 +166,7 @@ async def finished(
 async def claimed(engine: AsyncEngine, name: Name, last: Run | None) -> bool:
     """Note that a run begins, unless somebody else's has since `last` was read."""
     now = _now()
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             if last is None:
                 try:
@@ -185,7 +185,7 @@ async def claimed(engine: AsyncEngine, name: Name, last: Run | None) -> bool:
 async def counted(engine: AsyncEngine, report: Mapping[str, Any]) -> None:
     """Keep what a count found, for every replica to show."""
     values = {"finished_at": _now(), "report": json.dumps(report)}
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.begin() as connection:
             await connection.execute(sa.update(runs).where(runs.c.name == "count").values(values))
 
@@ -204,7 +204,7 @@ async def instance(engine: AsyncEngine) -> str | None:
 
 async def last(engine: AsyncEngine, name: Name) -> Run | None:
     """The last run of this name that any process made."""
-    with engine_errors_told():
+    with translate_engine_errors():
         async with engine.connect() as connection:
             row = (await connection.execute(sa.select(runs).where(runs.c.name == name))).first()
     if row is None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
-from clerk_sync.clerk.api import Read, Unconfirmed
+from clerk_sync.clerk.api import DeletionUnconfirmed, Read
 from clerk_sync.clerk.events import READ, Action
 from clerk_sync.clerk.listing import AT_ONCE, Met, Page, parts_of, walk
 from clerk_sync.database.connection import COMMIT
@@ -19,7 +19,7 @@ from clerk_sync.store.target import IDS_LIMIT
 from clerk_sync.store.values import as_text
 from clerk_sync.sync.diff import SETTLED_MS, Compared, lingering, states_of
 from clerk_sync.sync.repair import Tally
-from clerk_sync.sync.report import BREAKER_LEAST, Report, Stopped, listed
+from clerk_sync.sync.report import BREAKER_LEAST, Report, SafetyStop, listed
 from clerk_sync.sync.safety import (
     Walked,
     again,
@@ -56,7 +56,7 @@ _NO_ENDS: Final = (
 )
 
 
-class _Unaskable(Exception):  # noqa: N818
+class _ConfirmationFailed(Exception):
     """The table does not hold what it takes to ask Clerk for this object."""
 
 
@@ -102,8 +102,8 @@ class Reconcile:
     async def run(self) -> None:
         """Bring the tables to what Clerk has; the report tells what that took.
 
-        Raises Stopped when too much is gone, ClerkUnavailable, ClerkRefused, Unavailable, Lost:
-        nothing is deleted then.
+        Raises SafetyStop when too much is gone, ClerkUnavailable, ClerkRefused,
+        DatabaseUnavailable, LeaseLost: nothing is deleted then.
         """
         report = self._report
         report.tallies = self._mending.tallies
@@ -181,9 +181,9 @@ class Reconcile:
                 organization=organization.get("id") if isinstance(organization, dict) else None,
                 user=user.get("user_id") if isinstance(user, dict) else None,
             )
-        except _Unaskable:
+        except _ConfirmationFailed:
             return
-        except Unconfirmed as error:
+        except DeletionUnconfirmed as error:
             self._unconfirmed(kind, one.clerk_id, str(error))
             return
         # Where it moves meanwhile, a webhook will tell, or the next run.
@@ -194,11 +194,11 @@ class Reconcile:
     async def _ask(
         self, kind: str, clerk_id: str, *, organization: object, user: object
     ) -> Read | None:
-        """The object as Clerk has it now, None when there is none. Raises _Unaskable."""
+        """The object as Clerk has it now, None when there is none. Raises _ConfirmationFailed."""
         if kind != "organizationMembership":
             return await self._clerk.one(kind, clerk_id)
         if not isinstance(organization, str) or not isinstance(user, str):
-            raise _Unaskable
+            raise _ConfirmationFailed
         return await self._clerk.membership(clerk_id, organization=organization, user=user)
 
     def _threshold(self, rows: int) -> float:
@@ -208,7 +208,7 @@ class Reconcile:
 
     def _check_breaker(self, kind: str, absent: _Absent) -> None:
         if len(absent.ids) >= self._threshold(absent.rows):
-            raise Stopped(
+            raise SafetyStop(
                 f"{len(absent.ids)} of {absent.rows} {kind}s are not in Clerk any more, which "
                 f"the breaker ({self._breaker_percent:g} %, at least {BREAKER_LEAST}) takes for a "
                 "mistake: nothing was deleted. Is CLERK_SECRET_KEY the key of this database's "
@@ -240,7 +240,7 @@ class Reconcile:
         return {*odd} - states.keys()
 
     def _unconfirmed(self, kind: str, clerk_id: str, why: str) -> None:
-        log.warning("unconfirmed", kind=kind, clerk_id=clerk_id, error=why)
+        log.warning("deletion_unconfirmed", kind=kind, clerk_id=clerk_id, error=why)
         self._report.unconfirmed += 1
 
     async def _remove(self, kind: str, ids: Sequence[str]) -> None:
@@ -292,10 +292,10 @@ class Reconcile:
                 await asyncio.sleep(pause)
                 try:
                     read = await self._ask(kind, clerk_id, organization=organization, user=user)
-                except _Unaskable:
+                except _ConfirmationFailed:
                     self._unconfirmed(kind, clerk_id, _NO_ENDS)
                     return None
-                except Unconfirmed as error:
+                except DeletionUnconfirmed as error:
                     self._unconfirmed(kind, clerk_id, str(error))
                     return None
                 if read is not None:

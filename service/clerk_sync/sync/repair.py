@@ -13,13 +13,19 @@ import stamina
 import structlog
 
 from clerk_sync.clerk import events
-from clerk_sync.clerk.events import Unusable
+from clerk_sync.clerk.events import InvalidEvent
 from clerk_sync.database.connection import COMMIT, NO_PARAMETERS
-from clerk_sync.database.errors import Contention, LockWait, Refused, SchemaChanged, Unavailable
+from clerk_sync.database.errors import (
+    Contention,
+    DatabaseUnavailable,
+    LockWaitTimeout,
+    RejectedByDatabase,
+    SchemaChanged,
+)
 from clerk_sync.mapping.model import change_for
 from clerk_sync.outcomes import DRIFTS, Outcome, Reason, Verdict
-from clerk_sync.store.lease import Lost
-from clerk_sync.store.store import Fenced
+from clerk_sync.store.lease import LeaseLost
+from clerk_sync.store.store import FencedOff
 from clerk_sync.store.values import as_text
 from clerk_sync.sync.diff import Compared, compared
 
@@ -117,7 +123,7 @@ class Mending:
     ) -> list[Compared]:
         """Bring the rows of these objects into step; those that are `ahead` are left, and given.
 
-        `again` says that they were counted as refused. Raises Unavailable when the database
+        `again` says that they were counted as refused. Raises DatabaseUnavailable when the database
         stays away.
         """
         tally = self.tallies[kind]
@@ -138,9 +144,9 @@ class Mending:
         for one in found:
             if one.verdict is Verdict.UNFIT:
                 reason = one.reason.value if one.reason else None
-                log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
+                log.warning("invalid_value", kind=kind, clerk_id=one.clerk_id, reason=reason)
             if one.buried:
-                log.warning("deleted_here", kind=kind, clerk_id=one.clerk_id)
+                log.warning("tombstone_conflict", kind=kind, clerk_id=one.clerk_id)
             if one.mend is None:
                 tally.found[one.verdict] += 1
         refused = await self.mend(
@@ -170,16 +176,16 @@ class Mending:
     async def _inserted(self, kind: str, changes: Sequence[Change]) -> bool:
         """Write all of these as new; False, and nothing is written, where one is not.
 
-        Then each has to be looked at. Raises Lost.
+        Then each has to be looked at. Raises LeaseLost.
         """
 
         async def insert(connection: Connection) -> bool:
             try:
                 now_ms = time.time_ns() // 1_000_000
                 await self.store.insert(connection, kind, changes, now_ms=now_ms)
-            except Fenced as error:
-                raise Lost(str(error)) from None
-            except (Refused, Contention, LockWait, SchemaChanged):
+            except FencedOff as error:
+                raise LeaseLost(str(error)) from None
+            except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
                 await connection.rollback()
                 return False
             return True
@@ -193,7 +199,7 @@ class Mending:
         for data in objects:
             try:
                 change = change_for(events.read(kind, data, at_ms=began_ms), self._mapping)
-            except Unusable as error:
+            except InvalidEvent as error:
                 log.warning(
                     "unfit",
                     kind=kind,
@@ -236,7 +242,7 @@ class Mending:
                     self._told(kind, one)
                 case Outcome.QUARANTINED:
                     reason = answer.reason.value if answer.reason else None
-                    log.warning("unfit", kind=kind, clerk_id=one.clerk_id, reason=reason)
+                    log.warning("invalid_value", kind=kind, clerk_id=one.clerk_id, reason=reason)
                     tally.found[Verdict.UNFIT] += 1
                     if answer.reason in _OF_OTHERS:
                         refused.append(one.clerk_id)
@@ -247,16 +253,16 @@ class Mending:
         return refused
 
     async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
-        """Commit the changes, again and again while the database is away. Raises Lost."""
+        """Commit the changes, again and again while the database is away. Raises LeaseLost."""
         assert self._committer is not None
         answers = dict(enumerate(await self._committer.commit_all(changes)))
         deadline = time.monotonic() + _PATIENCE_SECONDS
         wait = _FIRST_WAIT
         while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
             if self._committer.status.fenced or self._lost.is_set():
-                raise Lost("another process has taken over the lease")
+                raise LeaseLost("another process has taken over the lease")
             if time.monotonic() > deadline:
-                raise Unavailable("the database took no writes; the log says why")
+                raise DatabaseUnavailable("the database took no writes; the log says why")
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
             again = await self._committer.commit_all([changes[n] for n in away])
@@ -288,7 +294,7 @@ class Mending:
         return [as_text(clerk_id) for (clerk_id,) in await self.reading(read)]
 
     async def write(self, step: Step) -> None:
-        """Commit this one step. Raises Unavailable when the database stays away."""
+        """Commit this one step. Raises DatabaseUnavailable when the database stays away."""
 
         async def write(connection: Connection) -> None:
             await connection.run([step, COMMIT])
@@ -298,7 +304,7 @@ class Mending:
     async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
         """Read by one of a few connections, again on a new one where that fails."""
         async for attempt in stamina.retry_context(
-            on=Unavailable, attempts=None, timeout=_PATIENCE_SECONDS, wait_max=_LONGEST_WAIT
+            on=DatabaseUnavailable, attempts=None, timeout=_PATIENCE_SECONDS, wait_max=_LONGEST_WAIT
         ):
             with attempt:
                 async with self._connection() as connection:

@@ -85,7 +85,7 @@ class Report:
         }
 
 
-class Stopped(Exception):  # noqa: N818
+class SafetyStop(Exception):
     """What Clerk says is more likely a mistake than true, and nothing was done about it."""
 
 

@@ -16,7 +16,7 @@ from asyncmy.errors import MySQLError
 from clerk_sync.clerk.api import PATIENCE_SECONDS, Clerk, ClerkUnavailable
 from clerk_sync.clerk.listing import AT_ONCE
 from clerk_sync.database.connection import Connection, connect, engine_of
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Ending
 from clerk_sync.schema import checks
 from clerk_sync.settings import InvalidSettings, Settings
@@ -27,7 +27,7 @@ from clerk_sync.sync import progress
 from clerk_sync.sync.backfill import backfill
 from clerk_sync.sync.reconcile import Reconcile
 from clerk_sync.sync.repair import Mending
-from clerk_sync.sync.report import Report, Stopped, listed
+from clerk_sync.sync.report import Report, SafetyStop, listed
 from clerk_sync.sync.safety import PAUSES
 from clerk_sync.telemetry.metrics import Metrics
 
@@ -105,24 +105,24 @@ async def clerk_of(
 async def ridden_out(work: Callable[[], Awaitable[_T]], seconds: float | None = None) -> _T:
     """Do this, again and again while the database is away: for a minute, as later in a run.
 
-    Not where it is there and does not let us in. Raises Unavailable.
+    Not where it is there and does not let us in. Raises DatabaseUnavailable.
     """
     seconds = progress.PATIENCE_SECONDS if seconds is None else seconds
     deadline, wait, told = time.monotonic() + seconds, 0.1, False
     while True:
         try:
             return await work()
-        except Unavailable as error:
+        except DatabaseUnavailable as error:
             if _is_refusal(error) or time.monotonic() + wait > deadline:
                 raise
             if not told:
                 told = True
-                log.warning("database_away", error=str(error), seconds=round(seconds))
+                log.warning("waiting_for_database", error=str(error), seconds=round(seconds))
         await asyncio.sleep(wait)
         wait = min(2 * wait, 5.0)
 
 
-def _is_refusal(error: Unavailable) -> bool:
+def _is_refusal(error: DatabaseUnavailable) -> bool:
     """Whether another try would have the same answer."""
     cause: BaseException | None = error
     while cause is not None:
@@ -140,7 +140,7 @@ def connecting(settings: Settings, seconds: float) -> Connect:
         try:
             return await connect(settings.locate(), seconds=seconds)
         except InvalidSettings as error:
-            raise Unavailable(str(error)) from None
+            raise DatabaseUnavailable(str(error)) from None
 
     return opened
 
@@ -160,7 +160,8 @@ class Walks:
     async def backfill(self, *, restart: bool, report: Report, on_page: OnPage) -> Ending:
         """Run a backfill.
 
-        Raises lease.Held, ClerkUnavailable, ClerkRefused, Unavailable, Lost, Stopped.
+        Raises lease.LeaseHeld, ClerkUnavailable, ClerkRefused, DatabaseUnavailable, LeaseLost,
+        SafetyStop.
         """
 
         async def work(mending: Mending, lease: Lease) -> None:
@@ -284,7 +285,7 @@ class Walks:
                     finally:
                         mending.close()
                 ending = report.ending
-            except Stopped:
+            except SafetyStop:
                 ending = Ending.STOPPED
                 raise
             except asyncio.CancelledError:
@@ -294,7 +295,7 @@ class Walks:
                 self.metrics.lease_held.set(0)
                 if ending is not None:
                     summary = {**report.summary(), "seconds": time.monotonic() - began}
-                    with contextlib.suppress(Unavailable):
+                    with contextlib.suppress(DatabaseUnavailable):
                         await progress.finished(self.engine, name, ending, summary, lease)
             return ending
 
@@ -323,7 +324,7 @@ async def walks(
 ) -> AsyncIterator[Walks]:
     """Open what a walk needs; a database that is away is waited for, `patience` seconds.
 
-    Raises InvalidSettings, SchemaFaults, Unavailable.
+    Raises InvalidSettings, SchemaMismatch, DatabaseUnavailable.
     """
     engine = engine_of(settings.locate, size=3)
     try:

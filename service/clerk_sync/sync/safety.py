@@ -8,11 +8,11 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from clerk_sync.clerk.api import ClerkUnavailable, Unconfirmed
+from clerk_sync.clerk.api import ClerkUnavailable, DeletionUnconfirmed
 from clerk_sync.clerk.listing import later
 from clerk_sync.outcomes import Verdict
 from clerk_sync.sync import progress
-from clerk_sync.sync.report import BREAKER_LEAST, Report, Stopped, count
+from clerk_sync.sync.report import BREAKER_LEAST, Report, SafetyStop, count
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
@@ -50,7 +50,7 @@ def is_clerks(kind: str, key: str) -> bool:
 async def check_instance(
     clerk: Clerk, mending: Mending, engine: AsyncEngine, report: Report, *, expected: str | None
 ) -> None:
-    """Raise Stopped when the key is another instance's than these tables'.
+    """Raise SafetyStop when the key is another instance's than these tables'.
 
     With such a key, all of that instance's users would be written, and all of this one's
     deleted. Clerk names the instance of a key; whose the tables are is known from the last run,
@@ -64,7 +64,7 @@ async def check_instance(
         (known, "the last run on this database"),
     ):
         if found is not None and other is not None and found != other:
-            raise Stopped(
+            raise SafetyStop(
                 f"CLERK_SECRET_KEY is a key of the instance {found}, and {source} names {other}: "
                 "nothing was changed. One database and its tables are for one instance of Clerk: "
                 "correct the key; or, if these tables are to change hands, empty them and "
@@ -76,7 +76,7 @@ async def check_instance(
     ids = [one for one in await mending.ids("user", after="") if is_clerks("user", one)]
     some = ids[:: max(1, len(ids) // _SAMPLE)][:_SAMPLE]
     if len(some) >= BREAKER_LEAST and not await clerk.known_users(some):
-        raise Stopped(
+        raise SafetyStop(
             f"Clerk knows none of {len(some)} users of this table: nothing was changed. Is "
             "CLERK_SECRET_KEY the key of this database's instance? If all of them were deleted on "
             "purpose, `clerk-sync erase` removes each"
@@ -139,7 +139,7 @@ async def _bring(clerk: Clerk, mending: Mending, kind: str, ids: Iterable[str]) 
             continue
         try:
             read = await clerk.one(kind, clerk_id)
-        except Unconfirmed:
+        except DeletionUnconfirmed:
             continue
         if read is not None:
             await mending.take(kind, [read.json], began_ms=read.began_ms)

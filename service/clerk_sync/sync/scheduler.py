@@ -17,13 +17,13 @@ import structlog
 
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
 from clerk_sync.database.connection import close_idle
-from clerk_sync.database.errors import Unavailable
+from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Ending
-from clerk_sync.schema.checks import SchemaFaults
+from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.settings import InvalidSettings
-from clerk_sync.store.lease import Held, Lost
+from clerk_sync.store.lease import LeaseHeld, LeaseLost
 from clerk_sync.sync import progress, runs
-from clerk_sync.sync.report import Report, Stopped
+from clerk_sync.sync.report import Report, SafetyStop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -75,12 +75,12 @@ class Schedule:
                     await self._count()
                     await close_idle(self._engine)
                 except (
-                    *(Unavailable, ClerkUnavailable, ClerkRefused),
-                    *(InvalidSettings, SchemaFaults),
+                    *(DatabaseUnavailable, ClerkUnavailable, ClerkRefused),
+                    *(InvalidSettings, SchemaMismatch),
                 ) as error:
                     log.warning("count_failed", error=str(error))
                 except Exception:
-                    log.exception("schedule_failed")
+                    log.exception("scheduler_failed")
             await asyncio.sleep(pause if self._ready() else 1.0)
 
     async def _due(self) -> bool:
@@ -118,16 +118,16 @@ class Schedule:
                     # Several pages in one turn of the loop would keep webhooks waiting.
                     at_once=1,
                 )
-        except Held as error:
-            log.info("reconcile_elsewhere", holder=error.holder)
+        except LeaseHeld as error:
+            log.info("lease_held", holder=error.holder)
             return
         except (
-            Stopped,
-            Lost,
+            SafetyStop,
+            LeaseLost,
             ClerkUnavailable,
             ClerkRefused,
-            Unavailable,
-            SchemaFaults,
+            DatabaseUnavailable,
+            SchemaMismatch,
             InvalidSettings,
         ) as error:
             log.error("reconcile_failed", error=str(error))
