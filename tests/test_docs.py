@@ -260,7 +260,7 @@ def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
 
 
 def test_spans_are_those_of_the_code() -> None:
-    source = (SOURCE / "tracing.py").read_text("utf-8")
+    source = (SOURCE / "telemetry" / "tracing.py").read_text("utf-8")
     path = Settings.model_fields["webhook_path"].default
     parts = re.findall(r'self\._part\("(\w+)"', source)
     assert 'f"POST {self._path}"' in source
@@ -268,7 +268,7 @@ def test_spans_are_those_of_the_code() -> None:
 
 
 def test_internal_paths_are_those_of_the_code() -> None:
-    found = re.findall(r'add_(\w+)\("(/[^"]+)"', (SOURCE / "internal.py").read_text("utf-8"))
+    found = re.findall(r'add_(\w+)\("(/[^"]+)"', (SOURCE / "http" / "internal.py").read_text("utf-8"))
     routes = [("" if method == "get" else f"{method.upper()} ") + path for method, path in found]
     routes = [route.replace("{user_id}", "USER_ID") for route in routes]
     said = [code(row[0]).partition("?")[0] for row in table("internal")]
