@@ -201,7 +201,7 @@ class Mending:
                 change = change_for(events.read(kind, data, at_ms=began_ms), self._mapping)
             except InvalidEvent as error:
                 log.warning(
-                    "unfit",
+                    "invalid_value",
                     kind=kind,
                     clerk_id=error.clerk_id,
                     reason=error.reason.value,
