@@ -12,13 +12,13 @@ help: ## List these verbs
 install: $(READY) ## Set up .venv with everything, from the lock files
 
 run: install ## Start the service on an SQLite database, with a development secret
-	@exec $(BIN)/python -m tests.run_local
+	@exec $(BIN)/python -m tools.run
 
 demo: install ## Show a user's whole story: created, updated, late, deleted
-	@$(BIN)/python -m tests.demo
+	@$(BIN)/python -m tools.demo
 
 test: check ## Check, get the test databases, run every test (ARGS="-k name" for some)
-	$(BIN)/python -m tests.provision
+	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
 check: install ## Format, lint, types, layers and YAML, without changing anything
@@ -36,8 +36,8 @@ fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 
 docs: install ## Rewrite what is made of the code: docs/metrics.md, rules, dashboard
-	$(BIN)/python -m tests.monitoring
-	$(BIN)/python -m tests.reference
+	$(BIN)/python -m monitoring
+	$(BIN)/python -m tools.reference
 
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate
@@ -60,22 +60,22 @@ image: ## Build the container image clerk-sync:VERSION (IMAGE=name, ENGINE=podma
 	  --build-arg REVISION=$(call COMMIT,%H) --build-arg CREATED=$(call COMMIT,%cd) $(ARGS) .
 
 test-image: install ## Build the image, and run it as a cluster would (TEST_IMAGE=name: that one)
-	$(BIN)/python -m tests.provision
+	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest tests/image $(ARGS)
 
 test-evening: install ## Watch the service through an evening of trouble: every alert, in some seven minutes
-	$(BIN)/python -m tests.provision
+	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest --numprocesses 0 --capture no tests/monitoring/evening.py
 
 cluster: install ## Run a Kubernetes control plane, built once from Go modules; Ctrl-C stops it
 	@exec $(BIN)/python -m tests.cluster.control_plane
 
 test-cluster: install ## Test the chart on the cluster of KUBECONFIG (ARGS="-k name" for some)
-	$(BIN)/python -m tests.provision
+	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest tests/cluster --numprocesses 2 --dist loadfile --timeout 600 $(ARGS)
 
 bench: install ## Measure events and walks beside the baselines (ARGS="--help")
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m bench $(ARGS)
 
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra otel --quiet --upgrade --universal \
   --python-version 3.11 --generate-hashes --no-header
@@ -88,8 +88,8 @@ clean: ## Remove everything that the other verbs made here
 	rm -rf .venv .dev .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find service tests -name __pycache__ -prune -exec rm -rf {} +
 
-$(READY): pyproject.toml requirements-dev.lock tests/venv.sh
-	@sh tests/venv.sh .venv
+$(READY): pyproject.toml requirements-dev.lock tools/venv.sh
+	@sh tools/venv.sh .venv
 	@echo "Installing what requirements-dev.lock lists, once: some minutes, 600 MiB in .venv."
 	$(PIP) install --require-hashes --requirement requirements-dev.lock
 	$(PIP) install --no-deps --editable .

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from tests import servers as database_servers
+from tools import servers as database_servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
 
-    from tests.servers import Managed, Server
+    from tools.servers import Managed, Server
 
 _databases = count(1)
 _DATABASES: Final = ("database_url", "shared_url", "mysql_server")

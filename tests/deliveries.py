@@ -38,7 +38,7 @@ from clerk_sync.mapping import loader
 from clerk_sync.mapping import model as mappings
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
-from tests import servers
+from tools import servers
 
 PATH: Final = "/webhooks/clerk"
 

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from tests import provision
 from tests.chart import values
 from tests.chart.helm import CHART, HelmError, Scenario, template
-from tests.servers import UnavailableError
+from tools import provision
+from tools.servers import UnavailableError
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import yaml
 
-from tests import tools
-from tests.servers import CACHE
+from tools import programs
+from tools.servers import CACHE
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -127,7 +127,7 @@ def helm(name: str, *arguments: str | Path, text: str = "") -> str:
     """Run Helm 4 or 3, with a home of its own and this input, and return what it printed."""
     home = CACHE / "helm"
     done = subprocess.run(
-        [tools.need(name), *arguments],
+        [programs.need(name), *arguments],
         env={
             "PATH": os.environ.get("PATH", os.defpath),
             "HOME": str(home),

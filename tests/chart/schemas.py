@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 from kubernetes_validate import utils
 
-from tests import tools
+from tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -58,7 +58,11 @@ def custom_faults(resources: Iterable[Object]) -> dict[str, list[str]]:
     """Say, by object, what its CRD's schema would refuse, unknown fields included."""
     distinct = {json.dumps(one, sort_keys=True): one for one in resources}
     done = subprocess.run(
-        [tools.need("node"), Path(__file__).with_name("custom_resources.mjs"), tools.modules()],
+        [
+            programs.need("node"),
+            Path(__file__).with_name("custom_resources.mjs"),
+            programs.modules(),
+        ],
         input=json.dumps(list(distinct.values())),
         capture_output=True,
         text=True,

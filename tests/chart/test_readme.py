@@ -14,7 +14,6 @@ import pytest
 import yaml
 
 from clerk_sync.cli import cli
-from tests import tools
 from tests.chart import rules, values
 from tests.chart.helm import (
     CHART,
@@ -26,6 +25,7 @@ from tests.chart.helm import (
     helm,
     merged,
 )
+from tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator
@@ -149,7 +149,7 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
 def kubectl(*words: str, folder: Path) -> Object:
     """What kubectl would send to a cluster, of which it has none."""
     done = subprocess.run(
-        [tools.need("kubectl"), *words, "--dry-run=client", "--output=yaml"],
+        [programs.need("kubectl"), *words, "--dry-run=client", "--output=yaml"],
         cwd=folder,
         env={"KUBECONFIG": "/dev/null", "HOME": str(folder)},
         capture_output=True,

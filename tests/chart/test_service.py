@@ -37,7 +37,7 @@ from tests.chart.helm import (
     scenarios,
 )
 from tests.deliveries import SECRET, served
-from tests.servers import write_certificates
+from tools.servers import write_certificates
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -10,12 +10,12 @@ from typing import Any, Final
 import pytest
 import yaml
 
+from monitoring import files
+from monitoring.alerts import ALERTS, RUNBOOKS
+from monitoring.recordings import PROBE_EXPECTED, RECORDINGS
+from monitoring.rules import rules_file
 from tests.chart.helm import FULLNAME, LEAST, NAMESPACE, Object, merged, render
-from tests.monitoring import files
-from tests.monitoring.alerts import ALERTS, RUNBOOKS
 from tests.monitoring.prometheus import promtool
-from tests.monitoring.recordings import PROBE_EXPECTED, RECORDINGS
-from tests.monitoring.rules import rules_file
 
 INGRESS: Final = {"ingress": {"enabled": True, "hosts": ["hooks.example.com"]}}
 ROUTE: Final = {

@@ -9,7 +9,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
-from tests import tools
+from tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ class Cluster:
     folder: Path
 
     def kubectl(self, *arguments: str, stdin: str | None = None) -> str:
-        return self._run([str(tools.need("kubectl")), *arguments], stdin).stdout
+        return self._run([str(programs.need("kubectl")), *arguments], stdin).stdout
 
     def version(self) -> str:
         """Return the server's version as the chart may see it: `1.37.0`."""
@@ -62,7 +62,7 @@ class Cluster:
         """Have the server judge objects without keeping them, and return what it warns of."""
         text = json.dumps({"apiVersion": "v1", "kind": "List", "items": things})
         apply = "apply", "--server-side", "--dry-run=server", "--validate=strict", "--filename=-"
-        said = self._run([str(tools.need("kubectl")), *apply, *_in(namespace)], text).stderr
+        said = self._run([str(programs.need("kubectl")), *apply, *_in(namespace)], text).stderr
         lines = (line for line in said.splitlines() if "version difference" not in line)
         return "\n".join(lines)
 
@@ -75,7 +75,7 @@ class Cluster:
     ) -> str:
         more = ["--values=-"] if values is not None else []
         text = json.dumps(values) if values is not None else None
-        return self._run([str(tools.need(by)), verb, *arguments, *more], text).stdout
+        return self._run([str(programs.need(by)), verb, *arguments, *more], text).stdout
 
     def until(self, what: str, told: Callable[[], Any], seconds: float = SETTLE_SECONDS) -> Any:
         """Ask until the answer is a true one, and return it."""

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests import provision
 from tests.cluster import custom_resources, database
 from tests.cluster.access import Cluster
 from tests.cluster.space import Space
 from tests.cluster.stand_in import StandIn
+from tools import provision
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -26,7 +26,7 @@ from urllib.request import Request, urlopen
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 
-from tests.servers import CACHE, LOOPBACK, free_port, write_certificates
+from tools.servers import CACHE, LOOPBACK, free_port, write_certificates
 
 MODULE: Final = Path(__file__).parent / "kubernetes"
 START_SECONDS: Final = 120

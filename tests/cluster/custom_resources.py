@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from tests.servers import UnavailableError
+from tools.servers import UnavailableError
 
 
 @dataclass(frozen=True)

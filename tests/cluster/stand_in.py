@@ -14,8 +14,8 @@ from datetime import UTC, datetime
 from threading import Thread
 from typing import TYPE_CHECKING, Any, Self
 
-from tests import tools
 from tests.cluster.access import RefusedError
+from tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -37,7 +37,7 @@ class StandIn:
     def __enter__(self) -> Self:
         self._watch = subprocess.Popen(
             [
-                tools.need("kubectl"),
+                programs.need("kubectl"),
                 f"--kubeconfig={self._cluster.kubeconfig}",
                 "get",
                 "pods",

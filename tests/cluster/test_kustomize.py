@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import yaml
 
-from tests import tools
 from tests.chart.helm import ROOT
 from tests.deliveries import SECRET
 from tests.k8s.examples import MARK, app
 from tests.k8s.kustomize import commands, example, write
+from tools import programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +45,7 @@ class Reader:
         for name in ("clerk-sync-development", "clerk-sync", "shop"):
             command = command.replace(f"-n {name} ", f"-n {self.space.name} ")
             command = command.replace(f"/namespaces/{name}/", f"/namespaces/{self.space.name}/")
-        kubectl = str(tools.need("kubectl").resolve())
+        kubectl = str(programs.need("kubectl").resolve())
         done = subprocess.run(
             ["sh", "-c", f'kubectl() {{ "{kubectl}" "$@"; }}\n{command}'],
             cwd=self.folder,

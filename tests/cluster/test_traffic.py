@@ -13,12 +13,12 @@ from urllib.request import Request, urlopen
 import pytest
 
 from clerk_sync.clerk import samples
-from tests import tools
 from tests.chart.helm import FULLNAME
 from tests.cluster import database, ingress
 from tests.cluster.test_injection import INJECTING, LABEL, deployment, is_injected
 from tests.cluster.test_sidecar import VALUES as SIDECAR
 from tests.deliveries import PATH, new_id, now_ms, signed
+from tools import programs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -105,7 +105,7 @@ def _forwarded(space: Space, service: str) -> Iterator[str]:
     For one request: kubectl gives up when a server closes a connection without reading all of it.
     """
     forward = "port-forward", f"service/{service}", ":80", f"--namespace={space.name}"
-    command: list[Any] = [tools.need("kubectl"), *forward]
+    command: list[Any] = [programs.need("kubectl"), *forward]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         try:
             line = process.stdout.readline() if process.stdout else ""

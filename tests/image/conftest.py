@@ -12,7 +12,7 @@ import pytest
 from tests.image.engine import ROOT, Engine, FailedError
 from tests.image.engine import engine as found_engine
 from tests.image.stand_in import base, usable_base
-from tests.servers import UnavailableError
+from tools.servers import UnavailableError
 
 if TYPE_CHECKING:
     from collections.abc import Callable

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from tests.servers import SEARCH_PATH, UnavailableError, docker_runs
+from tools.servers import SEARCH_PATH, UnavailableError, docker_runs
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping

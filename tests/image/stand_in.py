@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from tests.image.engine import ROOT, system
-from tests.servers import SEARCH_PATH, UnavailableError
+from tools.servers import SEARCH_PATH, UnavailableError
 
 if TYPE_CHECKING:
     from tests.image.engine import Engine

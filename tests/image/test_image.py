@@ -17,14 +17,14 @@ import pytest
 from clerk_sync import __version__
 from tests import deliveries
 from tests.image.engine import NOBODY, ROOT, Engine
-from tests.servers import USER, free_port
+from tools.servers import USER, free_port
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
     from pathlib import Path
 
     from tests.image.engine import Container
-    from tests.servers import Managed
+    from tools.servers import Managed
 
 pytestmark = pytest.mark.timeout(600)
 

@@ -15,10 +15,10 @@ from typing import Any, Final
 
 import yaml
 
-from tests import provision
 from tests.chart import rules
 from tests.chart.helm import CHART, PARENT, ROOT, HelmError, Object, StrictLoader, helm, merged
-from tests.servers import UnavailableError
+from tools import provision
+from tools.servers import UnavailableError
 
 K8S: Final = ROOT / "k8s"
 RELEASE: Final = "clerk-sync"

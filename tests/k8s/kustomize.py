@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Final
 
 import yaml
 
-from tests import tools
 from tests.chart.helm import CHART, Object, StrictLoader
 from tests.k8s.generate import K8S
+from tools import programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -32,7 +32,7 @@ class KustomizeError(Exception):
 def build(folder: Path) -> tuple[Object, ...]:
     """Return the objects of a kustomization. They are shared: do not change them."""
     done = subprocess.run(
-        [tools.need("kubectl"), "kustomize", folder],
+        [programs.need("kubectl"), "kustomize", folder],
         # Since 1.34 it looks for preferences, and warns when it has no home for them.
         env={"PATH": os.environ.get("PATH", os.defpath), "HOME": os.devnull, "KUBERC": "off"},
         capture_output=True,

@@ -17,10 +17,10 @@ import aiohttp
 from clerk_sync.clerk import signature
 from clerk_sync.database.url import target_of
 from tests import deliveries
-from tests import servers as database_servers
 from tests.chart import rules
 from tests.k8s.generate import K8S
 from tests.k8s.kustomize import build
+from tools import servers as database_servers
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import yaml
 
 from clerk_sync.http import access
-from tests import tools
 from tests.chart import rules
 from tests.chart.helm import Object
 from tests.k8s.examples import MARK, app
 from tests.k8s.generate import K8S, sidecar, standalone
 from tests.k8s.kustomize import README, VERSION, build, commands, example, write
+from tools import programs
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -51,7 +51,7 @@ def run(command: str, folder: Path, *, code: int = 0) -> str:
     (folder / "bin").mkdir(exist_ok=True)
     kubectl = folder / "bin" / "kubectl"
     if not kubectl.exists():
-        kubectl.symlink_to(tools.need("kubectl"))
+        kubectl.symlink_to(programs.need("kubectl"))
     done = subprocess.run(
         ["sh", "-c", command],
         cwd=folder,

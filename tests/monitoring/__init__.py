@@ -1,1 +1,0 @@
-"""What watches clerk-sync: rules and dashboard as data, and the files that are made of them."""

@@ -24,12 +24,13 @@ from clerk_sync.mapping.model import Change
 from clerk_sync.outcomes import Answer
 from clerk_sync.store import committer
 from clerk_sync.telemetry.tracing import Trace
+from monitoring.alerts import ALERTS
+from monitoring.panels import EVENTS, PANELS
+from monitoring.thresholds import MINUTE, QUEUE_SHARE, RESTARTS
 from tests import clerk_api, deliveries
-from tests import servers as database_servers
 from tests.conftest import Servers
 from tests.deliveries import OTHER_SECRET, SECRET
 from tests.monitoring import picture, prometheus
-from tests.monitoring.alerts import ALERTS
 from tests.monitoring.installation import (
     CLOCK,
     KEY,
@@ -44,10 +45,9 @@ from tests.monitoring.installation import (
     rules,
     seen,
 )
-from tests.monitoring.panels import EVENTS, PANELS
 from tests.monitoring.prometheus import Watching
-from tests.monitoring.thresholds import MINUTE, QUEUE_SHARE, RESTARTS
-from tests.servers import Managed
+from tools import servers as database_servers
+from tools.servers import Managed
 
 CHOSEN: Final = os.environ.get("EVENING_SCENES", "").split()
 # Panels that are empty while all is well.

@@ -20,18 +20,19 @@ import aiohttp
 
 from clerk_sync.clerk.signature import signers
 from clerk_sync.cli import probe
-from tests import deliveries, servers
+from monitoring import recordings
+from monitoring.alerts import ALERTS, RUNBOOKS
+from monitoring.panel import Panel, Query
+from monitoring.panels import PANELS
+from monitoring.recordings import RECORDINGS
+from monitoring.rules import Clock, rules_file
+from monitoring.thresholds import DAY, HOUR, MINUTE
+from tests import deliveries
 from tests.clerk_api import ClerkApi, Event
 from tests.deliveries import At, now_ms
-from tests.monitoring import recordings
-from tests.monitoring.alerts import ALERTS, RUNBOOKS
-from tests.monitoring.panel import Panel, Query
-from tests.monitoring.panels import PANELS
 from tests.monitoring.prometheus import Labels, Watching
-from tests.monitoring.recordings import RECORDINGS
-from tests.monitoring.rules import Clock, rules_file
-from tests.monitoring.thresholds import DAY, HOUR, MINUTE
-from tests.servers import LOOPBACK
+from tools import servers
+from tools.servers import LOOPBACK
 
 KEY: Final = "sk_live_c3RhbmQtaW4gb2YgdGhlIHRlc3Rz"
 # Seconds of ours for a minute of theirs. A busy machine needs more: the service has to be scraped,

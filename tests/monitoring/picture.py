@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from tests.monitoring import dashboard
-from tests.monitoring.alerts import ALERTS
+from monitoring import dashboard
+from monitoring.alerts import ALERTS
+from monitoring.panel import Panel
+from monitoring.panels import PANELS
+from monitoring.rules import Clock
+from monitoring.thresholds import HOUR, MINUTE
 from tests.monitoring.installation import CLOCK, DAYS_CLOCK, SCRAPE_SECONDS, legend_of, query_of
-from tests.monitoring.panel import Panel
-from tests.monitoring.panels import PANELS
 from tests.monitoring.prometheus import Watching
-from tests.monitoring.rules import Clock
-from tests.monitoring.thresholds import HOUR, MINUTE
 
 # The evening begins at six.
 BEGINS: Final = 18 * HOUR

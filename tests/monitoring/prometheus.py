@@ -16,8 +16,8 @@ from typing import Any
 import aiohttp
 import yaml
 
-from tests import tools
-from tests.servers import LOOPBACK, free_port
+from tools import programs
+from tools.servers import LOOPBACK, free_port
 
 Labels = frozenset[tuple[str, str]]
 
@@ -25,7 +25,7 @@ Labels = frozenset[tuple[str, str]]
 def promtool(*arguments: str | Path) -> str:
     """Run promtool; what it says, which is about a failure if it fails."""
     done = subprocess.run(
-        [tools.need("promtool"), *arguments],
+        [programs.need("promtool"), *arguments],
         capture_output=True,
         text=True,
         timeout=110,
@@ -145,7 +145,7 @@ def _started(log: Path, *options: str) -> subprocess.Popen[bytes]:
     environment = {"PATH": os.environ["PATH"], "HOME": str(log.parent)}
     with log.open("wb") as out:
         return subprocess.Popen(
-            [tools.need("prometheus"), *options],
+            [programs.need("prometheus"), *options],
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=out,

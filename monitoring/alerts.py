@@ -1,0 +1,328 @@
+"""Every alert, once. Symptoms wake somebody, causes make a ticket.
+
+Each has a page of its name in docs/runbooks. The chart's rules and the plain file are made of
+this list by `make docs`.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from clerk_sync.clerk.events import PROBE
+from monitoring import recordings, thresholds
+from monitoring.recordings import failures_ratio
+from monitoring.rules import INSTALLATION as BY
+from monitoring.rules import Alert, number
+from monitoring.thresholds import BURN_EVENTS, BURN_FAILURES, BURN_PAGE, BURN_TICKET
+
+RUNBOOKS: Final = "https://github.com/clerk-sync/clerk-sync/blob/main/docs/runbooks"
+WHERE: Final = "{{ $labels.job }}{{ with $labels.namespace }} in {{ . }}{{ end }}"
+_ACCEPTED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_outcomes_total{{type!="{PROBE}",$selector}}[15m])
+)"""
+_SIGNED: Final = f"""sum by ({BY}) (
+  increase(clerk_sync_rejected_total{{reason=~"wrong|expired|instance",$selector}}[15m])
+)"""
+_UNVERIFIED: Final = (
+    'clerk_sync_rejected_total{reason=~"missing|malformed|wrong|expired",$selector}'
+)
+
+_SECONDS: Final = {
+    "5m": 5 * thresholds.MINUTE,
+    "30m": 30 * thresholds.MINUTE,
+    "2h": 2 * thresholds.HOUR,
+    "6h": 6 * thresholds.HOUR,
+}
+
+
+def burning(windows: tuple[tuple[str, str, float], ...]) -> str:
+    """Both a short and a long window burn, and both have something to judge by."""
+    failed = {"5m": f"{recordings.FAILURES_RATE}{{$selector}}"} | {
+        window: f"avg_over_time({recordings.FAILURES_RATE}{{$selector}}[{window}])"
+        for window in ("30m", "2h", "6h")
+    }
+    counted = {"1h": f"{recordings.DELIVERIES}{{$selector}}"} | {
+        window: f"sum_over_time({recordings.DELIVERIES}{{$selector}}[{window}:1h])"
+        for window in ("6h", "1d", "3d")
+    }
+    return "\nor\n".join(
+        f"""\
+(
+  {failures_ratio(short)}{{$selector}} > {number(factor)} * $threshold
+  and on ({BY}) {failures_ratio(long)}{{$selector}} > {number(factor)} * $threshold
+  and on ({BY}) {counted[long]} >= {BURN_EVENTS}
+  and on ({BY}) {failed[short]} * seconds({number(_SECONDS[short])}) >= {BURN_FAILURES}
+)"""
+        for short, long, factor in windows
+    )
+
+
+ALERTS: Final = (
+    Alert(
+        "ClerkSyncAbsent",
+        "critical",
+        "5m",
+        f"""\
+(
+  group by ({BY}) (last_over_time(clerk_sync_build_info{{$selector}}[1d]))
+  unless on ({BY}) clerk_sync_build_info{{$selector}}
+)
+or on () absent(clerk_sync_build_info{{$selector}})""",
+        "Nobody sees clerk-sync: no process of it is scraped.",
+        f"No process of {WHERE} has been scraped for 5 minutes. It is down, or Prometheus does not"
+        " find it. What it does is unknown, and none of the other alerts can fire.",
+    ),
+    Alert(
+        "ClerkSyncNotReady",
+        "critical",
+        "5m",
+        f"max by ({BY}) (clerk_sync_ready{{$selector}}) == 0",
+        "clerk-sync takes no events.",
+        f"No process of {WHERE} takes deliveries. Clerk sends them again for a day and a quarter;"
+        " until then, users' changes do not reach the tables.",
+    ),
+    Alert(
+        "ClerkSyncSilent",
+        "critical",
+        "5m",
+        f"""\
+time() - {recordings.LAST_EVENT}{{$selector}}
+> clamp_min(
+  $threshold * (
+    {recordings.USUAL_SILENCE}{{$selector}}
+    or {recordings.LAST_EVENT}{{$selector}} * 0
+  ),
+  seconds({number(thresholds.SILENCE_FLOOR_SECONDS)})
+)
+and on ({BY}) (
+  {recordings.COUNTS_MOVED}{{$selector}}
+  > {recordings.LAST_EVENT}{{$selector}} + seconds({number(thresholds.COUNTS_LAG_SECONDS)})
+  or
+  (
+    {recordings.DRIFT}{{$selector}} > 0
+    and on ({BY})
+    {recordings.RECONCILED}{{$selector}}
+    > {recordings.LAST_EVENT}{{$selector}}
+  )
+)""",
+        "Clerk's events have ceased to come, although Clerk's data changes.",
+        f"{WHERE} got its last event {{{{ $value | humanizeDuration }}}} ago. That is more than"
+        " $threshold times its usual longest silence, and meanwhile Clerk's counts moved, or a"
+        " reconcile found what events should have brought.",
+        threshold=thresholds.SILENCE_FACTOR,
+    ),
+    Alert(
+        "ClerkSyncProbeFailing",
+        "critical",
+        "5m",
+        f"""\
+time() - {recordings.LAST_PROBE}{{$selector}} > $threshold
+and on ({BY}) (
+  sum by ({BY}) (increase(clerk_sync_outcomes_total{{type="{PROBE}",$selector}}[1d]))
+  >= {thresholds.PROBES_A_DAY}
+  or
+  {recordings.PROBE_EXPECTED}{{$selector}}
+)""",
+        "Nothing gets through to clerk-sync: its probes do not arrive.",
+        f"The last probe came through the public URL to {WHERE}"
+        " {{ $value | humanizeDuration }} ago. What stops the probes stops Clerk's events.",
+        threshold=thresholds.PROBE_SECONDS,
+        seconds=True,
+    ),
+    Alert(
+        "ClerkSyncEventsLate",
+        "critical",
+        "10m",
+        f"""\
+1 - (
+  sum by ({BY}) (
+    increase(clerk_sync_event_age_seconds_bucket{{le="{thresholds.LATE_SECONDS}",$selector}}[30m])
+  )
+  / sum by ({BY}) (increase(clerk_sync_event_age_seconds_count{{$selector}}[30m]))
+) > $threshold
+and on ({BY})
+  sum by ({BY}) (increase(clerk_sync_event_age_seconds_count{{$selector}}[30m]))
+  >= {thresholds.LATE_EVENTS}""",
+        f"Clerk's events arrive more than {number(thresholds.LATE_SECONDS)} seconds late.",
+        "{{ $value | humanizePercentage }} of the events of the last 30 minutes were committed by"
+        f" {WHERE} over {number(thresholds.LATE_SECONDS)} seconds after they happened in Clerk.",
+        threshold=thresholds.LATE_SHARE,
+    ),
+    Alert(
+        "ClerkSyncDeliveriesRejected",
+        "critical",
+        "5m",
+        f"""\
+{_SIGNED} >= $threshold
+unless on ({BY}) {_ACCEPTED} > 0""",
+        "clerk-sync refuses every delivery: wrong secret, clock or instance.",
+        f"{WHERE} refused {{{{ $value | humanize }}}} signed deliveries within 15 minutes, and"
+        " accepted none. `reason` of clerk_sync_rejected_total says why.",
+        threshold=thresholds.REJECTED_DELIVERIES,
+    ),
+    Alert(
+        "ClerkSyncErrorBudgetBurnFast",
+        "critical",
+        "2m",
+        burning(BURN_PAGE),
+        "Many of Clerk's deliveries fail.",
+        "{{ $value | humanizePercentage }} of the deliveries to "
+        f"{WHERE} failed or went into quarantine, far above the $threshold that may.",
+        threshold=thresholds.ERROR_BUDGET,
+    ),
+    Alert(
+        "ClerkSyncErrorBudgetBurnSlow",
+        "warning",
+        "15m",
+        burning(BURN_TICKET),
+        "Some of Clerk's deliveries keep failing.",
+        "{{ $value | humanizePercentage }} of the deliveries to "
+        f"{WHERE} failed or went into quarantine, above the $threshold that may.",
+        threshold=thresholds.ERROR_BUDGET,
+    ),
+    Alert(
+        "ClerkSyncDatabaseUnreachable",
+        "warning",
+        "2m",
+        f'max by ({BY}) (clerk_sync_unready{{reason="database",$selector}}) == 1',
+        "clerk-sync cannot write to its database.",
+        f"A process of {WHERE} does not reach its database, or the database takes no writes.",
+    ),
+    Alert(
+        "ClerkSyncSchemaBehind",
+        "warning",
+        "5m",
+        f'max by ({BY}) (clerk_sync_unready{{reason="schema",$selector}}) == 1',
+        "The database lacks a table or column that clerk-sync needs.",
+        f"A process of {WHERE} waits for a table or column: a migration did not run, or something"
+        " was dropped or renamed.",
+    ),
+    Alert(
+        "ClerkSyncSecretStale",
+        "warning",
+        "5m",
+        f"max by ({BY}, secret) (clerk_sync_secret_stale{{$selector}}) == 1",
+        "A secret's file is gone, empty or makes no sense.",
+        f"A process of {WHERE} cannot use the file of {{{{ $labels.secret }}}}. It goes on with the"
+        " last good one, until it starts anew or that one ends.",
+    ),
+    Alert(
+        "ClerkSyncQuarantineNotEmpty",
+        "warning",
+        "15m",
+        f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}}) > $threshold",
+        "Events wait in quarantine for somebody to look.",
+        f"{{{{ $value }}}} events of {WHERE} are in quarantine. They were answered 200 and will not"
+        " come again by themselves: their users are out of step.",
+        threshold=thresholds.QUARANTINED_EVENTS,
+    ),
+    Alert(
+        "ClerkSyncSignatureFailures",
+        "warning",
+        "15m",
+        f"""\
+(
+  sum by ({BY}) (
+    increase({_UNVERIFIED}[15m])
+  )
+  > $threshold + {thresholds.SIGNATURE_FAILURES_FACTOR} * (
+    sum by ({BY}) (
+      increase({_UNVERIFIED}[1d] offset 15m)
+    ) / 96
+    or sum by ({BY}) ({_UNVERIFIED}) * 0
+  )
+)
+unless on ({BY}) (
+  {_SIGNED} >= {thresholds.REJECTED_DELIVERIES}
+  unless on ({BY}) {_ACCEPTED} > 0
+)""",
+        "Far more requests than usual have no valid signature.",
+        f"{WHERE} refused {{{{ $value | humanize }}}} requests within 15 minutes for their"
+        " signature, while Clerk's own events pass or none came: somebody tries, or a second"
+        " endpoint in Clerk has another secret.",
+        threshold=thresholds.SIGNATURE_FAILURES,
+    ),
+    Alert(
+        "ClerkSyncReconcileOld",
+        "warning",
+        "15m",
+        f"""\
+time() - {recordings.RECONCILED}{{$selector}} > $threshold
+and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[4w]) >= 2""",
+        "clerk-sync does not reconcile any more.",
+        f"The last reconcile of {WHERE} ended {{{{ $value | humanizeDuration }}}} ago. There were"
+        " several before. What webhooks miss is not found.",
+        threshold=thresholds.RECONCILE_SECONDS,
+        seconds=True,
+    ),
+    Alert(
+        "ClerkSyncReconcileFailing",
+        "warning",
+        "30m",
+        f"""\
+max by ({BY}, result) (clerk_sync_reconcile_result{{result=~"failed|unmended",$selector}}) == 1""",
+        "The last reconcile failed, or could not mend everything.",
+        f"The last reconcile of {WHERE} ended as {{{{ $labels.result }}}}.",
+    ),
+    Alert(
+        "ClerkSyncReconcileStopped",
+        "warning",
+        "5m",
+        f"""\
+max by ({BY}) (clerk_sync_reconcile_result{{result="stopped",$selector}}) == 1""",
+        "The breaker stopped a reconcile: it would have deleted too much.",
+        f"The last reconcile of {WHERE} was about to delete an unlikely part of a table, and"
+        " deleted nothing. Somebody has to say whether that is right.",
+    ),
+    Alert(
+        "ClerkSyncDriftRecurring",
+        "warning",
+        "15m",
+        f"""\
+min_over_time({recordings.DRIFT}{{$selector}}[3d])
+> $threshold + {thresholds.IN_FLIGHT_SECONDS} * (
+  avg_over_time({recordings.DELIVERIES_RATE}{{$selector}}[3d])
+  or {recordings.DRIFT}{{$selector}} * 0
+)
+and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
+        "Every reconcile finds something to mend again.",
+        f"For 3 days, each reconcile of {WHERE} found rows missing, outdated or not deleted; never"
+        " fewer than {{ $value }}. Events get lost.",
+        threshold=thresholds.DRIFT_ENTITIES,
+    ),
+    Alert(
+        "ClerkSyncQueueNearLimit",
+        "warning",
+        "5m",
+        """\
+avg_over_time(clerk_sync_queue_depth{$selector}[5m])
+/ avg_over_time(clerk_sync_queue_limit{$selector}[5m])
+> $threshold""",
+        "Events come faster than the database takes them.",
+        f"The queue of {{{{ or $labels.pod $labels.instance }}}} ({WHERE}) is"
+        " {{ $value | humanizePercentage }} full. Beyond its limit, deliveries are answered 503.",
+        threshold=thresholds.QUEUE_SHARE,
+    ),
+    Alert(
+        "ClerkSyncRestarting",
+        "warning",
+        "0s",
+        f"""\
+changes(process_start_time_seconds{{$selector}}[1h]) > $threshold
+and on ({BY}, instance) last_over_time(clerk_sync_build_info{{$selector}}[1h])""",
+        "A process of clerk-sync starts again and again.",
+        f"{{{{ or $labels.pod $labels.instance }}}} ({WHERE}) started {{{{ $value }}}} times within"
+        " an hour.",
+        threshold=thresholds.RESTARTS,
+    ),
+    Alert(
+        "ClerkSyncInternalErrors",
+        "warning",
+        "0s",
+        f"sum by ({BY}) (increase(clerk_sync_errors_total{{$selector}}[15m])) > $threshold",
+        "clerk-sync has a defect: it answered 500.",
+        f"{WHERE} answered {{{{ $value | humanize }}}} deliveries with 500 within 15 minutes. Its"
+        " log has the tracebacks.",
+        threshold=thresholds.INTERNAL_ERRORS,
+    ),
+)

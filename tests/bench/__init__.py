@@ -1,1 +1,0 @@
-"""`python -m tests.bench`: how fast clerk-sync is, beside its baselines, in one run."""

@@ -1,0 +1,336 @@
+"""The documents say what the code does: every table of README is compared with its source."""
+
+from __future__ import annotations
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from functools import cache
+from pathlib import Path
+
+import click
+import pytest
+
+from clerk_sync import __version__
+from clerk_sync.clerk.events import ACTIONS, KINDS, Action
+from clerk_sync.cli import cli
+from clerk_sync.mapping import loader
+from clerk_sync.mapping.expressions import COMPUTED
+from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
+from clerk_sync.settings import Secret, Settings
+from clerk_sync.store import tables
+from clerk_sync.sync.report import Report
+from clerk_sync.telemetry.metrics import SETTLED, Metrics
+from tools import reference
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+SOURCE = ROOT / "service" / "clerk_sync"
+
+FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
+
+# Defaults that the fields cannot tell: they stand where the value is used.
+USED_DEFAULTS = {
+    "DATABASE_URL": Settings.DEFAULT_DATABASE,
+    "DATABASE_PORT": "3306",
+    "CLERK_WEBHOOK_SIGNING_SECRET": "required",
+}
+
+
+@cache
+def text_of(name: str) -> str:
+    return (ROOT / name).read_text("utf-8")
+
+
+def table(name: str) -> list[list[str]]:
+    """The rows of README's table behind `<!-- table: name -->`, without its head."""
+    found = re.search(rf"<!-- table: {name} -->\n((?:\|.*\|\n)+)", text_of("README.md"))
+    assert found, f"README has no table marked `{name}`"
+    head, _, *rows = [
+        [cell.strip() for cell in line[1:-1].split("|")] for line in found[1].splitlines()
+    ]
+    assert {len(head)} == {len(row) for row in rows}, name
+    return rows
+
+
+def code(cell: str) -> str:
+    """What a cell has in backticks, as its only content."""
+    found = re.fullmatch(r"`([^`]+)`", cell)
+    assert found, f"`{cell}` is not plain code"
+    return found[1]
+
+
+def blocks(name: str, language: str) -> list[str]:
+    return re.findall(rf"^ *```{language}\n(.*?)^ *```$", text_of(name), re.DOTALL | re.MULTILINE)
+
+
+def test_settings_are_those_of_the_code() -> None:
+    wanted = {}
+    for field in Settings.model_fields.values():
+        name = str(field.validation_alias)
+        default = USED_DEFAULTS.get(name, field.default)
+        shown = default if default == "required" else f"`{default}`"
+        is_secret = field.annotation == Secret | None
+        wanted[name] = ["" if default is None else shown, "yes" if is_secret else ""]
+    said = {code(name): [default, file] for name, default, file, _ in table("settings")}
+    assert wanted == said
+
+
+def test_every_variable_that_is_named_exists() -> None:
+    known = {str(field.validation_alias) for field in Settings.model_fields.values()}
+    known |= {f"{name}_FILE" for name in known} | {"TEST_DATABASE_URL", "TEST_DATABASES"}
+    for name in DOCUMENTS:
+        found = re.findall(r"\b(?:TEST_)?(?:CLERK|DATABASE|LOG)_[A-Z_]*[A-Z]\b", text_of(name))
+        assert set() == set(found) - known, name
+
+
+def test_answers_are_those_of_the_code() -> None:
+    answers = [
+        *(Answer(outcome) for outcome in SETTLED if outcome is not Outcome.QUARANTINED),
+        *(Answer(Outcome.QUARANTINED, reason) for reason in QUARANTINES),
+        *(Answer(Outcome.REJECTED, reason) for reason in REJECTIONS),
+        *(Answer(Outcome.UNAVAILABLE, reason) for reason in UNAVAILABILITIES),
+        Answer(Outcome.ERROR, Reason.INTERNAL),
+    ]
+    wanted = sorted((str(a.status), f"`{a.outcome}`", a.reason or "") for a in answers)
+    rows = table("answers")
+    said = sorted((row[0], row[1], code(row[2]) if row[2] else "") for row in rows)
+    assert wanted == said
+    assert set(Reason) == {answer.reason for answer in answers if answer.reason}
+    assert set(Outcome) == {answer.outcome for answer in answers}
+
+
+def test_every_metric_and_table_that_is_named_exists() -> None:
+    metrics = {reference.name_of(metric) for metric in reference.own(Metrics())}
+    known = metrics | {"clerk_sync_version", *tables.metadata.tables}
+    for name in DOCUMENTS:
+        assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name
+    for _, named in table("metrics"):
+        assert set(map(code, named.split(", "))) <= metrics
+
+
+def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
+    found: dict[str, click.Command] = {}
+    for name, command in group.commands.items():
+        if isinstance(command, click.Group):
+            found |= commands(command, f"{prefix} {name}")
+        else:
+            found[f"{prefix} {name}"] = command
+    return found
+
+
+def test_commands_are_those_of_the_code() -> None:
+    assert sorted(commands(cli, "clerk-sync")) == sorted(code(row[0]) for row in table("commands"))
+
+
+def test_every_command_and_option_that_is_named_exists() -> None:
+    known = commands(cli, "clerk-sync")
+    for name in DOCUMENTS:
+        shown = re.findall(r"`([^`\n]+)`", text_of(name)) + "".join(blocks(name, "sh")).splitlines()
+        for line in shown:
+            for part in re.split(r"&& |; ", line):
+                words = part.split()
+                if words[:1] != ["clerk-sync"] or len(words) == 1:
+                    continue
+                command = known.get(" ".join(words[:3])) or known.get(" ".join(words[:2]))
+                assert command, f"{name}: {part}"
+                options = {option for one in command.params for option in one.opts} | {"--help"}
+                assert {word for word in words if word.startswith("--")} <= options, part
+
+
+def test_presets_are_those_of_the_code() -> None:
+    readme = text_of("README.md")
+    said = re.findall(
+        r"^\| \[`(\w+)`\]\(service/clerk_sync/mapping/presets/\w+\.yaml\)", readme, re.MULTILINE
+    )
+    assert list(loader.PRESETS) == said
+    assert ", ".join(f"`{preset}`" for preset in loader.PRESETS) in readme
+
+
+def test_objects_and_their_events_are_those_of_the_code() -> None:
+    wanted = [
+        [
+            f"`{kind}`",
+            *(
+                ", ".join(
+                    f"`{type_.partition('.')[2]}`"
+                    for type_, what in ACTIONS.items()
+                    if what == (kind, action)
+                )
+                for action in (Action.SAVE, Action.DELETE)
+            ),
+        ]
+        for kind in KINDS
+    ]
+    assert wanted == table("objects")
+
+
+def test_column_types_are_those_of_the_code() -> None:
+    assert list(loader.COLUMN_TYPES) == [code(row[0]) for row in table("types")]
+
+
+def test_computed_names_are_those_of_the_code() -> None:
+    assert list(COMPUTED) == [code(row[0]) for row in table("computed")]
+
+
+def test_keys_of_the_mapping_are_those_of_the_code() -> None:
+    with pytest.raises(loader.InvalidMapping) as invalid:
+        loader.read("tables: {user: {zzz: 1}}", source="m.yaml")
+    named = re.search(r"there is: (.*)", invalid.value.faults[0])
+    assert named
+    assert named[1].split(", ") == sorted(code(row[0]) for row in table("keys"))
+    needed = [code(name) for name, need, _ in table("keys") if need == "yes"]
+    assert needed == ["table", "key", "columns"]
+
+
+def test_mapping_examples_can_be_read() -> None:
+    examples = blocks("README.md", "yaml")
+    assert examples
+    for example in examples:
+        assert loader.read(example, source="README.md").warnings == ()
+
+
+# What is spread into a line, where the call itself does not tell.
+SPREAD = {
+    "dict(key)": ["outcome", "reason"],
+    "report.summary()": [*Report().summary()],
+    "exemplar or {}": ["trace_id", "span_id"],
+}
+# What libraries say, at their own levels.
+LIBRARIES = {("library", "warning"): ["logger", "message"]}
+
+
+def spread(value: ast.expr, function: ast.AST) -> list[str]:
+    """The fields of `**value` in a call: those of a dictionary of this function, or known ones."""
+    if isinstance(value, ast.Name):
+        for node in ast.walk(function):
+            if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == value.id:
+                assert isinstance(node.value, ast.Dict)
+                return [ast.literal_eval(key) for key in node.value.keys if key is not None]
+    return SPREAD[ast.unparse(value)]
+
+
+def log_lines() -> dict[tuple[str, str], list[str]]:
+    """Each event and level that the code logs, with its fields in their order."""
+    found: dict[tuple[str, str], list[str]] = {}
+    for path in sorted(SOURCE.rglob("*.py")):
+        tree = ast.parse(path.read_text("utf-8"))
+        functions = [one for one in ast.walk(tree) if isinstance(one, FUNCTIONS)]
+        calls = [
+            (function, call)
+            for function in functions
+            for call in ast.walk(function)
+            if isinstance(call, ast.Call)
+            and re.fullmatch(
+                r"(log|structlog\.get_logger\(\))\.(info|warning|error|exception)",
+                ast.unparse(call.func),
+            )
+        ]
+        for function, call in calls:
+            level = ast.unparse(call.func).rpartition(".")[2]
+            fields = found.setdefault(
+                (ast.literal_eval(call.args[0]), "error" if level == "exception" else level), []
+            )
+            for keyword in call.keywords:
+                names = [keyword.arg] if keyword.arg else spread(keyword.value, function)
+                fields += [name for name in names if name not in (*fields, "exc_info")]
+            if level == "exception" or any(one.arg == "exc_info" for one in call.keywords):
+                fields += [name for name in ("error_type", "traceback") if name not in fields]
+    return found
+
+
+def test_log_lines_are_those_of_the_code() -> None:
+    wanted = log_lines() | LIBRARIES
+    del wanted["delivery", "info"]
+    said = {
+        (code(event), level): [code(field) for field in fields.split(", ") if field]
+        for event, level, fields, _ in table("log events")
+    }
+    assert {one: sorted(fields) for one, fields in wanted.items()} == {
+        one: sorted(fields) for one, fields in said.items()
+    }
+
+
+def test_fields_of_a_delivery_line_are_those_of_the_code() -> None:
+    *fields, trace_id, span_id = log_lines()["delivery", "info"]
+    assert fields == [code(row[0]) for row in table("fields")]
+    assert (trace_id, span_id) == ("trace_id", "span_id")  # see "Tracing"
+
+
+def test_spans_are_those_of_the_code() -> None:
+    source = (SOURCE / "telemetry" / "tracing.py").read_text("utf-8")
+    path = Settings.model_fields["webhook_path"].default
+    parts = re.findall(r'self\._part\("(\w+)"', source)
+    assert 'f"POST {self._path}"' in source
+    assert [f"POST {path}", *parts] == [code(row[0]) for row in table("spans")]
+
+
+def test_internal_paths_are_those_of_the_code() -> None:
+    found = re.findall(
+        r'add_(\w+)\("(/[^"]+)"', (SOURCE / "http" / "internal.py").read_text("utf-8")
+    )
+    routes = [("" if method == "get" else f"{method.upper()} ") + path for method, path in found]
+    routes = [route.replace("{user_id}", "USER_ID") for route in routes]
+    said = [code(row[0]).partition("?")[0] for row in table("internal")]
+    assert routes == list(dict.fromkeys(said))
+
+
+def test_make_verbs_exist() -> None:
+    verbs = re.findall(r"^([a-z0-9-]+):.*## ", text_of("Makefile"), re.MULTILINE)
+    said = [code(row[0]).removeprefix("make ") for row in table("verbs")]
+    assert [verb for verb in said if verb not in verbs] == []
+    for name in (*DOCUMENTS, "tools/demo.py", "tools/run.py"):
+        for verb in re.findall(r"(?:`|^ *|\")make ([a-z0-9-]+)", text_of(name), re.MULTILINE):
+            assert verb in verbs, f"{name}: make {verb}"
+
+
+def anchors(name: str) -> set[str]:
+    """The anchors that GitHub gives to a document's headings."""
+    headings = re.findall(
+        r"^#+ (.*)$", re.sub(r"```.*?```", "", text_of(name), flags=re.DOTALL), re.MULTILINE
+    )
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_local_links_lead_somewhere(name: str) -> None:
+    links = re.findall(r"\]\(([^)\s]+)\)", text_of(name))
+    for link in links:
+        path, _, anchor = link.partition("#")
+        if not re.match(r"\w+:", link):
+            assert not path or (ROOT / path).exists(), link
+            target = path or name
+            assert not anchor or anchor in anchors(target), link
+
+
+def test_layers_are_those_of_the_import_contract() -> None:
+    contracts = tomllib.loads(text_of("pyproject.toml"))["tool"]["importlinter"]["contracts"]
+    layers = next(one["layers"] for one in contracts if one["type"] == "layers")
+    drawn = re.search(r"<!-- layers -->\n```\n(.*?)\n```", text_of("ARCHITECTURE.md"), re.DOTALL)
+    assert drawn
+    assert layers == drawn[1].splitlines()
+
+
+def test_the_changelog_begins_with_this_version() -> None:
+    versions = re.findall(r"^## (\S+) - ", text_of("CHANGELOG.md"), re.MULTILINE)
+    assert versions[0] == __version__
+
+
+def test_the_license_is_the_one_that_is_declared() -> None:
+    assert tomllib.loads(text_of("pyproject.toml"))["project"]["license"] == "Apache-2.0"
+    assert "Apache License\n                           Version 2.0" in text_of("LICENSE")
+
+
+def test_the_demo_ends_as_it_should() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.demo"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, ""), done.stdout
+    assert max(map(len, done.stdout.splitlines())) <= 90
