@@ -65,6 +65,23 @@ PARENT: Final = _parent()
 """The example, for values of one's own."""
 
 
+@cache
+def umbrella(*aliases: str) -> Path:
+    """Return a chart that depends on this one once under each alias: `clerk-sync` is none."""
+    folder = Path(tempfile.mkdtemp(prefix="clerk-sync-umbrella-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    version = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))["version"]
+    needs: list[dict[str, str]] = []
+    for alias in aliases:
+        need = {"name": "clerk-sync", "version": version, "repository": "file://../clerk-sync"}
+        needs.append(need if alias == "clerk-sync" else need | {"alias": alias})
+    about = {"apiVersion": "v2", "name": "umbrella", "version": "1.0.0", "dependencies": needs}
+    (folder / "Chart.yaml").write_text(yaml.safe_dump(about), "utf-8")
+    (folder / "charts").mkdir()
+    (folder / "charts" / "clerk-sync").symlink_to(CHART)
+    return folder
+
+
 class HelmError(Exception):
     """Helm refused. Holds what it printed."""
 
@@ -149,23 +166,31 @@ def helm(name: str, *arguments: str | Path, text: str = "") -> str:
 
 
 def template(
-    values: Mapping[str, Any], *options: str, by: str = "helm4", chart: Path = CHART
+    values: Mapping[str, Any],
+    *options: str,
+    by: str = "helm4",
+    chart: Path = CHART,
+    release: str = RELEASE,
 ) -> str:
     """Return the manifest of a release with these values, hooks and all."""
-    return _template(json.dumps(values), *options, by=by, chart=chart)
+    return _template(json.dumps(values), *options, by=by, chart=chart, release=release)
 
 
 @cache
-def _template(values: str, *options: str, by: str, chart: Path) -> str:
+def _template(values: str, *options: str, by: str, chart: Path, release: str) -> str:
     to = f"--namespace={NAMESPACE}"
-    return helm(by, "template", RELEASE, chart, to, "--values=-", *options, text=values)
+    return helm(by, "template", release, chart, to, "--values=-", *options, text=values)
 
 
 def render(
-    values: Mapping[str, Any], *options: str, by: str = "helm4", chart: Path = CHART
+    values: Mapping[str, Any],
+    *options: str,
+    by: str = "helm4",
+    chart: Path = CHART,
+    release: str = RELEASE,
 ) -> tuple[Object, ...]:
     """Return the objects of a release with these values. They are shared: do not change them."""
-    return _objects(template(values, *options, by=by, chart=chart))
+    return _objects(template(values, *options, by=by, chart=chart, release=release))
 
 
 def render_scenario(

@@ -1,18 +1,35 @@
 {{/* Names and labels. Every template takes the chart's root scope, unless it says otherwise. */}}
 
+{{/*
+Identity. An installation is told apart by its release and by the chart's name in it, which is the alias
+where a parent chart has it twice. Both are in `clerk-sync.fullname`, and that names every object and
+selects every pod: where names differ, selectors do.
+*/}}
 {{- define "clerk-sync.name" -}}
-{{- .Values.nameOverride | default "clerk-sync" -}}
+{{- .Values.nameOverride | default .Chart.Name -}}
 {{- end -}}
 
-{{/* At most 42 characters: a CronJob may have 52, and `-reconcile` comes behind it. */}}
+{{/*
+A DNS label of at most 42 characters: a CronJob may have 52, and `-reconcile` comes behind it. What had
+to be changed or cut has a hash of the whole. So has `…-internal`: without `-internal` it may be another
+release, and that has a Service of this name.
+*/}}
 {{- define "clerk-sync.fullname" -}}
-{{- $name := include "clerk-sync.name" . -}}
 {{- if .Values.fullnameOverride -}}
 {{- .Values.fullnameOverride -}}
-{{- else if contains $name .Release.Name -}}
-{{- .Release.Name | trunc 42 | trimSuffix "-" -}}
 {{- else -}}
-{{- printf "%s-%s" .Release.Name $name | trunc 42 | trimSuffix "-" -}}
+{{- $name := include "clerk-sync.name" . -}}
+{{- $whole := printf "%s-%s" .Release.Name $name -}}
+{{- /* Only for this one name: a release's name may hold two aliases. */ -}}
+{{- if and (eq $name "clerk-sync") (contains $name .Release.Name) }}{{ $whole = .Release.Name }}{{ end -}}
+{{- /* Releases may have dots, and aliases capitals and underscores; a Service begins with a letter. */ -}}
+{{- $label := regexReplaceAll "[^a-z0-9-]+" (lower $whole) "-" -}}
+{{- if not (regexMatch "^[a-z]" $label) }}{{ $label = printf "clerk-sync-%s" $label }}{{ end -}}
+{{- if and (eq $label $whole) (le (len $label) 42) (not (hasSuffix "-internal" $label)) (not (hasSuffix "-" $label)) -}}
+{{- $label -}}
+{{- else -}}
+{{- printf "%s-%s" ($label | trunc 33 | trimAll "-") (printf "%s/%s" .Release.Name $name | sha256sum | trunc 8) -}}
+{{- end -}}
 {{- end -}}
 {{- end -}}
 
@@ -20,10 +37,17 @@
 {{- .Values.namespaceOverride | default .Release.Namespace -}}
 {{- end -}}
 
-{{/* What selects the chart's own pods, and so never changes in a release's life. */}}
+{{/* What selects the chart's own pods and Services, and so never changes in a release's life. */}}
 {{- define "clerk-sync.selectorLabels" -}}
-app.kubernetes.io/name: {{ include "clerk-sync.name" . | quote }}
+clerk-sync.dev/instance: {{ include "clerk-sync.fullname" . | quote }}
+{{- end -}}
+
+{{/* By which people and tools find what is whose. Argo CD may overwrite `instance`: it selects nothing. */}}
+{{- define "clerk-sync.labels" -}}
+{{ include "clerk-sync.selectorLabels" . }}
+app.kubernetes.io/name: {{ .Values.nameOverride | default "clerk-sync" | quote }}
 app.kubernetes.io/instance: {{ .Release.Name | quote }}
+app.kubernetes.io/part-of: clerk-sync
 {{- end -}}
 
 {{/*
@@ -40,10 +64,9 @@ namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) | quot
 {{/* The same without name and namespace. */}}
 {{- define "clerk-sync.metadata.labels" -}}
 {{- $root := .root -}}
-{{- $labels := include "clerk-sync.selectorLabels" $root | fromYaml -}}
+{{- $labels := include "clerk-sync.labels" $root | fromYaml -}}
 {{- $_ := set $labels "app.kubernetes.io/version" $root.Chart.AppVersion -}}
 {{- $_ := set $labels "app.kubernetes.io/managed-by" $root.Release.Service -}}
-{{- $_ := set $labels "app.kubernetes.io/part-of" "clerk-sync" -}}
 {{- $_ := set $labels "helm.sh/chart" (printf "clerk-sync-%s" ($root.Chart.Version | replace "+" "_")) -}}
 {{- with .component }}{{ $_ := set $labels "app.kubernetes.io/component" . }}{{ end -}}
 labels:

@@ -6,9 +6,8 @@ serviceAccountName.
 {{- $values := .root.Values -}}
 metadata:
   labels:
-    {{- $labels := include "clerk-sync.selectorLabels" .root | fromYaml }}
+    {{- $labels := include "clerk-sync.labels" .root | fromYaml }}
     {{- $_ := set $labels "app.kubernetes.io/component" .component }}
-    {{- $_ := set $labels "app.kubernetes.io/part-of" "clerk-sync" }}
     {{- merge $labels (.labels | default dict) $values.podLabels $values.commonLabels | toYaml | nindent 4 }}
   {{- with merge (dict) (.annotations | default dict) $values.podAnnotations }}
   annotations:
