@@ -1,7 +1,7 @@
 """Write what follows from the chart's values.yaml and templates: `make chart`.
 
-The schema of values, the tables in the chart's README, and the rendered manifests that reviewers
-read as a difference. A test compares them with what is committed.
+The schema of values, their defaults, the tables in the chart's README, and the rendered manifests
+that reviewers read as a difference. A test compares them with what is committed.
 """
 
 from __future__ import annotations
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 GOLDEN: Final = CHART.parents[1] / "tests" / "chart" / "golden"
+DEFAULTS_HEAD: Final = (
+    "# Generated from values.yaml by `make chart`, for templates: see _values.tpl.\n"
+)
 BEGIN, END = "<!-- values -->", "<!-- /values -->"
 
 
@@ -49,7 +52,7 @@ def generated() -> dict[Path, str]:
 
 
 def documents() -> dict[Path, str]:
-    """Return the schema, and the README with its tables."""
+    """Return the schema, the defaults, and the README with its tables."""
     read = values.read((CHART / "values.yaml").read_text("utf-8"))
     schema = json.dumps(values.schema(read), indent=2, ensure_ascii=False)
     readme = CHART / "README.md"
@@ -59,6 +62,7 @@ def documents() -> dict[Path, str]:
         raise values.UnreadableError(f"{readme} needs the lines `{BEGIN}` and `{END}`")
     return {
         CHART / "values.schema.json": f"{schema}\n",
+        CHART / "files" / "defaults.yaml": f"{DEFAULTS_HEAD}{values.defaults(read)}",
         readme: f"{before}{begin}\n{values.tables(read)}\n{end}{after}",
     }
 

@@ -171,8 +171,24 @@ def _keywords(block: list[str], name: str, line: int) -> dict[str, Any]:
     return schema
 
 
+def defaults(values: Sequence[Value], indent: str = "") -> str:
+    """Return the defaults as YAML for the chart's templates, which cannot read values.yaml.
+
+    A list holds the default of one value, also of a map that users fill: where that is given,
+    nothing is added to it. All other maps are those of values.yaml.
+    """
+    lines = []
+    for value in values:
+        name = f"{indent}{value.path[-1]}:"
+        if value.children:
+            lines.append(f"{name}\n{defaults(value.children, indent + '  ')}")
+        else:
+            lines.append(f"{name} {json.dumps([value.default], ensure_ascii=False)}\n")
+    return "".join(lines)
+
+
 def schema(values: Sequence[Value]) -> dict[str, Any]:
-    """Return the JSON Schema of values.yaml."""
+    """Return the JSON Schema of values.yaml. Null is allowed everywhere: it is no value given."""
     return {
         "$schema": DRAFT.META_SCHEMA["$id"],
         "title": "Values of the chart clerk-sync",
@@ -182,7 +198,7 @@ def schema(values: Sequence[Value]) -> dict[str, Any]:
 
 def _object(children: Sequence[Value]) -> dict[str, Any]:
     properties = {child.path[-1]: _schema_of(child) for child in children}
-    return {"type": "object", "additionalProperties": False, "properties": properties}
+    return {"type": ["object", "null"], "additionalProperties": False, "properties": properties}
 
 
 def _schema_of(value: Value) -> dict[str, Any]:
@@ -207,7 +223,20 @@ def _schema_of(value: Value) -> dict[str, Any]:
             f"values.yaml:{value.line}: {value.name}: say what the list holds,"
             " `# @schema items:{type: string}` or `items:{type: object}`"
         )
-    return made | said | {"default": value.default}
+    return made | _nullable(said | made) | {"default": value.default}
+
+
+def _nullable(said: dict[str, Any]) -> dict[str, Any]:
+    """Return what allows null as well, also for the entries of a map that users fill."""
+    more: dict[str, Any] = dict(said)
+    if "type" in said:
+        kinds = said["type"] if isinstance(said["type"], list) else [said["type"]]
+        more["type"] = [*kinds, *({"null"} - set(kinds))]
+    if None not in said.get("enum", [None]):
+        more["enum"] = [*said["enum"], None]
+    if isinstance(said.get("additionalProperties"), dict):
+        more["additionalProperties"] = _nullable(said["additionalProperties"])
+    return more
 
 
 def tables(values: Sequence[Value]) -> str:

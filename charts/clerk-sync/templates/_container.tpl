@@ -157,17 +157,20 @@ What a parent chart includes. Its scope is this chart's: (index .Subcharts "cler
   spec.template.spec.volumes          {{ include "clerk-sync.sidecar.volumes" . }}
 */}}
 {{- define "clerk-sync.sidecar" -}}
+{{- include "clerk-sync.values" . -}}
 {{- include "clerk-sync.guards.included" . -}}
 - {{ include "clerk-sync.container" . | indent 2 | trim }}
 {{- end -}}
 
 {{- define "clerk-sync.sidecar.volumes" -}}
+{{- include "clerk-sync.values" . -}}
 {{- include "clerk-sync.guards.included" . -}}
 {{- include "clerk-sync.volumes" (merge (dict "root" .) (include "clerk-sync.serving" . | fromYaml)) | trim -}}
 {{- end -}}
 
 {{/* A pod that has read another mapping has to start anew. */}}
 {{- define "clerk-sync.sidecar.podAnnotations" -}}
+{{- include "clerk-sync.values" . -}}
 clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" . }}
 {{- end -}}
 

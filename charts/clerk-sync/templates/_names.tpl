@@ -79,6 +79,7 @@ annotations:
 
 {{/* What sets the app's pods apart in sidecar mode. */}}
 {{- define "clerk-sync.sidecar.podLabels" -}}
+{{- include "clerk-sync.values" . -}}
 {{- with .Values.sidecar.podLabels -}}
 {{ toYaml . }}
 {{- else -}}
