@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
-.PHONY: help install run demo test check fmt docs chart k8s image test-image cluster test-cluster test-evening bench lock clean
+.PHONY: help install run demo test check fmt docs generate chart k8s image test-image cluster test-cluster test-evening bench lock release clean
 
 help: ## List these verbs
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
@@ -35,9 +35,13 @@ fmt: install ## Format, and fix what the linter can fix
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
-docs: install ## Rewrite what is made of the code: docs/metrics.md, rules, dashboard
+docs: install ## Build the site in docs/_build, with warnings as errors
+	$(BIN)/sphinx-build --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
+
+generate: install ## Rewrite what is made of the code: reference pages, rules, dashboard
 	$(BIN)/python -m monitoring
 	$(BIN)/python -m tools.reference
+	$(BIN)/python -m tools.cli_reference
 
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate
@@ -84,9 +88,12 @@ lock: install ## Rewrite the lock files with the newest versions that pyproject.
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
+release: install ## Set VERSION=x.y.z wherever it stands, and date the changelog
+	$(BIN)/python -m tools.release $(VERSION)
+
 clean: ## Remove everything that the other verbs made here
-	rm -rf .venv .dev .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find service tests -name __pycache__ -prune -exec rm -rf {} +
+	rm -rf .venv .dev docs/_build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	find service tests tools -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml requirements-dev.lock tools/venv.sh
 	@sh tools/venv.sh .venv

@@ -1,7 +1,7 @@
 """Every alert, once. Symptoms wake somebody, causes make a ticket.
 
 Each has a page of its name in docs/runbooks. The chart's rules and the plain file are made of
-this list by `make docs`.
+this list by `make generate`.
 """
 
 from __future__ import annotations

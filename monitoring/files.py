@@ -15,7 +15,7 @@ CHART_ALERTS: Final = ROOT / "charts/clerk-sync/files/alerts"
 DASHBOARD: Final = ROOT / "charts/clerk-sync/files/dashboards/clerk-sync.json"
 PLAIN: Final = ROOT / "docs/alerts.yaml"
 
-_MADE: Final = "# Made by `make docs` from monitoring/.\n"
+_MADE: Final = "# Made by `make generate` from monitoring/.\n"
 
 
 def chart_alert(alert: Alert) -> dict[str, Any]:

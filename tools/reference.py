@@ -1,4 +1,4 @@
-"""Writes docs/metrics.md from the declarations: `python -m tools.reference`."""
+"""Writes docs/reference/metrics.md from the declarations: `python -m tools.reference`."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from typing import Final
 
 from prometheus_client import Metric
 
+from clerk_sync import __version__
 from clerk_sync.telemetry.metrics import Metrics
 from monitoring.alerts import ALERTS
 from monitoring.panels import PANELS
 from monitoring.recordings import RECORDINGS
 
-PAGE: Final = Path(__file__).parents[1] / "docs" / "metrics.md"
+PAGE: Final = Path(__file__).parents[1] / "docs" / "reference" / "metrics.md"
 
 _HEAD: Final = """\
 # Metrics
 
-Port 8081, `/metrics`. Every series exists from the start, at 0: so the first event is an
-increase. Labels have the values that are listed here and no others, whatever strangers send.
+Port 8081 serves `/metrics`. Every series exists from the start, at 0, so the first event is an
+increase. Labels have the values that are listed here and no others, whatever clients send.
 
-Values are those of one process. What it reads from the database, which are the counts of both
-sides, the quarantine, and how the last reconcile ended, is the same in all of them: take the
-maximum over processes, not the sum.
+Values are those of one process. Values that come from the database are the same in every process:
+the counts of both sides, the quarantine, and how the last reconcile ended. Take their maximum
+over processes, not their sum.
 
-A process has {series} series of its own, beside `process_*` and `python_*` of the Prometheus
-client. A scraper that asks for OpenMetrics, as Prometheus does, gets units as well, exemplars
-where [traces](../README.md#tracing) are on, and for each counter and histogram the time since when
-it counts. Prometheus with the feature `created-timestamp-zero-ingestion` uses those times. Any
-other keeps them as series of their own, unless its scrape configuration drops them:
+A process has {series} series of its own, besides the Prometheus client's `process_*` and
+`python_*`. A scraper that asks for OpenMetrics, as Prometheus does, also gets units, exemplars if
+[traces](tracing.md) are on, and the start time of each counter and histogram. Prometheus uses
+those times with the feature `created-timestamp-zero-ingestion`. Without it, it stores them as
+series, unless its scrape configuration drops them:
 
 ```yaml
 metric_relabel_configs:
   - {{source_labels: [__name__], regex: clerk_sync_.*_created, action: drop}}
 ```
 
-This page is made of the code, by `make docs`.
+`make generate` writes this page from the code.
 """
 
 
@@ -94,7 +95,7 @@ def _section(metric: Metric, unit: str) -> str:
     for label, values in _labels(metric).items():
         lines.append(f"- `{label}`: {', '.join(f'`{value}`' for value in values)}")
     if metric.type == "info":
-        lines.append("- `version`: such as `0.1.0`")
+        lines.append(f"- `version`: such as `{__version__}`")
     if metric.type == "histogram":
         bounds = [one.labels["le"] for one in metric.samples if "le" in one.labels][:-1]
         lines.append(f"- Buckets: {', '.join(bound.removesuffix('.0') for bound in bounds)}")
@@ -102,7 +103,7 @@ def _section(metric: Metric, unit: str) -> str:
     if panels:
         lines.append(f"- Panels: {', '.join(panels)}")
     if alerts:
-        links = (f"[{alert}](runbooks/{alert}.md)" for alert in alerts)
+        links = (f"[{alert}](../runbooks/{alert}.md)" for alert in alerts)
         lines.append(f"- Alerts: {', '.join(links)}")
     return "\n".join(lines).rstrip() + "\n"
 

@@ -114,6 +114,6 @@ def test_narrowed_rules_on_a_faster_clock_are_rules_too(tmp_path: Path) -> None:
 
 def test_generated_files_are_not_stale() -> None:
     for path, text in files.generated().items():
-        assert path.read_text("utf-8") == text, f"{path} is stale: run `make docs`"
+        assert path.read_text("utf-8") == text, f"{path} is stale: run `make generate`"
     there = set(files.CHART_ALERTS.iterdir())
     assert there <= files.generated().keys()

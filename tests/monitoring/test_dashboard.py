@@ -159,4 +159,4 @@ def test_what_happened_is_drawn_across_all_panels() -> None:
 
 
 def test_it_is_not_stale() -> None:
-    assert files.DASHBOARD.read_text("utf-8") == dashboard.dumped(), "run `make docs`"
+    assert files.DASHBOARD.read_text("utf-8") == dashboard.dumped(), "run `make generate`"

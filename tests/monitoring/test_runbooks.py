@@ -18,7 +18,8 @@ from monitoring.alerts import ALERTS
 from monitoring.panels import PANELS
 from tests.monitoring.prometheus import promtool
 from tests.monitoring.test_dashboard import exposed
-from tests.project.test_docs import SOURCE, commands
+from tests.project.test_docs import SOURCE
+from tools.cli_reference import commands
 
 FOLDER = files.ROOT / "docs" / "runbooks"
 BY_NAME = {alert.name: alert for alert in ALERTS}

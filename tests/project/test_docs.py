@@ -1,4 +1,4 @@
-"""The documents say what the code does: every table of README is compared with its source."""
+"""The documents say what the code does: every marked table is compared with its source."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
-import click
 import pytest
 
 from clerk_sync import __version__
@@ -23,10 +22,20 @@ from clerk_sync.settings import Secret, Settings
 from clerk_sync.store import tables
 from clerk_sync.sync.report import Report
 from clerk_sync.telemetry.metrics import SETTLED, Metrics
-from tools import reference
+from tools import cli_reference, reference
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = ("README.md", "ARCHITECTURE.md", "CHANGELOG.md")
+# What GitHub and the site show.
+PAGES = sorted(
+    str(path.relative_to(ROOT))
+    for folder in (".", ".github", "charts", "docs", "k8s")
+    for path in (ROOT / folder).glob("*.md" if folder == "." else "**/*.md")
+    if "_build" not in path.parts
+)
+# Words of the others are compared with the code by tests of their own.
+OTHERS = (".github/", "charts/", "docs/runbooks/", "k8s/")
+DOCUMENTS = [name for name in PAGES if not name.startswith(OTHERS)]
+HOME = "https://github.com/clerk-sync/clerk-sync"
 SOURCE = ROOT / "service" / "clerk_sync"
 
 FUNCTIONS = ast.FunctionDef | ast.AsyncFunctionDef
@@ -45,11 +54,12 @@ def text_of(name: str) -> str:
 
 
 def table(name: str) -> list[list[str]]:
-    """The rows of README's table behind `<!-- table: name -->`, without its head."""
-    found = re.search(rf"<!-- table: {name} -->\n((?:\|.*\|\n)+)", text_of("README.md"))
-    assert found, f"README has no table marked `{name}`"
+    """The rows of the one table behind `<!-- table: name -->`, without its head."""
+    pattern = rf"<!-- table: {name} -->\n((?:\|.*\|\n)+)"
+    found = [text for page in DOCUMENTS for text in re.findall(pattern, text_of(page))]
+    assert len(found) == 1, f"{len(found)} tables are marked `{name}`"
     head, _, *rows = [
-        [cell.strip() for cell in line[1:-1].split("|")] for line in found[1].splitlines()
+        [cell.strip() for cell in line[1:-1].split("|")] for line in found[0].splitlines()
     ]
     assert {len(head)} == {len(row) for row in rows}, name
     return rows
@@ -111,22 +121,12 @@ def test_every_metric_and_table_that_is_named_exists() -> None:
         assert set(map(code, named.split(", "))) <= metrics
 
 
-def commands(group: click.Group, prefix: str) -> dict[str, click.Command]:
-    found: dict[str, click.Command] = {}
-    for name, command in group.commands.items():
-        if isinstance(command, click.Group):
-            found |= commands(command, f"{prefix} {name}")
-        else:
-            found[f"{prefix} {name}"] = command
-    return found
-
-
-def test_commands_are_those_of_the_code() -> None:
-    assert sorted(commands(cli, "clerk-sync")) == sorted(code(row[0]) for row in table("commands"))
+def test_the_page_of_the_commands_is_made_of_the_code() -> None:
+    assert cli_reference.text() == cli_reference.PAGE.read_text("utf-8"), "run `make generate`"
 
 
 def test_every_command_and_option_that_is_named_exists() -> None:
-    known = commands(cli, "clerk-sync")
+    known = cli_reference.commands(cli, "clerk-sync")
     for name in DOCUMENTS:
         shown = re.findall(r"`([^`\n]+)`", text_of(name)) + "".join(blocks(name, "sh")).splitlines()
         for line in shown:
@@ -141,12 +141,11 @@ def test_every_command_and_option_that_is_named_exists() -> None:
 
 
 def test_presets_are_those_of_the_code() -> None:
-    readme = text_of("README.md")
-    said = re.findall(
-        r"^\| \[`(\w+)`\]\(service/clerk_sync/mapping/presets/\w+\.yaml\)", readme, re.MULTILINE
-    )
+    page = text_of("docs/reference/mapping.md")
+    said = re.findall(r"^\| \[`(\w+)`\]\(\S+/presets/\w+\.yaml\)", page, re.MULTILINE)
     assert list(loader.PRESETS) == said
-    assert ", ".join(f"`{preset}`" for preset in loader.PRESETS) in readme
+    named = ", ".join(f"`{preset}`" for preset in loader.PRESETS)
+    assert named in text_of("docs/reference/settings.md")
 
 
 def test_objects_and_their_events_are_those_of_the_code() -> None:
@@ -186,10 +185,11 @@ def test_keys_of_the_mapping_are_those_of_the_code() -> None:
 
 
 def test_mapping_examples_can_be_read() -> None:
-    examples = blocks("README.md", "yaml")
-    assert examples
-    for example in examples:
-        assert loader.read(example, source="README.md").warnings == ()
+    for name in ("README.md", "docs/reference/mapping.md"):
+        examples = blocks(name, "yaml")
+        assert examples, name
+        for example in examples:
+            assert loader.read(example, source=name).warnings == ()
 
 
 # What is spread into a line, where the call itself does not tell.
@@ -281,28 +281,69 @@ def test_make_verbs_exist() -> None:
     verbs = re.findall(r"^([a-z0-9-]+):.*## ", text_of("Makefile"), re.MULTILINE)
     said = [code(row[0]).removeprefix("make ") for row in table("verbs")]
     assert [verb for verb in said if verb not in verbs] == []
-    for name in (*DOCUMENTS, "tools/demo.py", "tools/run.py"):
+    for name in (*PAGES, "tools/demo.py", "tools/run.py"):
         for verb in re.findall(r"(?:`|^ *|\")make ([a-z0-9-]+)", text_of(name), re.MULTILINE):
             assert verb in verbs, f"{name}: make {verb}"
 
 
+@cache
 def anchors(name: str) -> set[str]:
     """The anchors that GitHub gives to a document's headings."""
-    headings = re.findall(
-        r"^#+ (.*)$", re.sub(r"```.*?```", "", text_of(name), flags=re.DOTALL), re.MULTILINE
-    )
+    text = re.sub(r"^ *```.*?^ *```$", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", text, re.MULTILINE)
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-@pytest.mark.parametrize("name", DOCUMENTS)
-def test_local_links_lead_somewhere(name: str) -> None:
+def leads_nowhere(path: Path, anchor: str) -> bool:
+    """Whether a link to this file or folder, and heading, is broken."""
+    if not path.exists():
+        return True
+    return bool(anchor) and anchor not in anchors(str(path.resolve().relative_to(ROOT)))
+
+
+@pytest.mark.parametrize("name", PAGES)
+def test_links_between_files_lead_somewhere(name: str) -> None:
     links = re.findall(r"\]\(([^)\s]+)\)", text_of(name))
-    for link in links:
-        path, _, anchor = link.partition("#")
-        if not re.match(r"\w+:", link):
-            assert not path or (ROOT / path).exists(), link
-            target = path or name
-            assert not anchor or anchor in anchors(target), link
+    local = [link.partition("#") for link in links if not re.match(r"\w+:", link)]
+    page = ROOT / name
+    broken = [
+        path + hash_ + anchor
+        for path, hash_, anchor in local
+        if leads_nowhere(page.parent / path if path else page, anchor)
+    ]
+    assert broken == []
+
+
+def test_links_to_this_repository_lead_somewhere() -> None:
+    """Everywhere: the chart, its dashboard and the alerts link to GitHub, not to a file."""
+    pattern = re.compile(rf"{HOME}(?:/(?:blob|tree)/main/([\w./-]*[\w/-]))?(?:#([\w-]+))?")
+    broken = []
+    for folder in (".", ".github", "charts", "docs", "k8s", "service", "tests"):
+        for path in (ROOT / folder).glob("*.*" if folder == "." else "**/*.*"):
+            if path.suffix in {".md", ".yaml", ".json", ".tpl", ".txt", ".py", ".toml"}:
+                for file, anchor in pattern.findall(path.read_text("utf-8")):
+                    if anchor != "readme" and leads_nowhere(ROOT / (file or "README.md"), anchor):
+                        broken.append(f"{path.relative_to(ROOT)}: {file}#{anchor}")
+    assert broken == []
+
+
+def test_every_page_has_one_title_and_is_in_a_table_of_contents() -> None:
+    pages = [name for name in PAGES if name.startswith("docs/")]
+    linked = {
+        str(Path(index).parent / link)
+        for index in pages
+        if Path(index).name in {"index.md", "README.md"}
+        for link in re.findall(r"\]\(([^)\s#:]+\.md)\)", text_of(index))
+    }
+    assert [name for name in pages if name not in {*linked, "docs/index.md"}] == []
+    for name in pages:
+        text = re.sub(r"^ *```.*?^ *```$", "", text_of(name), flags=re.DOTALL | re.MULTILINE)
+        assert len(re.findall(r"^# ", text, re.MULTILINE)) == 1, name
+
+
+def test_the_readme_fits_on_a_page_and_the_architecture_too() -> None:
+    assert len(text_of("README.md").splitlines()) <= 150
+    assert len(text_of("ARCHITECTURE.md").splitlines()) <= 150
 
 
 def test_layers_are_those_of_the_import_contract() -> None:

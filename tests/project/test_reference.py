@@ -1,4 +1,4 @@
-"""docs/metrics.md is what the code declares, and what a running service says to a real scrape."""
+"""The page of the metrics is what the code declares, and what a service says to a scrape."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def test_promtool_can_be_displeased() -> None:
 
 
 def test_the_page_is_made_of_the_code() -> None:
-    assert reference.text() == reference.PAGE.read_text("utf-8"), "run `make docs`"
+    assert reference.text() == reference.PAGE.read_text("utf-8"), "run `make generate`"
 
 
 def test_its_links_lead_somewhere() -> None:

@@ -12,7 +12,7 @@ from clerk_sync import __version__
 from clerk_sync.settings import Settings
 from clerk_sync.signature import signers
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text("utf-8"))
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OURS = [one for one in SERVICES.values() if "clerk-sync" in one["image"]]
