@@ -277,6 +277,45 @@ def test_internal_paths_are_those_of_the_code() -> None:
     assert routes == list(dict.fromkeys(said))
 
 
+def defined() -> dict[str, tuple[str, list[str]]]:
+    """Each public class of the package, with its room and its bases."""
+    return {
+        node.name: (path.relative_to(SOURCE).parts[0].removesuffix(".py"), bases)
+        for path in SOURCE.rglob("*.py")
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.ClassDef) and not node.name.startswith("_")
+        for bases in [[ast.unparse(base) for base in node.bases]]
+    }
+
+
+def is_exception(name: str, classes: dict[str, tuple[str, list[str]]]) -> bool:
+    """Whether this class is an exception, by whatever way."""
+    if name not in classes:
+        return name in {"Exception", "ValueError", "LookupError"}
+    return any(is_exception(base, classes) for base in classes[name][1])
+
+
+def test_exceptions_of_the_glossary_are_those_of_the_code() -> None:
+    classes = defined()
+    wanted = {name: room for name, (room, _) in classes.items() if is_exception(name, classes)}
+    assert wanted == {code(name): code(room) for name, _, room in table("exceptions")}
+
+
+def test_log_events_of_the_glossary_are_those_of_the_code() -> None:
+    said = [code(name) for names, _ in table("events") for name in names.split(", ")]
+    assert sorted(said) == sorted({event for event, _ in log_lines() | LIBRARIES})
+
+
+def test_rooms_of_the_glossary_and_of_the_architecture_exist() -> None:
+    rooms = {path.stem for path in SOURCE.iterdir() if not path.stem.startswith("__")}
+    glossary = re.findall(
+        r"\| ((?:`[^`|]+`(?:, )?)+) \|$", text_of("docs/glossary.md"), re.MULTILINE
+    )
+    named = {code(room) for cell in glossary for room in cell.split(", ")}
+    assert [one for one in named - rooms if not (ROOT / one).exists()] == []
+    assert {code(row[0]) for row in table("rooms")} <= rooms
+
+
 def test_make_verbs_exist() -> None:
     verbs = re.findall(r"^([a-z0-9-]+):.*## ", text_of("Makefile"), re.MULTILINE)
     said = [code(row[0]).removeprefix("make ") for row in table("verbs")]

@@ -9,8 +9,8 @@ from typing import Any
 import yaml
 
 from clerk_sync import __version__
+from clerk_sync.clerk.signature import signers
 from clerk_sync.settings import Settings
-from clerk_sync.signature import signers
 
 ROOT = Path(__file__).parents[2]
 COMPOSE: dict[str, Any] = yaml.safe_load((ROOT / "compose.yaml").read_text("utf-8"))
