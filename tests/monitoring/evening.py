@@ -1,7 +1,8 @@
 """One evening: real Prometheus watches the real service through every trouble that it knows.
 
 `make test-evening` runs it, in some seven minutes. In each scene exactly its alerts fire, and clear
-after; and the dashboard shows what it is about. DASHBOARD_PICTURE=docs/dashboard.png draws it.
+after; and the dashboard shows what it is about.
+DASHBOARD_PICTURE=docs/images/dashboard.png draws it, and its first rows beside it.
 EVENING_SCENES="silence a_defect" plays only these.
 """
 

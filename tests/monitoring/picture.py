@@ -13,6 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
+from matplotlib.transforms import Bbox
 
 from monitoring import dashboard
 from monitoring.alerts import ALERTS
@@ -30,6 +31,8 @@ UNIT: Final = 0.42
 WIDTH: Final = 16.0
 LINE: Final = 0.3
 MORE: Final = 5
+# Inches of the first rows, which the README shows.
+TOP: Final = 8.75
 
 PAPER, INK, DIM, FAINT = "#111217", "#d8d9da", "#8e9197", "#2c3035"
 # Inches left, right, below and above of what is drawn in a panel.
@@ -121,6 +124,8 @@ def draw(found: dict[str, list[Line]], shades: Sequence[Shade], path: Path) -> N
             continue
         _panel(figure, box, panel, found[title], shades)
     figure.savefig(path)
+    top = Bbox.from_extents(0, height - TOP, WIDTH, height)
+    figure.savefig(path.with_stem(f"{path.stem}-top"), bbox_inches=top)
 
 
 def _places() -> dict[str, tuple[int, int, int, int]]:

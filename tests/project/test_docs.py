@@ -316,6 +316,14 @@ def test_rooms_of_the_glossary_and_of_the_architecture_exist() -> None:
     assert {code(row[0]) for row in table("rooms")} <= rooms
 
 
+def test_folders_are_all_there() -> None:
+    named = [name for row in table("folders") for name in re.findall(r"\[`([^`]+)`\]", row[0])]
+    assert [name for name in named if not (ROOT / name).is_dir()] == []
+    code = {path.parent for path in ROOT.glob("*/__init__.py")}
+    code |= {path.parent for path in ROOT.glob("tests/*/__init__.py")}
+    assert {str(path.relative_to(ROOT)) for path in code} - {"tests"} <= {*named}
+
+
 def test_make_verbs_exist() -> None:
     verbs = re.findall(r"^([a-z0-9-]+):.*## ", text_of("Makefile"), re.MULTILINE)
     said = [code(row[0]).removeprefix("make ") for row in table("verbs")]
