@@ -38,6 +38,7 @@ from clerk_sync.mapping import loader
 from clerk_sync.mapping import model as mappings
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
+from tests.waiting import until
 from tools import servers
 
 PATH: Final = "/webhooks/clerk"
@@ -183,18 +184,6 @@ class At:
             lambda: self.inside("/readyz"), lambda r: (r.status == 200) == ready, seconds=seconds
         )
         return reply
-
-
-async def until(
-    look: Callable[[], Awaitable[Any]], fine: Callable[[Any], bool], *, seconds: float = 10
-) -> Any:
-    """Look again and again until it is fine, and return what was seen then."""
-    deadline = time.monotonic() + seconds
-    while not fine(seen := await look()):
-        if time.monotonic() > deadline:
-            raise AssertionError(f"not within {seconds} s; last seen: {seen}")
-        await asyncio.sleep(0.05)
-    return seen
 
 
 @dataclass(frozen=True)

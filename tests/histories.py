@@ -22,7 +22,7 @@ from clerk_sync.store.committer import Committer
 from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
+    from collections.abc import AsyncIterator, Iterable, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -252,12 +252,3 @@ class Halting:
 
     def close(self) -> None:
         self._connection.close()
-
-
-async def until(
-    condition: Callable[[], Awaitable[bool]], *, pause: float = 0.02, seconds: float = 20
-) -> None:
-    """Wait until the condition holds."""
-    async with asyncio.timeout(seconds):
-        while not await condition():  # noqa: ASYNC110 -- nobody here hears of it
-            await asyncio.sleep(pause)

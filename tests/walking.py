@@ -17,6 +17,7 @@ from clerk_sync.sync.report import Report
 from clerk_sync.sync.runs import Walks, clerk_of, quiet
 from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
+from tests.deliveries import settings_of
 from tests.histories import OWN, Committing, Database, mapped
 
 if TYPE_CHECKING:
@@ -69,14 +70,14 @@ MARKING: Final = mapped(_TABLES % "{mark: deleted_at}")
 PURGING: Final = mapped(_TABLES % "{mark: deleted_at, purge_after: 30d}")
 
 
-def settings_of(url: str, api: ClerkApi) -> Settings:
-    values: dict[str, Any] = {
-        "DATABASE_URL": Secret("DATABASE_URL", value=url),
-        "CLERK_SECRET_KEY": Secret("CLERK_SECRET_KEY", value=api.key),
-        "CLERK_API_URL": f"{api.url}/v1",
-        "CLERK_SYNC_CLERK_SHARE": 1,
-    }
-    return Settings(**values)
+def with_api(url: str, api: ClerkApi) -> Settings:
+    """Return settings for this database and this API."""
+    return settings_of(
+        url,
+        CLERK_SECRET_KEY=Secret("CLERK_SECRET_KEY", value=api.key),
+        CLERK_API_URL=f"{api.url}/v1",
+        CLERK_SYNC_CLERK_SHARE=1,
+    )
 
 
 @dataclass
@@ -159,7 +160,7 @@ async def walking(
     async with clerk_api.running(key=KEY, **options) as api, Database.at(url) as database:
         await database.empty(*(one.table for one in mapping.tables.values()))
         store = store or await database.store(mapping)
-        settings, metrics = settings_of(url, api), Metrics()
+        settings, metrics = with_api(url, api), Metrics()
         async with clerk_of(settings, metrics) as clerk:
             # Nothing is on its way here that could be waited for.
             walks = Walks(settings, mapping, clerk, database.engine, store, metrics, (0.0,))

@@ -17,6 +17,7 @@ import pytest
 from clerk_sync import __version__
 from tests import deliveries
 from tests.image.engine import NOBODY, ROOT, Engine
+from tests.waiting import until
 from tools.servers import USER, free_port
 
 if TYPE_CHECKING:
@@ -326,7 +327,7 @@ async def until_up(at: deliveries.At, container: Container) -> None:
             return 0, 0
 
     try:
-        await deliveries.until(look, lambda both: both == (200, 404), seconds=30)
+        await until(look, lambda both: both == (200, 404), seconds=30)
     except AssertionError as error:
         raise AssertionError(f"{error}\n{container.logs()}") from None
 
@@ -346,7 +347,7 @@ async def drained(at: deliveries.At, container: Container, url: str) -> None:
             await cursor.execute("LOCK TABLES clerk_sync_entities WRITE")
             event = deliveries.event("user.created", "user_bob")
             held = asyncio.create_task(at.post(event))
-            await deliveries.until(at.metrics, lambda now: now("received_total") > before)
+            await until(at.metrics, lambda now: now("received_total") > before)
             await asyncio.to_thread(container.terminate)
             await at.until_ready(ready=False)
             assert (await at.inside("/readyz")).json["reason"] == "draining"

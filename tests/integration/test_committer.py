@@ -27,7 +27,8 @@ from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema import checks
 from clerk_sync.store.committer import AWAY_SECONDS
-from tests.histories import Clerk, Committing, Database, Halting, mapped, told, until
+from tests.histories import Clerk, Committing, Database, Halting, mapped, told
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

@@ -19,8 +19,9 @@ from clerk_sync.store import quarantine
 from clerk_sync.store.retries import Retries
 from clerk_sync.store.values import time_text
 from tests import deliveries
-from tests.deliveries import now_ms, served, settings_of, until
+from tests.deliveries import now_ms, served, settings_of
 from tests.histories import Clerk, Committing, Database, mapped
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence

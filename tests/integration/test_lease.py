@@ -24,7 +24,8 @@ from clerk_sync.store.sql import Compiler
 from clerk_sync.store.store import Store
 from clerk_sync.sync import progress
 from clerk_sync.sync.repair import Mending
-from tests.histories import Database, until
+from tests.histories import Database
+from tests.waiting import until
 from tests.walking import REMOVING
 
 if TYPE_CHECKING:

@@ -19,9 +19,10 @@ from clerk_sync.clerk.listing import AT_ONCE, OVERLAP, Page, Part, parts_of, wal
 from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.clerk_api import ClerkApi
+from tests.waiting import until_true
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+    from collections.abc import AsyncIterator, Iterator, Sequence
     from typing import Literal
 
     LostCursor = clerk_api.LostCursor
@@ -438,12 +439,6 @@ async def complaints() -> AsyncIterator[list[str]]:
     assert told == []
 
 
-async def until(what: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
-        while not what():  # noqa: ASYNC110 -- a stand-in's list tells nobody that it grew
-            await asyncio.sleep(0.005)
-
-
 # So many pages are answered before some are on their way while one is taken.
 @pytest.mark.parametrize(("kind", "good"), [("user", 1), *((kind, 2) for kind in LISTS)])
 async def test_a_take_that_fails_cancels_what_is_on_its_way(
@@ -456,7 +451,7 @@ async def test_a_take_that_fails_cancels_what_is_on_its_way(
     async def take(page: Page) -> None:
         await met.take(page)
         if len(met.pages) == good:
-            await until(lambda: len(api.asked) > good)
+            await until_true(lambda: len(api.asked) > good)
             raise TooManyReaders
 
     async with asking(api) as clerk:
@@ -482,7 +477,7 @@ async def test_pages_that_nobody_waits_for_fail_in_silence(
         await met.take(page)
         if len(met.pages) == good:
             expected = 1 if kind == "user" else 3
-            await until(lambda: [asked.status for asked in api.asked].count(401) == expected)
+            await until_true(lambda: [asked.status for asked in api.asked].count(401) == expected)
             await asyncio.sleep(0.05)
             if fails == "take":
                 raise TooManyReaders
@@ -508,7 +503,7 @@ async def test_a_walk_may_be_cancelled(kind: str, complaints: list[str]) -> None
     others = asyncio.all_tasks()
     async with asking(api) as clerk:
         walking = asyncio.create_task(walk(clerk, [Part(kind)], Met().take))
-        await until(lambda: len(api.asked) > 1)
+        await until_true(lambda: len(api.asked) > 1)
         walking.cancel()
         with pytest.raises(asyncio.CancelledError):
             await walking
@@ -522,7 +517,7 @@ async def test_the_next_page_is_on_its_way_while_one_is_taken() -> None:
     async def take(page: Page) -> None:
         if not page.part.finished and page.part.seen < 1200:
             asked = page.part.seen // 500 + 1
-            await until(lambda: len(api.asked) >= asked)
+            await until_true(lambda: len(api.asked) >= asked)
 
     async with asking(api) as clerk:
         await walk(clerk, [Part("user")], take)

@@ -13,7 +13,8 @@ import pytest
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.schema import checks
 from clerk_sync.store import lease
-from tests.histories import Database, mapped, until
+from tests.histories import Database, mapped
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator

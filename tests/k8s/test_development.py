@@ -20,6 +20,7 @@ from tests import deliveries
 from tests.chart import rules
 from tests.k8s.generate import K8S
 from tests.k8s.kustomize import build
+from tests.waiting import until
 from tools import servers as database_servers
 
 if TYPE_CHECKING:
@@ -104,7 +105,7 @@ async def test_the_example_shows_a_user_that_an_event_brought(
         answer = await command("trigger", serving, "user.created", "--url", webhook)
         assert '200 {"outcome": "applied"}' in answer
         with shop(at.internal_url) as port:
-            page = await deliveries.until(lambda: shown(at, port), bool)
+            page = await until(lambda: shown(at, port), bool)
     assert re.fullmatch(r"Users: 1\nuser_\w+ Ada Lovelace ada\S*@\S+\n", page)
     servers[flavour].drop_database(f"clerk_sync_example_{os.getpid()}")
 

@@ -47,6 +47,7 @@ from tests.monitoring.installation import (
     seen,
 )
 from tests.monitoring.prometheus import Watching
+from tests.waiting import until
 from tools import servers as database_servers
 from tools.servers import Managed
 
@@ -126,7 +127,7 @@ class Evening:
         def is_fine(values: dict[str, float]) -> bool:
             return legend in values and fine(values[legend])
 
-        await deliveries.until(look, is_fine, seconds=seconds)
+        await until(look, is_fine, seconds=seconds)
 
 
 def above(limit: float) -> Callable[[float], bool]:
@@ -329,7 +330,7 @@ async def the_queue_is_long(evening: Evening) -> None:
         )
         async with doing(evening.clerk.burst(10**6, posters=36)):
             await evening.fires("ClerkSyncQueueNearLimit", seconds=30)
-            await deliveries.until(
+            await until(
                 lambda: seen(evening.watching, "Queue"),
                 lambda shown: max(shown.values(), default=0) > QUEUE_SHARE,
             )
@@ -464,10 +465,8 @@ async def beginning(folder: Path, database: Managed) -> AsyncIterator[Evening]:
                 )
             )
             # Prometheus finds its targets 5 seconds after it starts.
-            await deliveries.until(
-                lambda: watching.query("clerk_sync_build_info"), bool, seconds=30
-            )
-            await deliveries.until(watching.firing, lambda names: not names)
+            await until(lambda: watching.query("clerk_sync_build_info"), bool, seconds=30)
+            await until(watching.firing, lambda names: not names)
             evening = Evening(api, clerk, probes, deployment, database, database_url, watching)
             async with doing(clerk.go_on()), doing(probes.go_on()):
                 yield evening

@@ -34,7 +34,8 @@ from clerk_sync.sync import runs
 from clerk_sync.sync.backfill import fingerprint
 from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api, deliveries
-from tests.walking import settings_of
+from tests.waiting import until
+from tests.walking import with_api
 from tools import servers as database_servers
 
 if TYPE_CHECKING:
@@ -628,7 +629,7 @@ class Reaper:
                 return after is None or int(after) + 1 in moments
             return not offset or any(one.seen > offset for one in seen)
 
-        await deliveries.until(look, fine, seconds=10)
+        await until(look, fine, seconds=10)
 
     async def reap(self) -> Done:
         """Run the backfill until it is through."""
@@ -724,9 +725,7 @@ async def test_killed_between_rows_and_cursor_the_page_is_read_once_more(
 
         api.before_send(1, hold)
         first = here.start("backfill")
-        await deliveries.until(
-            lambda: here.ids("clerk_users"), lambda ids: len(ids) >= 500, seconds=10
-        )
+        await until(lambda: here.ids("clerk_users"), lambda ids: len(ids) >= 500, seconds=10)
         first.signal(signal.SIGKILL)
         await first.ended()
         # The cursor's way first: the server would still go it for a client that is no more.
@@ -775,7 +774,7 @@ async def asked_for_page(here: Site, number: int) -> None:
         seen = [one.seen for one in await cursors(here) if one.kind == "user"]
         return len(here.api.asked_for(PATHS["user"])), seen
 
-    await deliveries.until(
+    await until(
         look, lambda at: at[0] >= number and at[1] == [(number - 1) * PAGE_LIMIT], seconds=10
     )
 
@@ -835,7 +834,7 @@ async def test_told_to_stop_while_clerk_lets_it_wait(embedded_url: str, tmp_path
         async def look() -> int:
             return len(here.api.asked)
 
-        await deliveries.until(look, bool)
+        await until(look, bool)
         await asyncio.sleep(0.1)
         command.signal(signal.SIGTERM)
         assert (await command.ended(seconds=2)).code == 143
@@ -951,7 +950,7 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         async def said() -> str:
             return command.said
 
-        await deliveries.until(said, lambda text: "waiting_for_database" in text)
+        await until(said, lambda text: "waiting_for_database" in text)
         command.signal(signal.SIGTERM)
         done = await command.ended(seconds=2)
         assert done.code == 143
@@ -961,7 +960,7 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         assert "hunter2" not in done.err
         assert api.asked == []
         # For as long as later in a run.
-        settings, mapping = settings_of(url, api), loader.load("mirror")
+        settings, mapping = with_api(url, api), loader.load("mirror")
         begun = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match="Can't connect"):
             async with runs.walks(settings, mapping, Metrics(), patience=1):
@@ -1085,7 +1084,7 @@ async def test_it_stays_below_its_share_of_the_rate(embedded_url: str, tmp_path:
         async def look() -> int:
             return len(here.api.asked)
 
-        await deliveries.until(look, lambda asked: asked >= 5)
+        await until(look, lambda asked: asked >= 5)
         await asyncio.sleep(0.7)
         assert len(here.api.asked) == 5
         command.signal(signal.SIGTERM)

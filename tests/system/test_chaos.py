@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests import deliveries
 from tests.deliveries import Load, event, patiently, rows
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -28,7 +29,7 @@ async def taken(load: Load, count: int) -> None:
     async def look() -> int:
         return len(load.taken)
 
-    await deliveries.until(look, lambda seen: seen >= count, seconds=20)
+    await until(look, lambda seen: seen >= count, seconds=20)
 
 
 async def whole(load: Load, url: str) -> None:

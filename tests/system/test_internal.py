@@ -30,6 +30,7 @@ from tests import clerk_api, deliveries
 from tests.deliveries import SECRET, At, event, served
 from tests.system.test_hostile import Target, fuzzing
 from tests.system.test_rotation import Mounted
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator, Mapping
@@ -351,24 +352,24 @@ async def test_the_token_is_rotated_without_a_restart_and_never_told(
                 for one in (TOKEN, OTHER)
             ]
 
-        async def until(expected: list[int]) -> None:
-            await deliveries.until(seen, lambda found: found == expected, seconds=5)
+        async def answers(expected: list[int]) -> None:
+            await until(seen, lambda found: found == expected, seconds=5)
 
         assert await seen() == [200, 403]
         mounted.write(token=f"{OTHER},{TOKEN}")
-        await until([200, 200])
+        await answers([200, 200])
         mounted.write(token=OTHER)
-        await until([403, 200])
+        await answers([403, 200])
         # What is no token opens nothing and closes nothing.
         mounted.write(token="short")
-        await deliveries.until(
+        await until(
             at.metrics,
             lambda found: found("secret_stale", secret="app_token") == 1,
         )
         assert await seen() == [403, 200]
         assert (await there.inside("/profiles", headers=bearing("short"))).status == 403
         mounted.write(token=TOKEN)
-        await until([200, 403])
+        await answers([200, 403])
         events = Counter(line["event"] for line in process.lines())
         assert (events["app_token_changed"], events["app_token_invalid"]) == (3, 1)
         assert events["forbidden"] > 0
@@ -465,7 +466,7 @@ async def test_many_readers_take_neither_readiness_nor_events(mysql_server: Mana
         async def read() -> Reply:
             return await at.inside("/profiles")
 
-        await deliveries.until(read, lambda reply: reply.status == 200)
+        await until(read, lambda reply: reply.status == 200)
 
 
 async def connections(server: Managed, url: str) -> int:
@@ -497,7 +498,7 @@ async def test_connections_that_nobody_uses_are_closed(mysql_server: Managed) ->
         assert (await one.execute(sa.text("SELECT 1"))).scalar() == 1
         assert await there() == 2
     await close_idle(engine)
-    await deliveries.until(there, lambda number: number == 0)
+    await until(there, lambda number: number == 0)
 
     async def used() -> None:
         async with engine.connect() as again:
@@ -507,7 +508,7 @@ async def test_connections_that_nobody_uses_are_closed(mysql_server: Managed) ->
     await used()
     await asyncio.gather(close_idle(engine), used())
     await close_idle(engine)
-    await deliveries.until(there, lambda number: number == 0)
+    await until(there, lambda number: number == 0)
 
 
 # --- /ensure -----------------------------------------------------------------------------------
@@ -540,7 +541,7 @@ async def test_what_nobody_waits_for_keeps_nobody_waiting(
     api.faults.append(clerk_api.hanging(path="/v1/users/user_gone", times=1000))
     async with served(embedded_url, **of(api, 1)) as at:
         calls = [asyncio.create_task(ensure(at, f"user_gone{number}")) for number in range(200)]
-        await deliveries.until(in_flight(api), lambda number: number >= 32)
+        await until(in_flight(api), lambda number: number >= 32)
         for call in calls:
             call.cancel()
         await asyncio.wait(calls)
@@ -566,7 +567,7 @@ async def test_no_more_users_wait_than_clerk_s_limit_lets_through(
         api.before_read(1, gate.wait, path=f"/v1/users/user_{name}")
     async with served(embedded_url, **of(api, 0.003)) as at:
         calls = [asyncio.create_task(ensure(at, f"user_{name}")) for name in "abca"]
-        await deliveries.until(in_flight(api), lambda number: number == 3)
+        await until(in_flight(api), lambda number: number == 3)
         reply = await ensure(at, "user_ada")
         assert (reply.status, reply.headers["Retry-After"]) == (503, "5")
         assert reply.json == {"error": "too many users are asked for at once"}
@@ -578,7 +579,7 @@ async def test_no_more_users_wait_than_clerk_s_limit_lets_through(
         async def again() -> Reply:
             return await ensure(at, "user_ada")
 
-        await deliveries.until(again, lambda found: found.status == 200)
+        await until(again, lambda found: found.status == 200)
         gate.set()
         replies = await asyncio.gather(calls[0], calls[2], calls[3])
         assert [one.status for one in replies] == [200, 200, 200]

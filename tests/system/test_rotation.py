@@ -13,6 +13,7 @@ from clerk_sync.settings import Secret
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, SECRET, At, event
 from tests.system.test_chaos import cut_connections
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -52,9 +53,7 @@ async def statuses(at: At, *with_secrets: str) -> list[int]:
 
 
 async def until_statuses(at: At, expected: list[int], *with_secrets: str) -> None:
-    await deliveries.until(
-        lambda: statuses(at, *with_secrets), lambda seen: seen == expected, seconds=4
-    )
+    await until(lambda: statuses(at, *with_secrets), lambda seen: seen == expected, seconds=4)
 
 
 async def test_signing_secret_is_rotated_without_a_restart(tmp_path: Path) -> None:
@@ -210,18 +209,18 @@ async def test_a_secret_s_file_that_is_of_no_use_is_told_once_and_when_it_is_bac
         await at.until_ready()
         assert stale(await at.metrics()) == set()
 
-        async def until(expected: set[str]) -> None:
-            await deliveries.until(at.metrics, lambda seen: stale(seen) == expected)
+        async def shows(expected: set[str]) -> None:
+            await until(at.metrics, lambda seen: stale(seen) == expected)
 
         for turn in (1, 2):
             bad = dict.fromkeys(contents, {"empty": "", "blank": " \n"}.get(how, "\udcff"))
             mounted.write(**({} if how == "gone" else bad))
-            await until(fields)
+            await shows(fields)
             # The last good ones are still used.
             assert (await at.inside("/readyz")).status == 200
             assert await statuses(at, SECRET) == [200]
             mounted.write(**contents)
-            await until(set())
+            await shows(set())
             lines = process.lines()
             for event_, level in (("secret_stale", "error"), ("secret_recovered", "info")):
                 told = [line for line in lines if line["event"] == event_]
@@ -241,9 +240,9 @@ async def test_a_key_that_was_never_there_is_told_too(tmp_path: Path) -> None:
     environment = {"CLERK_SECRET_KEY_FILE": str(path), "CLERK_API_URL": "http://127.0.0.1:9"}
     async with deliveries.process(tmp_path, url, **environment) as (process, at):
         await at.until_ready()
-        await deliveries.until(at.metrics, lambda seen: stale(seen) == {"secret_key"})
+        await until(at.metrics, lambda seen: stale(seen) == {"secret_key"})
         path.write_text("sk_test_bm90IHRvIGJlIHNlZW4")
-        await deliveries.until(at.metrics, lambda seen: stale(seen) == set())
+        await until(at.metrics, lambda seen: stale(seen) == set())
         told = [line["event"] for line in process.lines() if line["event"].startswith("secret_")]
         assert told == ["secret_stale", "secret_recovered"]
 
@@ -257,9 +256,9 @@ async def test_a_secret_that_makes_no_sense_is_stale_until_it_does(tmp_path: Pat
         await at.until_ready()
         mounted.write(signing="whsec_oops!")
         # Nobody has to send anything for it to be noticed.
-        await deliveries.until(at.metrics, lambda seen: stale(seen) == {"signing_secret"})
+        await until(at.metrics, lambda seen: stale(seen) == {"signing_secret"})
         mounted.write(signing=OTHER_SECRET)
-        await deliveries.until(at.metrics, lambda seen: stale(seen) == set())
+        await until(at.metrics, lambda seen: stale(seen) == set())
         assert await statuses(at, SECRET, OTHER_SECRET) == [401, 200]
         told = [line["event"] for line in process.lines() if "signing_secret" in line["event"]]
         assert told == ["signing_secret_invalid", "signing_secret_changed"]

@@ -14,6 +14,7 @@ from clerk_sync.settings import Secret
 from tests import clerk_api, deliveries
 from tests.deliveries import rows
 from tests.system.test_backfill import KEY, Site, people, site
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -51,7 +52,7 @@ def ending(metrics: Metrics) -> str:
 
 async def ended(at: At, *, after: float = 0) -> Metrics:
     """Wait for the end of a reconcile after this time."""
-    metrics: Metrics = await deliveries.until(
+    metrics: Metrics = await until(
         at.metrics,
         lambda seen: seen("reconcile_finished_timestamp_seconds") > after,
         seconds=15,
@@ -69,9 +70,7 @@ async def test_it_mends_by_itself_and_says_so(embedded_url: str, tmp_path: Path)
         release = asyncio.Event()
         here.api.before_read(1, release.wait)
         async with replica(here) as at:
-            during = await deliveries.until(
-                at.metrics, lambda seen: seen("lease_held") == 1, seconds=15
-            )
+            during = await until(at.metrics, lambda seen: seen("lease_held") == 1, seconds=15)
             assert ending(during) == ""
             release.set()
             first = await ended(at)
@@ -134,8 +133,8 @@ async def test_of_two_replicas_one_walks_and_both_tell(database_url: str, tmp_pa
             async def asked() -> int:
                 return pages(here)
 
-            await deliveries.until(held, lambda seen: seen > 0, seconds=15)
-            await deliveries.until(asked, lambda seen: seen > 0, seconds=15)
+            await until(held, lambda seen: seen > 0, seconds=15)
+            await until(asked, lambda seen: seen > 0, seconds=15)
             for _ in range(5):  # longer than both of their intervals
                 await asyncio.sleep(0.3)
                 assert await held() == 1
@@ -156,7 +155,7 @@ async def test_one_that_died_in_the_middle_is_followed(embedded_url: str, tmp_pa
         here.api.before_read(1, forever.wait)
         environment = here.environment(CLERK_SYNC_RECONCILE_INTERVAL="1s")
         async with deliveries.process(tmp_path, **environment) as (process, at):
-            await deliveries.until(at.metrics, lambda _: pages(here) == 1, seconds=15)
+            await until(at.metrics, lambda _: pages(here) == 1, seconds=15)
             process.signal(signal.SIGKILL)
             await process.ended(seconds=5)
         await here.expire()  # instead of 15 seconds
@@ -261,10 +260,10 @@ async def test_without_an_interval_one_of_all_counts_and_all_tell(
             async def both() -> list[list[tuple[float, float]]]:
                 return [counts(await at.metrics()) for at in (one, two)]
 
-            await deliveries.until(both, lambda found: seen in found)
+            await until(both, lambda found: seen in found)
             assert ending(await one.metrics()) == ""
         async with replica(here, None) as later:
-            shown = await deliveries.until(later.metrics, lambda found: counts(found)[0] != (0, 0))
+            shown = await until(later.metrics, lambda found: counts(found)[0] != (0, 0))
             assert counts(shown) == seen
         # Each kind once, by whichever was first; and nothing else is asked, or written.
         assert len(here.api.asked) == 3
@@ -277,9 +276,7 @@ async def test_without_an_interval_one_of_all_counts_and_all_tell(
             await rows(here.url, old)
         here.api.faults.append(clerk_api.failing(403, path="/v1/", times=1000))
         async with replica(here, None) as at:
-            await deliveries.until(
-                at.metrics, lambda found: found("clerk_requests_total", status="4xx") > 0
-            )
+            await until(at.metrics, lambda found: found("clerk_requests_total", status="4xx") > 0)
             assert counts(await at.metrics()) == seen
             assert (await at.inside("/readyz")).status == 200
 
@@ -303,7 +300,7 @@ async def test_clerk_is_away_and_comes_back(embedded_url: str, tmp_path: Path) -
 
             here.api.put_user("user_live")
             here.api.faults.clear()
-            await deliveries.until(at.metrics, lambda seen: ending(seen) != "failed")
+            await until(at.metrics, lambda seen: ending(seen) != "failed")
             assert ending(await at.metrics()) in ("mended", "in_step")
             assert KEY not in process.log
             assert "Traceback" not in process.log
@@ -320,9 +317,7 @@ async def test_too_much_is_gone_and_nothing_is_deleted(embedded_url: str, tmp_pa
             assert len(await here.ids("clerk_users")) == 30
             assert (await at.inside("/readyz")).status == 200
         async with replica(here, CLERK_SYNC_BREAKER_PERCENT=100) as at:
-            await deliveries.until(
-                at.metrics, lambda seen: ending(seen) in ("mended", "in_step"), seconds=15
-            )
+            await until(at.metrics, lambda seen: ending(seen) in ("mended", "in_step"), seconds=15)
         assert await here.ids("clerk_users") == here.api.users.keys()
 
 
@@ -332,7 +327,7 @@ async def test_told_to_stop_while_it_reconciles(embedded_url: str, tmp_path: Pat
         here.api.before_read(1, forever.wait)
         environment = here.environment(CLERK_SYNC_RECONCILE_INTERVAL="1s")
         async with deliveries.process(tmp_path, **environment) as (process, at):
-            await deliveries.until(at.metrics, lambda m: m("lease_held") == 1, seconds=15)
+            await until(at.metrics, lambda m: m("lease_held") == 1, seconds=15)
             begun = time.monotonic()
             process.signal(signal.SIGTERM)
             assert await process.ended(seconds=5) == 0

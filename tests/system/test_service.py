@@ -21,6 +21,7 @@ from clerk_sync.mapping import loader
 from clerk_sync.settings import InvalidSettings, Settings
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, Load, event, new_id, rows
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -443,12 +444,12 @@ async def test_queue_depth_tells_what_waits(tmp_path: Path) -> None:
         holder.execute("BEGIN IMMEDIATE")
         held = [asyncio.create_task(at.post(event("user.created", "user_0")))]
         # The writer has to have this one, so that the others wait in the queue.
-        await deliveries.until(at.metrics, lambda metrics: metrics("received_total") >= 2)
+        await until(at.metrics, lambda metrics: metrics("received_total") >= 2)
         await asyncio.sleep(0.1)
         held += [
             asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(1, 9)
         ]
-        depth = await deliveries.until(at.metrics, lambda metrics: metrics("queue_depth") > 0)
+        depth = await until(at.metrics, lambda metrics: metrics("queue_depth") > 0)
         assert depth("queue_depth") == 8
         holder.execute("ROLLBACK")
         holder.close()
@@ -692,7 +693,7 @@ async def test_sigterm_under_load_loses_nothing_and_hangs_nobody(
     async with deliveries.process(tmp_path, database_url) as (process, at):
         await at.until_ready()
         running = asyncio.create_task(load.run(at))
-        await deliveries.until(lambda: _length(load.taken), lambda taken: taken > 200)
+        await until(lambda: _length(load.taken), lambda taken: taken > 200)
         process.signal(signal.SIGTERM)
         begun = time.perf_counter()
         await asyncio.sleep(0.01)
@@ -733,7 +734,7 @@ async def test_what_is_in_flight_is_committed_and_answered_while_it_drains(tmp_p
         holder.execute("BEGIN IMMEDIATE")
         held = [asyncio.create_task(at.post(event("user.created", "user_0")))]
         # The writer has to have this one, so that the others wait in the queue.
-        await deliveries.until(at.metrics, lambda metrics: metrics("received_total") >= 2)
+        await until(at.metrics, lambda metrics: metrics("received_total") >= 2)
         await asyncio.sleep(0.1)
         held += [
             asyncio.create_task(at.post(event("user.created", f"user_{n}"))) for n in range(1, 9)
@@ -742,7 +743,7 @@ async def test_what_is_in_flight_is_committed_and_answered_while_it_drains(tmp_p
             body = deliveries.bytes_of(event("user.created", "user_slow"))
             whole = deliveries.request(body)
             await unfinished.send(whole[:-5])
-            await deliveries.until(
+            await until(
                 at.metrics,
                 lambda metrics: metrics("received_total") >= 11 and metrics("queue_depth") > 0,
             )

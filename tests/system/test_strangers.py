@@ -20,6 +20,7 @@ from aiohttp import web
 
 from tests import deliveries
 from tests.deliveries import PATH, event, request
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -182,7 +183,7 @@ async def test_answers_that_nobody_reads_end_the_connection(tmp_path: Path) -> N
         async with asyncio.timeout(20):
             await readers
         assert process.resident_mib - start < GROWTH_MIB
-        await deliveries.until(lambda: cuts(process), lambda found: len(found) > 1)
+        await until(lambda: cuts(process), lambda found: len(found) > 1)
         assert set(await cuts(process)) == {("public", "unread"), ("internal", "unread")}
 
 
@@ -192,11 +193,11 @@ async def test_few_descriptors_are_enough_for_deliveries(tmp_path: Path) -> None
         pouring(at.url, b"", 300, "stay"),
         pouring(at.internal_url, b"", 100, "stay"),
     ):
-        until = time.monotonic() + 2
-        while time.monotonic() < until:
+        deadline = time.monotonic() + 2
+        while time.monotonic() < deadline:
             assert await fresh(at) == 200
             assert (await at.inside("/livez", headers={"connection": "close"})).status == 200
-        found = await deliveries.until(lambda: cuts(process), lambda found: len(found) > 1)
+        found = await until(lambda: cuts(process), lambda found: len(found) > 1)
         assert sorted(found) == [("internal", "connections"), ("public", "connections")]
         lines = process.lines()
     assert [line["limit"] for line in lines if line["event"] == "few_descriptors"] == [128]

@@ -31,6 +31,7 @@ from clerk_sync.mapping import loader
 from clerk_sync.telemetry.tracing import Tracing
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, event, new_id
+from tests.waiting import until
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
@@ -343,7 +344,7 @@ async def test_the_service_sends_them_as_the_standard_s_variables_say(tmp_path: 
             async def sent() -> list[tuple[dict[str, str], Any]]:
                 return collector.spans()
 
-            first = await deliveries.until(sent, lambda spans: len(spans) == 4)
+            first = await until(sent, lambda spans: len(spans) == 4)
             # What still waits is sent at the end.
             await at.post(event("user.updated", "user_a"))
             process.signal(signal.SIGTERM)
