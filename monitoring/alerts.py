@@ -68,18 +68,18 @@ ALERTS: Final = (
   unless on ({BY}) clerk_sync_build_info{{$selector}}
 )
 or on () absent(clerk_sync_build_info{{$selector}})""",
-        "Nobody sees clerk-sync: no process of it is scraped.",
+        "No process of clerk-sync is scraped.",
         f"No process of {WHERE} has been scraped for 5 minutes. It is down, or Prometheus does not"
-        " find it. What it does is unknown, and none of the other alerts can fire.",
+        " find it. Its state is unknown, and none of the other alerts can fire.",
     ),
     Alert(
         "ClerkSyncNotReady",
         "critical",
         "5m",
         f"max by ({BY}) (clerk_sync_ready{{$selector}}) == 0",
-        "clerk-sync takes no events.",
-        f"No process of {WHERE} takes deliveries. Clerk sends them again for a day and a quarter;"
-        " until then, users' changes do not reach the tables.",
+        "clerk-sync is not ready: it accepts no deliveries.",
+        f"No process of {WHERE} accepts deliveries. Clerk retries them for 28 hours; until then,"
+        " users' changes do not reach the tables.",
     ),
     Alert(
         "ClerkSyncSilent",
@@ -105,9 +105,9 @@ and on ({BY}) (
     > {recordings.LAST_EVENT}{{$selector}}
   )
 )""",
-        "Clerk's events have ceased to come, although Clerk's data changes.",
+        "Clerk's events no longer arrive, although Clerk's data changes.",
         f"{WHERE} got its last event {{{{ $value | humanizeDuration }}}} ago. That is more than"
-        " $threshold times its usual longest silence, and meanwhile Clerk's counts moved, or a"
+        " $threshold times its usual longest silence. Meanwhile Clerk's counts changed, or a"
         " reconcile found what events should have brought.",
         threshold=thresholds.SILENCE_FACTOR,
     ),
@@ -155,8 +155,8 @@ and on ({BY})
         f"""\
 {_SIGNED} >= $threshold
 unless on ({BY}) {_ACCEPTED} > 0""",
-        "clerk-sync refuses every delivery: wrong secret, clock or instance.",
-        f"{WHERE} refused {{{{ $value | humanize }}}} signed deliveries within 15 minutes, and"
+        "clerk-sync rejects every delivery: wrong secret, clock or instance.",
+        f"{WHERE} rejected {{{{ $value | humanize }}}} signed deliveries within 15 minutes, and"
         " accepted none. `reason` of clerk_sync_rejected_total says why.",
         threshold=thresholds.REJECTED_DELIVERIES,
     ),
@@ -167,7 +167,7 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         burning(BURN_PAGE),
         "Many of Clerk's deliveries fail.",
         "{{ $value | humanizePercentage }} of the deliveries to "
-        f"{WHERE} failed or went into quarantine, far above the $threshold that may.",
+        f"{WHERE} failed or went into quarantine, far above the $threshold that is allowed.",
         threshold=thresholds.ERROR_BUDGET,
     ),
     Alert(
@@ -177,7 +177,7 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         burning(BURN_TICKET),
         "Some of Clerk's deliveries keep failing.",
         "{{ $value | humanizePercentage }} of the deliveries to "
-        f"{WHERE} failed or went into quarantine, above the $threshold that may.",
+        f"{WHERE} failed or went into quarantine, above the $threshold that is allowed.",
         threshold=thresholds.ERROR_BUDGET,
     ),
     Alert(
@@ -186,7 +186,7 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "2m",
         f'max by ({BY}) (clerk_sync_unready{{reason="database",$selector}}) == 1',
         "clerk-sync cannot write to its database.",
-        f"A process of {WHERE} does not reach its database, or the database takes no writes.",
+        f"A process of {WHERE} cannot reach its database, or the database accepts no writes.",
     ),
     Alert(
         "ClerkSyncSchemaBehind",
@@ -202,18 +202,18 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "warning",
         "5m",
         f"max by ({BY}, secret) (clerk_sync_secret_stale{{$selector}}) == 1",
-        "A secret's file is gone, empty or makes no sense.",
-        f"A process of {WHERE} cannot use the file of {{{{ $labels.secret }}}}. It goes on with the"
-        " last good one, until it starts anew or that one ends.",
+        "A secret's file is gone, empty or invalid.",
+        f"A process of {WHERE} cannot use the file of {{{{ $labels.secret }}}}. It continues with"
+        " the last valid content, until it restarts or that secret is revoked.",
     ),
     Alert(
         "ClerkSyncQuarantineNotEmpty",
         "warning",
         "15m",
         f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}}) > $threshold",
-        "Events wait in quarantine for somebody to look.",
-        f"{{{{ $value }}}} events of {WHERE} are in quarantine. They were answered 200 and will not"
-        " come again by themselves: their users are out of step.",
+        "Events are in quarantine, and need attention.",
+        f"{{{{ $value }}}} events of {WHERE} are in quarantine. They were answered 200, so Clerk"
+        " will not send them again: their users are out of sync.",
         threshold=thresholds.QUARANTINED_EVENTS,
     ),
     Alert(
@@ -237,9 +237,9 @@ unless on ({BY}) (
   unless on ({BY}) {_ACCEPTED} > 0
 )""",
         "Far more requests than usual have no valid signature.",
-        f"{WHERE} refused {{{{ $value | humanize }}}} requests within 15 minutes for their"
-        " signature, while Clerk's own events pass or none came: somebody tries, or a second"
-        " endpoint in Clerk has another secret.",
+        f"{WHERE} rejected {{{{ $value | humanize }}}} requests within 15 minutes for their"
+        " signature, while Clerk's own events pass or none came: somebody forges requests, or a"
+        " second endpoint in Clerk has another secret.",
         threshold=thresholds.SIGNATURE_FAILURES,
     ),
     Alert(
@@ -249,9 +249,9 @@ unless on ({BY}) (
         f"""\
 time() - {recordings.RECONCILED}{{$selector}} > $threshold
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[4w]) >= 2""",
-        "clerk-sync does not reconcile any more.",
+        "clerk-sync no longer reconciles.",
         f"The last reconcile of {WHERE} ended {{{{ $value | humanizeDuration }}}} ago. There were"
-        " several before. What webhooks miss is not found.",
+        " several before. Missed webhooks are not found.",
         threshold=thresholds.RECONCILE_SECONDS,
         seconds=True,
     ),
@@ -261,7 +261,7 @@ and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[4w]) >= 2""",
         "30m",
         f"""\
 max by ({BY}, result) (clerk_sync_reconcile_result{{result=~"failed|unmended",$selector}}) == 1""",
-        "The last reconcile failed, or could not mend everything.",
+        "The last reconcile failed, or could not repair everything.",
         f"The last reconcile of {WHERE} ended as {{{{ $labels.result }}}}.",
     ),
     Alert(
@@ -270,9 +270,9 @@ max by ({BY}, result) (clerk_sync_reconcile_result{{result=~"failed|unmended",$s
         "5m",
         f"""\
 max by ({BY}) (clerk_sync_reconcile_result{{result="stopped",$selector}}) == 1""",
-        "The breaker stopped a reconcile: it would have deleted too much.",
-        f"The last reconcile of {WHERE} was about to delete an unlikely part of a table, and"
-        " deleted nothing. Somebody has to say whether that is right.",
+        "The deletion guard stopped a reconcile: it would have deleted too much.",
+        f"The last reconcile of {WHERE} would have deleted too much of a table, and deleted"
+        " nothing. Somebody has to decide whether the rows may go.",
     ),
     Alert(
         "ClerkSyncDriftRecurring",
@@ -285,7 +285,7 @@ min_over_time({recordings.DRIFT}{{$selector}}[3d])
   or {recordings.DRIFT}{{$selector}} * 0
 )
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
-        "Every reconcile finds something to mend again.",
+        "Every reconcile finds something to repair again.",
         f"For 3 days, each reconcile of {WHERE} found rows missing, outdated or not deleted; never"
         " fewer than {{ $value }}. Events get lost.",
         threshold=thresholds.DRIFT_ENTITIES,
@@ -298,7 +298,7 @@ and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
 avg_over_time(clerk_sync_queue_depth{$selector}[5m])
 / avg_over_time(clerk_sync_queue_limit{$selector}[5m])
 > $threshold""",
-        "Events come faster than the database takes them.",
+        "Events arrive faster than the database takes them.",
         f"The queue of {{{{ or $labels.pod $labels.instance }}}} ({WHERE}) is"
         " {{ $value | humanizePercentage }} full. Beyond its limit, deliveries are answered 503.",
         threshold=thresholds.QUEUE_SHARE,
@@ -310,7 +310,7 @@ avg_over_time(clerk_sync_queue_depth{$selector}[5m])
         f"""\
 changes(process_start_time_seconds{{$selector}}[1h]) > $threshold
 and on ({BY}, instance) last_over_time(clerk_sync_build_info{{$selector}}[1h])""",
-        "A process of clerk-sync starts again and again.",
+        "A process of clerk-sync keeps restarting.",
         f"{{{{ or $labels.pod $labels.instance }}}} ({WHERE}) started {{{{ $value }}}} times within"
         " an hour.",
         threshold=thresholds.RESTARTS,

@@ -53,7 +53,7 @@ CASES: Final = (
         ],
         25 * MINUTE,
         "No process of clerk-sync in shop has been scraped for 5 minutes. It is down, or Prometheus"
-        " does not find it. What it does is unknown, and none of the other alerts can fire.",
+        " does not find it. Its state is unknown, and none of the other alerts can fire.",
         here=False,
     ),
     Case(
@@ -62,7 +62,7 @@ CASES: Final = (
         [],
         6 * MINUTE,
         "No process of  has been scraped for 5 minutes. It is down, or Prometheus"
-        " does not find it. What it does is unknown, and none of the other alerts can fire.",
+        " does not find it. Its state is unknown, and none of the other alerts can fire.",
         labels={},
         here=False,
     ),
@@ -89,8 +89,8 @@ CASES: Final = (
             Series("clerk_sync_ready", steady(0), target=OTHER_POD),
         ],
         16 * MINUTE,
-        "No process of clerk-sync in shop takes deliveries. Clerk sends them again for a day and a"
-        " quarter; until then, users' changes do not reach the tables.",
+        "No process of clerk-sync in shop accepts deliveries. Clerk retries them for 28 hours;"
+        " until then, users' changes do not reach the tables.",
     ),
     Case(
         "ClerkSyncNotReady",
@@ -113,8 +113,8 @@ CASES: Final = (
         [_QUIET, _MOVED],
         DAY + 6 * HOUR,
         "clerk-sync in shop got its last event 6h 0m 0s ago. That is more than 1.25 times its usual"
-        " longest silence, and meanwhile Clerk's counts moved, or a reconcile found what"
-        " events should have brought.",
+        " longest silence. Meanwhile Clerk's counts changed, or a reconcile"
+        " found what events should have brought.",
         step=5 * MINUTE,
     ),
     Case(
@@ -132,8 +132,8 @@ CASES: Final = (
         ],
         DAY + 2 * HOUR + 10 * MINUTE,
         "clerk-sync in shop got its last event 6h 10m 0s ago. That is more than 1.25 times its"
-        " usual longest silence, and meanwhile Clerk's counts moved, or a reconcile found what"
-        " events should have brought.",
+        " usual longest silence. Meanwhile Clerk's counts changed, or a reconcile"
+        " found what events should have brought.",
         step=5 * MINUTE,
     ),
     Case(
@@ -142,8 +142,8 @@ CASES: Final = (
         [last_success(steady(0)), counts(until(HOUR, 100, 101))],
         2 * HOUR,
         "clerk-sync in shop got its last event 1h 59m 59s ago. That is more than 1.25 times its"
-        " usual longest silence, and meanwhile Clerk's counts moved, or a reconcile found what"
-        " events should have brought.",
+        " usual longest silence. Meanwhile Clerk's counts changed, or a reconcile"
+        " found what events should have brought.",
     ),
     Case(
         "ClerkSyncSilent",
@@ -234,7 +234,7 @@ CASES: Final = (
             rejected("wrong", counting(0.5, start=20 * MINUTE)),
         ],
         45 * MINUTE,
-        "clerk-sync in shop refused 7.5 signed deliveries within 15 minutes, and accepted none."
+        "clerk-sync in shop rejected 7.5 signed deliveries within 15 minutes, and accepted none."
         " `reason` of clerk_sync_rejected_total says why.",
     ),
     Case(
@@ -242,7 +242,7 @@ CASES: Final = (
         "the secret is another one, and the probe's is the same as ours",
         [probes(counting(0.2)), rejected("wrong", counting(0.5, start=20 * MINUTE))],
         45 * MINUTE,
-        "clerk-sync in shop refused 7.5 signed deliveries within 15 minutes, and accepted none."
+        "clerk-sync in shop rejected 7.5 signed deliveries within 15 minutes, and accepted none."
         " `reason` of clerk_sync_rejected_total says why.",
     ),
     Case(
@@ -263,7 +263,7 @@ CASES: Final = (
         failing(good=counting(9), bad=counting(1)),
         60 * MINUTE,
         "10% of the deliveries to clerk-sync in shop failed or went into quarantine, far above the"
-        " 0.005 that may.",
+        " 0.005 that is allowed.",
     ),
     Case(
         "ClerkSyncErrorBudgetBurnFast",
@@ -271,7 +271,7 @@ CASES: Final = (
         [*failing(good=counting(10), bad=steady(0))[:3], quarantined(counting(5))],
         60 * MINUTE,
         "50% of the deliveries to clerk-sync in shop failed or went into quarantine, far above the"
-        " 0.005 that may.",
+        " 0.005 that is allowed.",
     ),
     Case(
         "ClerkSyncErrorBudgetBurnFast",
@@ -302,7 +302,7 @@ CASES: Final = (
         failing(good=counting(0.98), bad=counting(0.02)),
         3 * HOUR,
         "2% of the deliveries to clerk-sync in shop failed or went into quarantine, above the 0.005"
-        " that may.",
+        " that is allowed.",
     ),
     Case(
         "ClerkSyncErrorBudgetBurnSlow",
@@ -315,8 +315,8 @@ CASES: Final = (
         "one replica does not reach it",
         [unready("database", until(10 * MINUTE, 0, 1)), unready("database", steady(0), OTHER_POD)],
         13 * MINUTE,
-        "A process of clerk-sync in shop does not reach its database, or the database takes no"
-        " writes.",
+        "A process of clerk-sync in shop cannot reach its database, or the database accepts"
+        " no writes.",
     ),
     Case(
         "ClerkSyncDatabaseUnreachable",
@@ -343,8 +343,8 @@ CASES: Final = (
         "a file was emptied",
         [stale("app_token", until(10 * MINUTE, 0, 1)), stale("signing_secret", steady(0))],
         16 * MINUTE,
-        "A process of clerk-sync in shop cannot use the file of app_token. It goes on with the last"
-        " good one, until it starts anew or that one ends.",
+        "A process of clerk-sync in shop cannot use the file of app_token. It continues with"
+        " the last valid content, until it restarts or that secret is revoked.",
         labels={**WHERE, "secret": "app_token"},
     ),
     Case(
@@ -358,8 +358,8 @@ CASES: Final = (
         "two events wait",
         [Series("clerk_sync_quarantine_events", until(10 * MINUTE, 0, 2))],
         26 * MINUTE,
-        "2 events of clerk-sync in shop are in quarantine. They were answered 200 and will not come"
-        " again by themselves: their users are out of step.",
+        "2 events of clerk-sync in shop are in quarantine. They were answered 200, so Clerk will"
+        " not send them again: their users are out of sync.",
     ),
     Case(
         "ClerkSyncQuarantineNotEmpty",
@@ -372,18 +372,18 @@ CASES: Final = (
         "forged requests among real ones",
         [outcomes(counting(1)), rejected("wrong", counting(4, start=60 * MINUTE))],
         90 * MINUTE,
-        "clerk-sync in shop refused 60 requests within 15 minutes for their signature, while"
-        " Clerk's own events pass or none came: somebody tries, or a second endpoint in Clerk has"
-        " another secret.",
+        "clerk-sync in shop rejected 60 requests within 15 minutes for their signature, while"
+        " Clerk's own events pass or none came: somebody forges requests, or a second endpoint in"
+        " Clerk has another secret.",
     ),
     Case(
         "ClerkSyncSignatureFailures",
         "unsigned requests when nothing else comes",
         [rejected("missing", counting(4, start=60 * MINUTE))],
         90 * MINUTE,
-        "clerk-sync in shop refused 60 requests within 15 minutes for their signature, while"
-        " Clerk's own events pass or none came: somebody tries, or a second endpoint in Clerk has"
-        " another secret.",
+        "clerk-sync in shop rejected 60 requests within 15 minutes for their signature, while"
+        " Clerk's own events pass or none came: somebody forges requests, or a second endpoint in"
+        " Clerk has another secret.",
     ),
     Case(
         "ClerkSyncSignatureFailures",
@@ -398,7 +398,7 @@ CASES: Final = (
         [reconciled(every(DAY, last=3 * DAY))],
         5 * DAY + 2 * HOUR,
         "The last reconcile of clerk-sync in shop ended 2d 2h 0m 0s ago. There were several before."
-        " What webhooks miss is not found.",
+        " Missed webhooks are not found.",
         step=HOUR,
     ),
     Case(
@@ -438,8 +438,8 @@ CASES: Final = (
         "the breaker tripped",
         [reconciled(steady(1)), ended("stopped", until(10 * MINUTE, 0, 1))],
         16 * MINUTE,
-        "The last reconcile of clerk-sync in shop was about to delete an unlikely part of a table,"
-        " and deleted nothing. Somebody has to say whether that is right.",
+        "The last reconcile of clerk-sync in shop would have deleted too much of a table, and"
+        " deleted nothing. Somebody has to decide whether the rows may go.",
     ),
     Case(
         "ClerkSyncReconcileStopped",
