@@ -38,13 +38,17 @@ html_theme_options = {
 
 
 def contents(page: str) -> str:
-    """The links of a part of an index page, as a table of contents that is not shown twice."""
-    title, _, text = page.partition("\n")
-    pages = [path for path, _ in LINK.findall(text) if path.endswith(".md") and ".." not in path]
-    if not pages:
-        return ""
-    names = "\n".join(dict.fromkeys(pages))
-    return f"\n\n```{{toctree}}\n:hidden:\n:caption: {title.strip()}\n\n{names}\n```\n"
+    """Give each part of an index page its links as a table of contents, not shown twice."""
+    parts = []
+    listed: set[str] = set()
+    for part in page.split("\n## "):
+        title, _, text = part.partition("\n")
+        links = dict.fromkeys(path for path, _ in LINK.findall(text) if ".." not in path)
+        new = [path for path in links if path.endswith(".md") and path not in listed]
+        listed.update(new)
+        tree = ["```{toctree}", ":hidden:", f":caption: {title.strip()}", "", *new, "```"]
+        parts.append("\n".join([part, "", *tree, ""]) if new else part)
+    return "\n## ".join(parts)
 
 
 def prepare(_app: Sphinx, name: str, source: list[str]) -> None:
@@ -58,9 +62,7 @@ def prepare(_app: Sphinx, name: str, source: list[str]) -> None:
         kind = "tree" if target.is_dir() else "blob"
         return f"{REPOSITORY}/{kind}/main/{target.relative_to(ROOT)}{link[2]}"
 
-    text = source[0]
-    if page.name in INDEXES:
-        text = "\n## ".join(part + contents(part) for part in text.split("\n## "))
+    text = contents(source[0]) if page.name in INDEXES else source[0]
     source[0] = LINK.sub(outside, text)
 
 
