@@ -205,7 +205,8 @@ class Committing:
         opened = options.pop("connect", lambda: connect(target, seconds=self.seconds))
         limits = {"writers": 1, "batch_limit": 256, "queue_limit": 1000, **options}
         self.committer = Committer(opened, metrics=self.metrics, **limits)
-        self.committer.store = store
+        if store is not None:
+            self.committer.resume(store)
 
     async def __aenter__(self) -> Self:
         self.committer.start()

@@ -17,8 +17,9 @@ from aiohttp import web
 from clerk_sync import __version__
 from clerk_sync.database.connection import Connection, close_idle, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
+from clerk_sync.health import READY_SECONDS, STARTING, Health, Readiness
 from clerk_sync.http.connections import Connections, listeners
-from clerk_sync.http.internal import ENSURE_SECONDS, InternalListener, Readiness
+from clerk_sync.http.internal import ENSURE_SECONDS, InternalListener
 from clerk_sync.http.webhook import WebhookListener
 from clerk_sync.outcomes import UNREADINESSES, Reason
 from clerk_sync.rotation import Rotation
@@ -37,19 +38,12 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from clerk_sync.mapping.model import Mapping
-    from clerk_sync.store.target import Target
     from clerk_sync.telemetry.tracing import Tracing
 
 log = structlog.get_logger()
 
-LOOK_SECONDS_READY: Final = 3.0
-LOOK_SECONDS_UNREADY: Final = 0.25
-KEEP_SECONDS: Final = 60.0
-PING_SECONDS: Final = 3.0
-BIND_SECONDS: Final = 60.0
-# Reading a schema takes dozens of queries, and a database may be a continent away.
-BINDING_SECONDS: Final = 20.0
-STARTING: Final = Readiness(ready=False, reason=Reason.DATABASE, detail="starting")
+EXPIRE_SECONDS: Final = 60.0
+FIRST_CHECK_SECONDS: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,151 +54,31 @@ class Running:
     internal_url: str
 
 
-class Watch:
-    """Looks after the schema and the database, and says whether the service is ready."""
-
-    def __init__(
-        self,
-        engine: AsyncEngine,
-        mapping: Mapping,
-        committer: Committer,
-        metrics: Metrics,
-        settings: Settings,
-        *,
-        reads: AsyncEngine,
-    ) -> None:
-        """`engine` is for its looks alone, which wait for nobody; `reads` is everybody's."""
-        self.readiness = STARTING
-        self.looked = asyncio.Event()
-        self._engine = engine
-        self._reads = reads
-        self._mapping = mapping
-        self._committer = committer
-        self._metrics = metrics
-        self._settings = settings
-        self._bound = 0.0
-        # What nobody foresaw is told once, not with every look.
-        self._surprise: type[Exception] | None = None
-
-    @property
-    def users(self) -> Target | None:
-        """The users' table, once the schema is known."""
-        store = self._committer.store
-        return store.targets.get("user") if store else None
-
-    async def look(self) -> None:
-        """Look, again and again, until cancelled."""
-        troubled = False
-        while True:
-            self._say(await self._found(troubled=troubled))
-            self.looked.set()
-            seconds = LOOK_SECONDS_READY if self.readiness.ready else LOOK_SECONDS_UNREADY
-            await asyncio.sleep(LOOK_SECONDS_UNREADY)  # trouble may come many times a second
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(seconds - LOOK_SECONDS_UNREADY):
-                    await self._committer.status.trouble.wait()
-            troubled = self._committer.status.trouble.is_set()
-            self._committer.status.trouble.clear()
-
-    async def _found(self, *, troubled: bool) -> Readiness:
-        status = self._committer.status
-        doubtful, status.doubtful = status.doubtful, False
-        if troubled:
-            # A connection from before may still be good where a new one, with the credentials of
-            # now, is not let in.
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PING_SECONDS):
-                    await self._engine.dispose()
-            await close_idle(self._reads)
-        if status.store is None or doubtful:
-            return await self._bind()
-        commits = status.commits
-        try:
-            async with asyncio.timeout(PING_SECONDS):
-                await housekeeping.probe(self._engine)
-        except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
-            if status.commits > commits:
-                return self.readiness  # what is written shows more than a look that failed
-            # Nobody has to wait for a deadline to hear it.
-            self._committer.suspend()
-            return _unready(error, PING_SECONDS)
-        except Exception as error:
-            if type(error) is not self._surprise:
-                self._surprise = type(error)
-                log.exception("schema_check_failed")
-            return self.readiness
-        # Bound anew every now and then: a column that was widened takes longer values.
-        now = asyncio.get_running_loop().time()
-        return await self._bind() if now - self._bound > BIND_SECONDS else Readiness(ready=True)
-
-    async def _bind(self) -> Readiness:
-        """Look at the schema, and bind the store to it as it is.
-
-        Where the look fails, the schema that is known serves on.
-        """
-        status = self._committer.status
-        self._bound = asyncio.get_running_loop().time()
-        unready = Readiness(ready=False, reason=Reason.DATABASE, detail="the look at it failed")
-        known = status.store is not None
-        try:
-            async with asyncio.timeout(BINDING_SECONDS):
-                status.store = await checks.bound(self._engine, self._mapping)
-            return Readiness(ready=True)
-        except checks.SchemaMismatch as error:
-            status.store, status.storeless = None, Reason.SCHEMA
-            return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
-        except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
-            unready = _unready(error, BINDING_SECONDS)
-        except Exception as error:
-            if type(error) is not self._surprise:
-                self._surprise = type(error)
-                log.exception("schema_check_failed")
-        return self.readiness if known else unready
-
-    def _say(self, readiness: Readiness) -> None:
-        if readiness != self.readiness:
-            if readiness.ready:
-                self._committer.back()
-                log.info("ready")
-            else:
-                for line in readiness.detail.splitlines():
-                    log.error("not_ready", reason=readiness.reason, detail=line)
-        self.readiness = readiness
-
-    async def keep(self) -> None:
-        """Expire what is old and count what is in quarantine, until cancelled."""
-        while True:
-            await self.looked.wait()
-            if self.readiness.ready:
-                try:
-                    async with asyncio.timeout(KEEP_SECONDS):
-                        await self._keep()
-                except (DatabaseUnavailable, TimeoutError) as error:
-                    log.warning("housekeeping_failed", error=str(error))
-                except Exception:
-                    log.exception("housekeeping_failed")
-            await asyncio.sleep(KEEP_SECONDS if self.readiness.ready else LOOK_SECONDS_READY)
-
-    async def _keep(self) -> None:
-        gone = await housekeeping.expire(
-            self._reads,
-            ledger_days=self._settings.ledger_days,
-            quarantine_days=self._settings.quarantine_days,
-        )
-        if gone:
-            log.info("expired", rows=gone)
-        size = await quarantine.size(self._reads)
-        self._metrics.quarantine_size.set(size.stuck)
-        self._metrics.quarantine_retried.set(size.retried)
-        await close_idle(self._reads)
-
-
-def _unready(error: Exception, seconds: float) -> Readiness:
-    """What a failed look says about the database."""
-    detail = str(error)
-    if isinstance(error, TimeoutError):
-        detail = f"the database did not answer within {seconds:.0f} s"
-    return Readiness(ready=False, reason=Reason.DATABASE, detail=detail)
+async def _expire(
+    engine: AsyncEngine, settings: Settings, metrics: Metrics, health: Health
+) -> None:
+    """Delete expired rows and count the quarantine, every minute while ready; until cancelled."""
+    await health.checked.wait()
+    while True:
+        if health.readiness.ready:
+            try:
+                async with asyncio.timeout(EXPIRE_SECONDS):
+                    rows = await housekeeping.expire(
+                        engine,
+                        ledger_days=settings.ledger_days,
+                        quarantine_days=settings.quarantine_days,
+                    )
+                    if rows:
+                        log.info("expired", rows=rows)
+                    size = await quarantine.size(engine)
+                    metrics.quarantine_size.set(size.stuck)
+                    metrics.quarantine_retried.set(size.retried)
+                    await close_idle(engine)
+            except (DatabaseUnavailable, TimeoutError) as error:
+                log.warning("housekeeping_failed", error=str(error))
+            except Exception:
+                log.exception("housekeeping_failed")
+        await asyncio.sleep(EXPIRE_SECONDS if health.readiness.ready else READY_SECONDS)
 
 
 def database_committer(settings: Settings, metrics: Metrics) -> Committer:
@@ -237,9 +111,10 @@ async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Comm
     committer = database_committer(settings, Metrics())
     engine = engine_of(settings.locate, size=1)
     try:
-        committer.store = await checks.bound(engine, mapping)
+        store = await checks.bound(engine, mapping)
     finally:
         await engine.dispose()
+    committer.resume(store)
     committer.start()
     try:
         yield committer
@@ -262,11 +137,11 @@ async def running(
     """
     secrets = Rotation(settings)
     metrics = Metrics()
-    looks = engine_of(settings.locate, size=1)
+    checking = engine_of(settings.locate, size=1)
     engine = engine_of(settings.locate, size=max(1, settings.pool_size - 1))
 
     committer = committer_of(settings, metrics)
-    watch = Watch(looks, mapping, committer, metrics, settings, reads=engine)
+    health = Health(checking, mapping, committer, reads=engine)
     outside, inside = listeners(settings.writers + settings.pool_size)
     webhook = WebhookListener(
         path=settings.webhook_path,
@@ -285,9 +160,9 @@ async def running(
     def readiness() -> Readiness:
         if webhook.draining:
             return Readiness(ready=False, reason=Reason.DRAINING, detail="shutting down")
-        if watch.readiness.ready and not listening.is_set():
+        if health.readiness.ready and not listening.is_set():
             return STARTING
-        return watch.readiness
+        return health.readiness
 
     def unready(reason: Reason) -> float:
         return readiness().reason is reason
@@ -306,12 +181,12 @@ async def running(
             clerk = await stack.enter_async_context(
                 clerk_of(settings, metrics, patience=ENSURE_SECONDS)
             )
-            ensure = Ensure(clerk, mapping, committer, engine, lambda: watch.users)
+            ensure = Ensure(clerk, mapping, committer, engine, lambda: health.users)
         internal = InternalListener(
             engine=engine,
             metrics=metrics,
             readiness=readiness,
-            users=lambda: watch.users,
+            users=lambda: health.users,
             ensure=ensure,
             tokens=secrets.tokens,
         )
@@ -327,8 +202,8 @@ async def running(
         tasks = [
             asyncio.create_task(work)
             for work in (
-                watch.look(),
-                watch.keep(),
+                health.watch(),
+                _expire(engine, settings, metrics, health),
                 schedule.keep(),
                 retries.keep(),
                 secrets.keep(metrics),
@@ -336,7 +211,7 @@ async def running(
                 outside.watch(),
             )
         ]
-        stack.push_async_callback(looks.dispose)
+        stack.push_async_callback(checking.dispose)
         stack.push_async_callback(engine.dispose)
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)
@@ -351,7 +226,7 @@ async def running(
             handler_cancellation=True,
         )
         internal_url = await _listen(stack, probes, inside, settings.host, settings.internal_port)
-        await _at_most(watch.looked.wait(), PING_SECONDS)
+        await _at_most(health.checked.wait(), FIRST_CHECK_SECONDS)
         receiver = web.ServerRunner(
             webhook.server(), shutdown_timeout=settings.deadline_seconds + 1
         )

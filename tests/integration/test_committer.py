@@ -27,6 +27,7 @@ from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema import checks
 from clerk_sync.store.committer import AWAY_SECONDS
+from clerk_sync.store.writer import Trouble
 from tests.histories import Clerk, Committing, Database, Halting, mapped, told
 from tests.waiting import until
 
@@ -143,6 +144,76 @@ async def test_a_schema_not_looked_at_yet_is_answered_at_once(
     assert answers == ["unavailable: database"]
 
 
+async def test_suspended_it_refuses_with_the_reason_until_resumed(
+    people: tuple[Database, Store],
+) -> None:
+    database, store = people
+    clerk = Clerk(PEOPLE)
+    async with Committing(database, store) as committing:
+        committer = committing.committer
+        waiting = asyncio.create_task(committing.commit(clerk.user("user_1")))
+        await asyncio.sleep(0)
+        committer.suspend(Reason.SCHEMA)
+        assert await waiting == ["unavailable: schema"]
+        assert await committing.commit(clerk.user("user_2")) == ["unavailable: schema"]
+        committer.resume(store)
+        assert await committing.commit(clerk.user("user_3")) == ["applied"]
+        committer.suspend(Reason.DATABASE)
+        assert await committing.commit(clerk.user("user_4")) == DATABASE
+        committer.resume(store)
+        assert await committing.commit(clerk.user("user_5")) == ["applied"]
+    assert await database.rows("SELECT clerk_id FROM people ORDER BY 1") == [
+        ("user_3",),
+        ("user_5",),
+    ]
+
+
+async def test_suspended_by_a_check_that_was_wrong_it_resumes_with_the_first_commit(
+    people: tuple[Database, Store],
+) -> None:
+    database, store = people
+    clerk = Clerk(PEOPLE)
+    async with Committing(database, store) as committing:
+        committing.committer.suspend(Reason.DATABASE)
+
+        async def commits() -> bool:
+            return await committing.commit(clerk.user("user_1")) in (["applied"], ["stale"])
+
+        await until(commits)
+        assert await committing.commit(clerk.user("user_2")) == ["applied"]
+        assert await committing.commit(clerk.user("user_3")) == ["applied"]
+
+
+async def test_trouble_is_returned_once_and_the_schema_s_counts_most(
+    people: tuple[Database, Store],
+) -> None:
+    database, store = people
+    clerk = Clerk(PEOPLE)
+    connects = False
+
+    async def opened() -> Connection:
+        if not connects:
+            raise DatabaseUnavailable("no connection")
+        return await connect(target_of(database.url), seconds=5)
+
+    async with Committing(database, store, connect=opened) as committing:
+        next_trouble = committing.committer.trouble
+        assert await committing.commit(clerk.user("user_1")) == DATABASE
+        assert await next_trouble() is Trouble.CONNECTION
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(next_trouble(), 0)
+        connects = True
+        committing.committer.resume(store)
+        await database.execute("ALTER TABLE people RENAME TO gone")
+        try:
+            assert await committing.commit(clerk.user("user_1")) == ["unavailable: schema"]
+        finally:
+            await database.execute("ALTER TABLE gone RENAME TO people")
+        committing.committer.status.report(Trouble.CONNECTION)
+        assert await next_trouble() is Trouble.SCHEMA
+        assert await committing.commit(clerk.user("user_1")) == ["applied"]
+
+
 async def test_waiter_that_was_cancelled_is_dropped(people: tuple[Database, Store]) -> None:
     database, store = people
     clerk = Clerk(PEOPLE)
@@ -199,12 +270,11 @@ async def test_changed_schema_is_retried_and_never_quarantined(
             async with asyncio.timeout(10):
                 answers = await committing.commit(*changes)
                 assert answers == ["unavailable: schema"] * 2
-                assert committing.committer.status.doubtful
-                assert committing.committer.status.trouble.is_set()
+                assert await committing.committer.trouble() is Trouble.SCHEMA
                 assert await committing.commit(changes[0]) == ["unavailable: schema"]
         finally:
             await database.execute(heal)
-        committing.committer.store = await database.store(PEOPLE)
+        committing.committer.resume(await database.store(PEOPLE))
         assert await committing.commit(*changes) == ["applied", "applied"]
     assert await database.quarantined() == {}
 

@@ -935,7 +935,8 @@ async def reconciled(world: Walking, lease: Any) -> None:
         return connect(target_of(world.database.url), seconds=seconds)
 
     committer = Committer(opened, metrics=Metrics(), writers=1, batch_limit=500, queue_limit=500)
-    committer.store = store = world.store.fenced(lease.name, lease.token)
+    store = world.store.fenced(lease.name, lease.token)
+    committer.resume(store)
     committer.start()
     mending = Mending(world.mapping, store, opened, committer=committer, lost=lease.lost)
     try:

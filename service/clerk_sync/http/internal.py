@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
@@ -17,7 +16,7 @@ from aiohttp import web
 from clerk_sync.clerk.api import ClerkRateLimited, ClerkRefused, ClerkUnavailable
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http import access
-from clerk_sync.outcomes import RETRY_AFTER_SECONDS, Outcome, Reason
+from clerk_sync.outcomes import RETRY_AFTER_SECONDS, Outcome
 from clerk_sync.store import profiles
 from clerk_sync.sync.ensure import NotMapped, TooManyWaiting
 from clerk_sync.telemetry.logs import Ration
@@ -27,6 +26,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from clerk_sync.health import Readiness
     from clerk_sync.store.target import Target
     from clerk_sync.sync.ensure import Ensure
     from clerk_sync.telemetry.metrics import Metrics
@@ -40,15 +40,6 @@ READ_LIMIT: Final = 64
 ENSURE_SECONDS: Final = 10.0
 # Of callers. How many users they may ask for together follows from Clerk's rate limit.
 ENSURE_LIMIT: Final = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Readiness:
-    """Whether deliveries are taken, and if not, why and what to do about it."""
-
-    ready: bool
-    reason: Reason | None = None
-    detail: str = ""
 
 
 class TooManyReaders(Exception):

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.held import HOLD_SECONDS, Entry, Held
+from clerk_sync.store.store import FencedOff
 from clerk_sync.store.writer import AWAY, Connect, Status, Writer
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
 
     from clerk_sync.mapping.model import Change
     from clerk_sync.store.store import Store
+    from clerk_sync.store.writer import Trouble
     from clerk_sync.telemetry.metrics import Metrics
     from clerk_sync.telemetry.tracing import Trace
 
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
 BATCH_CHARACTERS: Final = 2_000_000
 # Svix sends up to 1 MiB: by count alone, a full queue could take a pod's whole memory.
 QUEUE_CHARACTERS: Final = 32_000_000
-# How long a database that was just found away is taken to be away without asking again.
+# How long changes are refused without asking a database that has just failed.
 AWAY_SECONDS: Final = 1.0
 # The writer of what is held is at work for at most a fifth of the time.
 PAUSES_PER_RETRY: Final = 4
@@ -65,7 +67,11 @@ class _Answers:
 
 
 class Committer:
-    """The queue and its writers. `store` is None until the schema is known to be right."""
+    """The queue and its writers.
+
+    It commits nothing until `resume` gives it a store. `suspend`, `resume` and `close` are the
+    only calls that change whether it commits.
+    """
 
     def __init__(
         self,
@@ -85,7 +91,6 @@ class Committer:
         self._queue: asyncio.Queue[Entry | None] = asyncio.Queue()
         self._queue_limit = queue_limit
         self._closed = False
-        self._suspended = False
         self._characters = 0
         self._away_until = 0.0
         self._tasks: list[asyncio.Task[None]] = []
@@ -95,13 +100,41 @@ class Committer:
         metrics.writer_connections.set_function(lambda: self.status.connections)
 
     @property
-    def store(self) -> Store | None:
-        """The tables to write to, once they are known."""
-        return self.status.store
+    def commits(self) -> int:
+        """How many transactions have been committed."""
+        return self.status.commits
 
-    @store.setter
-    def store(self, store: Store | None) -> None:
+    def resume(self, store: Store) -> None:
+        """Commit to these tables: the database accepts writes, and the schema is right."""
         self.status.store = store
+        self._reopen()
+
+    def suspend(self, reason: Reason) -> None:
+        """Refuse changes with this reason, including those in the queue, until `resume`.
+
+        SCHEMA: the tables are not what the mapping needs, and nothing is written to them.
+        DATABASE: the database does not answer. One change every AWAY_SECONDS is let through, as
+        the check that failed may have been wrong; when it is committed, so are all others again.
+        """
+        if reason is Reason.SCHEMA:
+            self.status.store = None
+        if self.status.suspended is not reason:
+            self.status.suspended = reason
+            self._away_until = time.monotonic() + AWAY_SECONDS
+        self._refuse_waiting(self.status.refusal)
+
+    async def trouble(self) -> Trouble:
+        """Wait for the writers' next trouble. For one caller: each is returned once."""
+        await self.status.reported.wait()
+        self.status.reported.clear()
+        trouble, self.status.trouble = self.status.trouble, None
+        assert trouble is not None
+        return trouble
+
+    async def parked(self) -> None:
+        """Wait until an event has entered the quarantine that is to be retried. For one caller."""
+        await self.status.parked.wait()
+        self.status.parked.clear()
 
     def start(self) -> None:
         """Start the writers."""
@@ -143,7 +176,10 @@ class Committer:
             self._characters -= characters
 
     async def commit_all(self, changes: Sequence[Change]) -> list[Answer]:
-        """The changes' answers, in order. For facts from Clerk's API, which have no payload."""
+        """The changes' answers, in order. For objects from Clerk's API, which have no payload.
+
+        Raises FencedOff once the store's lease belongs to another process.
+        """
         refusal = self._refusal()
         if refusal is None and self._queue.qsize() + len(changes) > self._queue_limit:
             refusal = Answer(Outcome.UNAVAILABLE, Reason.QUEUE_FULL)
@@ -152,7 +188,10 @@ class Committer:
         answers = _Answers(len(changes))
         for place, change in enumerate(changes):
             self._queue.put_nowait(Entry(change, _Together(answers, place)))
-        return await answers.given()
+        given = await answers.given()
+        if self.status.fenced:
+            raise FencedOff("another process has taken over the lease")
+        return given
 
     async def retry(self, changes: Sequence[Change]) -> list[Answer]:
         """Try changes from the quarantine, once and together; their answers, in order.
@@ -174,27 +213,16 @@ class Committer:
         if self._closed:
             return Answer(Outcome.UNAVAILABLE, Reason.DRAINING)
         if self.status.store is None:
-            return Answer(Outcome.UNAVAILABLE, self.status.storeless)
+            return self.status.refusal
         now = time.monotonic()
         if now < self._away_until:
             return AWAY
-        if self._suspended:
-            self._away_until = now + AWAY_SECONDS  # one of them may find that it is back
+        if self.status.suspended is not None:
+            self._away_until = now + AWAY_SECONDS  # this one finds out whether it is back
         return None
 
-    def suspend(self) -> None:
-        """The database does not answer: say so at once, also to what waits, until it is back.
-
-        One event in AWAY_SECONDS is let through: who looked may have been wrong.
-        """
-        if not self._suspended:
-            self._suspended = True
-            self._away_until = time.monotonic() + AWAY_SECONDS
-        self._refuse_waiting()
-
-    def back(self) -> None:
-        """The database answers again: try it at once."""
-        self._suspended = False
+    def _reopen(self) -> None:
+        self.status.suspended = None
         self._away_until = 0.0
 
     async def _take(self) -> list[Entry] | None:
@@ -223,9 +251,9 @@ class Committer:
             commits = self.status.commits
             if batch and not await writer.write(batch):
                 self._away_until = time.monotonic() + AWAY_SECONDS
-                self._refuse_waiting()
-            elif self._suspended and self.status.commits > commits:
-                self.back()
+                self._refuse_waiting(AWAY)
+            elif self.status.suspended is Reason.DATABASE and self.status.commits > commits:
+                self._reopen()
         writer.close()
 
     async def _retry_held(self) -> None:
@@ -239,11 +267,11 @@ class Committer:
                 self._retrier.close()
         self._retrier.close()
 
-    def _refuse_waiting(self) -> None:
-        """Answer all that is in the queue, but for the signs to stop."""
+    def _refuse_waiting(self, refusal: Answer) -> None:
+        """Give everything in the queue this answer; the signs to stop remain."""
         entries = [self._queue.get_nowait() for _ in range(self._queue.qsize())]
         for entry in entries:
             if entry is None:
                 self._queue.put_nowait(None)
             else:
-                entry.resolve(AWAY)
+                entry.resolve(refusal)

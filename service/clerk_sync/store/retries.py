@@ -56,7 +56,6 @@ class Retries:
         """Try what is due, until cancelled."""
         while True:
             pause = LOOK_SECONDS
-            self._committer.status.parked.clear()
             if self._ready():
                 try:
                     pause = await self.due()
@@ -66,7 +65,7 @@ class Retries:
                     log.exception("quarantine_retry_failed")
             try:
                 async with asyncio.timeout(pause):
-                    await self._committer.status.parked.wait()
+                    await self._committer.parked()
                 await asyncio.sleep(quarantine.FIRST_RETRY_MS / 1000)
             except TimeoutError:
                 pass

@@ -10,6 +10,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import stamina
@@ -52,21 +53,29 @@ Connect = Callable[[], Awaitable[Connection]]
 AWAY: Final = Answer(Outcome.UNAVAILABLE, Reason.DATABASE)
 
 
+class Trouble(Enum):
+    """What a writer met that is not the fault of a change."""
+
+    # The database gave no connection, or did not do what it was asked.
+    CONNECTION = auto()
+    # A table or a column is not what it was.
+    SCHEMA = auto()
+
+
 @dataclass(slots=True)
 class Status:
-    """What the writers of one committer share.
+    """What the writers of one committer share, and nobody else changes.
 
-    `store` is None until the schema is known to be right; `storeless` is what to answer while
-    there is none. `trouble` is set when the schema or the database turns out not to be there,
-    and `doubtful` when the schema wants another look, for whoever looks after them. `parked` is
-    set when an event came into quarantine that is tried again. `fenced` says that the store's
-    lease is somebody else's: nothing is written any more. `commits` counts transactions.
+    `store` is None while the schema is not known to be right. `suspended` is why nothing is to
+    be committed, None while all is well. `trouble` and `parked` are what the committer's
+    coroutines of these names wait for. `fenced` says that the store's lease belongs to another
+    process: nothing is written any more. `commits` counts transactions.
     """
 
     store: Store | None = None
-    storeless: Reason = Reason.DATABASE
-    trouble: asyncio.Event = field(default_factory=asyncio.Event)
-    doubtful: bool = False
+    suspended: Reason | None = Reason.DATABASE
+    trouble: Trouble | None = None
+    reported: asyncio.Event = field(default_factory=asyncio.Event)
     parked: asyncio.Event = field(default_factory=asyncio.Event)
     fenced: bool = False
     connections: int = 0
@@ -75,10 +84,16 @@ class Status:
     # MariaDB before 10.6 and some releases of Vitess do not know SKIP LOCKED.
     skips_locked: bool = True
 
-    def doubt(self) -> None:
-        """Have the schema looked at again, now."""
-        self.doubtful = True
-        self.trouble.set()
+    def report(self, trouble: Trouble) -> None:
+        """Report trouble; of several, SCHEMA is the one that counts."""
+        if self.trouble is not Trouble.SCHEMA:
+            self.trouble = trouble
+        self.reported.set()
+
+    @property
+    def refusal(self) -> Answer:
+        """The answer to every change while nothing is committed."""
+        return Answer(Outcome.UNAVAILABLE, self.suspended or Reason.DATABASE)
 
 
 class Writer:
@@ -125,7 +140,7 @@ class Writer:
         except (SchemaChanged, RejectedByDatabase) as error:
             # Where not even the quarantine is taken, our own tables are not what they should be.
             log.error("schema_changed", error=str(error))
-            self._status.doubt()
+            self._status.report(Trouble.SCHEMA)
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
         except DatabaseUnavailable as error:
             connected = self._connection is not None
@@ -134,7 +149,7 @@ class Writer:
                 # It may have been cut while it lay idle: once more, on a new one.
                 return await self._answered(_unanswered(batch), work)
             log.error("database_unavailable", error=str(error))
-            self._status.trouble.set()
+            self._status.report(Trouble.CONNECTION)
         except Exception:
             log.exception("internal_error")
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
@@ -236,7 +251,7 @@ class Writer:
         }
         if isinstance(error, SchemaChanged):
             log.error("schema_changed", **about)
-            self._status.doubt()
+            self._status.report(Trouble.SCHEMA)
             entry.resolve(Answer(Outcome.UNAVAILABLE, Reason.SCHEMA))
         elif not isinstance(error, RejectedByDatabase):
             log.error("internal_error", svix_id=change.delivery_id, exc_info=error)
@@ -372,7 +387,7 @@ class Writer:
         async def apply() -> list[Answer]:
             store = self._status.store
             if store is None:
-                return [Answer(Outcome.UNAVAILABLE, self._status.storeless)] * len(changes)
+                return [self._status.refusal] * len(changes)
             started = time.perf_counter()
             answers = await store.apply(self._there, changes, now_ms=_now_ms(), vacating=moving)
             self._status.commits += 1

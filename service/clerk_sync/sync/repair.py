@@ -254,20 +254,27 @@ class Mending:
 
     async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
         """Commit the changes, again and again while the database is away. Raises LeaseLost."""
-        assert self._committer is not None
-        answers = dict(enumerate(await self._committer.commit_all(changes)))
+        answers = dict(enumerate(await self._commit(changes)))
         deadline = time.monotonic() + _PATIENCE_SECONDS
         wait = _FIRST_WAIT
         while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
-            if self._committer.status.fenced or self._lost.is_set():
-                raise LeaseLost("another process has taken over the lease")
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable("the database took no writes; the log says why")
             await asyncio.sleep(wait)
             wait = min(2 * wait, _LONGEST_WAIT)
-            again = await self._committer.commit_all([changes[n] for n in away])
+            again = await self._commit([changes[n] for n in away])
             answers.update(zip(away, again, strict=True))
         return list(answers.values())
+
+    async def _commit(self, changes: Sequence[Change]) -> list[Answer]:
+        """Commit the changes once. Raises LeaseLost."""
+        assert self._committer is not None
+        if self._lost.is_set():
+            raise LeaseLost("another process has taken over the lease")
+        try:
+            return await self._committer.commit_all(changes)
+        except FencedOff as error:
+            raise LeaseLost(str(error)) from None
 
     async def rows(self, kind: str) -> int:
         """How many rows of this kind there are, without marked ones."""

@@ -202,7 +202,7 @@ class Walks:
 
     async def count(self, report: Report) -> None:
         """What both sides count now, into the report. Raises as the others do."""
-        mending = self._mending(None, asyncio.Event())
+        mending = self._mending(self.store, None, asyncio.Event())
         try:
             report.clerk = await listed(self.clerk, self.mapping, report)
             for kind in report.clerk:
@@ -214,7 +214,7 @@ class Walks:
         self, *, breaker_percent: float, report: Report, on_page: OnPage, told: Told
     ) -> None:
         """What a reconcile would mend. Writes nothing, not even a lease. Raises as it does."""
-        mending = self._mending(None, asyncio.Event(), told)
+        mending = self._mending(self.store, None, asyncio.Event(), told)
         try:
             await self._reconcile(mending, None, breaker_percent, report, on_page)
         finally:
@@ -245,12 +245,11 @@ class Walks:
         ).run()
 
     def _mending(
-        self, committer: Committer | None, lost: asyncio.Event, told: Told = quiet
+        self, store: Store, committer: Committer | None, lost: asyncio.Event, told: Told = quiet
     ) -> Mending:
-        fenced = committer.store if committer is not None else None
         return Mending(
             self.mapping,
-            fenced or self.store,
+            store,
             connecting(self.settings, _STATEMENT_SECONDS),
             committer=committer,
             lost=lost,
@@ -278,8 +277,9 @@ class Walks:
             await progress.started(self.engine, name)
             self.metrics.lease_held.set(1)
             try:
-                async with self._committing(lease) as committer:
-                    mending = self._mending(committer, lease.lost)
+                store = self.store.fenced(lease.name, lease.token)
+                async with self._committing(store) as committer:
+                    mending = self._mending(store, committer, lease.lost)
                     try:
                         await work(mending, lease)
                     finally:
@@ -300,7 +300,7 @@ class Walks:
             return ending
 
     @contextlib.asynccontextmanager
-    async def _committing(self, lease: Lease) -> AsyncIterator[Committer]:
+    async def _committing(self, store: Store) -> AsyncIterator[Committer]:
         """A committer of the run's own, so that webhooks never wait behind it."""
         sqlite = self.settings.locate().path is not None
         committer = Committer(
@@ -310,7 +310,7 @@ class Walks:
             batch_limit=_BATCH,
             queue_limit=100 * _BATCH,
         )
-        committer.store = self.store.fenced(lease.name, lease.token)
+        committer.resume(store)
         committer.start()
         try:
             yield committer
