@@ -8,13 +8,13 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
+from clerk_sync import app
 from clerk_sync.clerk.events import LISTED
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping.model import change_of
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.sync.report import Report
-from clerk_sync.sync.runs import Walks, clerk_of, quiet
 from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.deliveries import settings_of
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from clerk_sync.mapping.model import Change, Mapping
     from clerk_sync.outcomes import Ending
     from clerk_sync.store.store import Store
-    from clerk_sync.sync.diff import Compared
+    from clerk_sync.sync.diff import Comparison
+    from clerk_sync.sync.runs import Runs
     from tests.clerk_api import ClerkApi, Event
 
 # A production key: the limit of one for development would make the tests wait.
@@ -88,7 +89,7 @@ class Walking:
     database: Database
     mapping: Mapping
     store: Store
-    walks: Walks
+    runs: Runs
     _numbers: Iterator[int] = field(default_factory=lambda: count(1))
 
     def change(self, event: Event) -> Change:
@@ -109,23 +110,20 @@ class Walking:
         self, *, percent: float = 5, report: Report | None = None
     ) -> tuple[Ending, Report]:
         report = Report() if report is None else report
-        ending = await self.walks.reconcile(
-            breaker_percent=percent, report=report, on_page=quiet, patience=False
-        )
+        ending = await self.runs.reconcile(breaker_percent=percent, report=report, patience=False)
         return ending, report
 
     async def backfill(self, *, restart: bool = False) -> tuple[Ending, Report]:
         report = Report()
-        ending = await self.walks.backfill(restart=restart, report=report, on_page=quiet)
+        ending = await self.runs.backfill(restart=restart, report=report)
         return ending, report
 
-    async def look(self) -> tuple[Report, list[tuple[str, Compared]]]:
-        report, told = Report(), list[tuple[str, "Compared"]]()
-        await self.walks.look(
+    async def look(self) -> tuple[Report, list[tuple[str, Comparison]]]:
+        report, told = Report(), list[tuple[str, "Comparison"]]()
+        await self.runs.dry_run(
             breaker_percent=5,
             report=report,
-            on_page=quiet,
-            told=lambda kind, one: told.append((kind, one)),
+            on_drift=lambda kind, one: told.append((kind, one)),
         )
         return report, told
 
@@ -161,10 +159,12 @@ async def walking(
         await database.empty(*(one.table for one in mapping.tables.values()))
         store = store or await database.store(mapping)
         settings, metrics = with_api(url, api), Metrics()
-        async with clerk_of(settings, metrics) as clerk:
+        async with app.open_clerk(settings, metrics) as clerk:
             # Nothing is on its way here that could be waited for.
-            walks = Walks(settings, mapping, clerk, database.engine, store, metrics, (0.0,))
-            yield Walking(api, database, mapping, store, walks)
+            runs = app.runs_of(
+                settings, mapping, clerk, database.engine, store, metrics=metrics, pauses=(0.0,)
+            )
+            yield Walking(api, database, mapping, store, runs)
 
 
 async def prepare(url: str, *ddl: str) -> dict[bool, Store]:

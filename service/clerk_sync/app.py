@@ -1,4 +1,4 @@
-"""The composition root: settings in, a running service out. Tests run this very thing."""
+"""The composition root: it opens what `serve` and the commands use. Tests run this very thing."""
 
 from __future__ import annotations
 
@@ -7,14 +7,17 @@ import contextlib
 import functools
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+import aiohttp
 import structlog
 from aiohttp import web
 
 from clerk_sync import __version__
+from clerk_sync.clerk.api import PATIENCE_SECONDS as CLERK_PATIENCE_SECONDS
+from clerk_sync.clerk.api import Clerk, ClerkUnavailable
 from clerk_sync.database.connection import Connection, close_idle, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.health import READY_SECONDS, STARTING, Health, Readiness
@@ -29,19 +32,33 @@ from clerk_sync.store import housekeeping, quarantine
 from clerk_sync.store.committer import Committer
 from clerk_sync.store.held import HOLD_SECONDS
 from clerk_sync.store.retries import Retries
+from clerk_sync.sync.counts import PAUSES
 from clerk_sync.sync.ensure import Ensure
-from clerk_sync.sync.runs import clerk_of
-from clerk_sync.sync.scheduler import Schedule
+from clerk_sync.sync.patience import PATIENCE_SECONDS as DATABASE_PATIENCE_SECONDS
+from clerk_sync.sync.patience import wait_for_database
+from clerk_sync.sync.runs import Runs
+from clerk_sync.sync.scheduler import Scheduler
 from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from clerk_sync.mapping.model import Mapping
+    from clerk_sync.store.store import Store
+    from clerk_sync.store.writer import Connect
     from clerk_sync.telemetry.tracing import Tracing
 
 log = structlog.get_logger()
 
+KEYLESS: Final = (
+    "CLERK_SECRET_KEY: is not set: copy a secret key (sk_…) from Clerk's dashboard, API keys; or "
+    "set CLERK_SECRET_KEY_FILE to a file that holds it"
+)
+# A page of Clerk's is one transaction, and two of them overlap.
+RUN_BATCH: Final = 500
+RUN_WRITERS: Final = 2
+# Nobody waits for an answer here: a page may take its time.
+RUN_STATEMENT_SECONDS: Final = 30.0
 EXPIRE_SECONDS: Final = 60.0
 FIRST_CHECK_SECONDS: Final = 3.0
 
@@ -81,45 +98,170 @@ async def _expire(
         await asyncio.sleep(EXPIRE_SECONDS if health.readiness.ready else READY_SECONDS)
 
 
-def database_committer(settings: Settings, metrics: Metrics) -> Committer:
-    """The committer on the database that the settings name."""
+@contextlib.asynccontextmanager
+async def open_engine(settings: Settings, *, size: int) -> AsyncIterator[AsyncEngine]:
+    """SQLAlchemy's engine, with at most so many connections."""
+    engine = engine_of(settings.locate, size=size)
+    try:
+        yield engine
+    finally:
+        await engine.dispose()
+
+
+@contextlib.asynccontextmanager
+async def open_clerk(
+    settings: Settings, metrics: Metrics, *, patience: float = CLERK_PATIENCE_SECONDS
+) -> AsyncIterator[Clerk]:
+    """The client of Clerk's API; for `patience` see there.
+
+    Raises InvalidSettings if there is no key.
+    """
+    secret = settings.clerk_key
+    if secret is None:
+        raise InvalidSettings([KEYLESS])
+
+    def key() -> str:
+        try:
+            return secret.read()
+        except InvalidSettings as error:
+            raise ClerkUnavailable(str(error)) from None
+
+    # Twice over: ranges that are read at once, and pages that are requested ahead.
+    connector = aiohttp.TCPConnector(limit=32)
+    async with aiohttp.ClientSession(connector=connector) as session:
+        # One request is one request: aiohttp would retry by itself, past the rate limit.
+        session._retry_connection = False  # noqa: SLF001 -- there is no public way
+        yield Clerk(
+            session,
+            settings.api_url,
+            key,
+            share=settings.clerk_share,
+            metrics=metrics,
+            patience=patience,
+        )
+
+
+def connecting(settings: Settings, *, seconds: float) -> Connect:
+    """How to open a connection whose round trips end within so many seconds."""
 
     async def opened() -> Connection:
         try:
-            return await connect(settings.locate(), seconds=settings.deadline_seconds)
+            return await connect(settings.locate(), seconds=seconds)
         except InvalidSettings as error:
             raise DatabaseUnavailable(str(error)) from None
 
+    return opened
+
+
+def database_committer(settings: Settings, metrics: Metrics) -> Committer:
+    """The committer of deliveries."""
     return Committer(
-        opened,
+        connecting(settings, seconds=settings.deadline_seconds),
         metrics=metrics,
-        # SQLite has one writer at a time: a second would only wait for the first.
-        writers=1 if settings.locate().path is not None else settings.writers,
+        writers=_writers(settings, settings.writers),
         batch_limit=settings.batch_limit,
         queue_limit=settings.queue_limit,
-        # Who waits has to hear of it within the deadline.
+        # The caller has to learn of it within the deadline.
         hold_seconds=min(HOLD_SECONDS, settings.deadline_seconds / 4),
     )
 
 
-@contextlib.asynccontextmanager
-async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Committer]:
-    """A committer without listeners, for commands.
+def _writers(settings: Settings, number: int) -> int:
+    # SQLite has one writer at a time: a second would only wait for the first.
+    return 1 if settings.locate().path is not None else number
 
-    Raises SchemaMismatch, or DatabaseUnavailable.
-    """
-    committer = database_committer(settings, Metrics())
-    engine = engine_of(settings.locate, size=1)
-    try:
-        store = await checks.bound(engine, mapping)
-    finally:
-        await engine.dispose()
+
+@contextlib.asynccontextmanager
+async def _started(committer: Committer, store: Store) -> AsyncIterator[Committer]:
     committer.resume(store)
     committer.start()
     try:
         yield committer
     finally:
         await committer.close()
+
+
+@contextlib.asynccontextmanager
+async def open_committer(settings: Settings, mapping: Mapping) -> AsyncIterator[Committer]:
+    """The committer of deliveries without listeners, for commands.
+
+    Raises SchemaMismatch, DatabaseUnavailable.
+    """
+    async with open_engine(settings, size=1) as engine:
+        store = await checks.bound(engine, mapping)
+    async with _started(database_committer(settings, Metrics()), store) as committer:
+        yield committer
+
+
+@contextlib.asynccontextmanager
+async def open_ensure(settings: Settings, mapping: Mapping) -> AsyncIterator[Ensure]:
+    """What reads one user from Clerk and writes it, for a command.
+
+    Raises InvalidSettings, SchemaMismatch, DatabaseUnavailable.
+    """
+    async with (
+        open_engine(settings, size=1) as engine,
+        open_clerk(settings, Metrics()) as clerk,
+    ):
+        store = await wait_for_database(lambda: checks.bound(engine, mapping))
+        async with _started(database_committer(settings, Metrics()), store) as committer:
+            yield Ensure(clerk, mapping, committer, engine, lambda: store.targets.get("user"))
+
+
+def runs_of(
+    settings: Settings,
+    mapping: Mapping,
+    clerk: Clerk,
+    engine: AsyncEngine,
+    store: Store,
+    *,
+    metrics: Metrics,
+    pauses: Sequence[float] = PAUSES,
+) -> Runs:
+    """The runs of these settings, on what is open already."""
+    connect = connecting(settings, seconds=RUN_STATEMENT_SECONDS)
+
+    def open_committer(store: Store) -> contextlib.AbstractAsyncContextManager[Committer]:
+        committer = Committer(
+            connect,
+            metrics=Metrics(),
+            writers=_writers(settings, RUN_WRITERS),
+            batch_limit=RUN_BATCH,
+            queue_limit=100 * RUN_BATCH,
+        )
+        return _started(committer, store)
+
+    return Runs(
+        mapping,
+        clerk,
+        engine,
+        store,
+        connect,
+        open_committer,
+        metrics,
+        settings.instance_id,
+        pauses,
+    )
+
+
+@contextlib.asynccontextmanager
+async def open_runs(
+    settings: Settings,
+    mapping: Mapping,
+    metrics: Metrics,
+    *,
+    patience: float = DATABASE_PATIENCE_SECONDS,
+) -> AsyncIterator[Runs]:
+    """Everything that a run needs. A database that is away is waited for, `patience` seconds.
+
+    Raises InvalidSettings, SchemaMismatch, DatabaseUnavailable.
+    """
+    async with (
+        open_engine(settings, size=3) as engine,
+        open_clerk(settings, metrics) as clerk,
+    ):
+        store = await wait_for_database(lambda: checks.bound(engine, mapping), patience)
+        yield runs_of(settings, mapping, clerk, engine, store, metrics=metrics)
 
 
 @contextlib.asynccontextmanager
@@ -171,7 +313,13 @@ async def running(
     metrics.ready.set_function(lambda: readiness().ready)
     for reason in UNREADINESSES:
         metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
-    schedule = Schedule(settings, mapping, engine, metrics, lambda: readiness().ready)
+    scheduler = Scheduler(
+        settings,
+        lambda: open_runs(settings, mapping, metrics),
+        engine,
+        metrics,
+        lambda: readiness().ready,
+    )
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(webhook.close)
         if tracing is not None:
@@ -179,7 +327,7 @@ async def running(
         ensure = None
         if settings.clerk_key is not None:
             clerk = await stack.enter_async_context(
-                clerk_of(settings, metrics, patience=ENSURE_SECONDS)
+                open_clerk(settings, metrics, patience=ENSURE_SECONDS)
             )
             ensure = Ensure(clerk, mapping, committer, engine, lambda: health.users)
         internal = InternalListener(
@@ -204,7 +352,7 @@ async def running(
             for work in (
                 health.watch(),
                 _expire(engine, settings, metrics, health),
-                schedule.keep(),
+                scheduler.keep(),
                 retries.keep(),
                 secrets.keep(metrics),
                 inside.watch(),

@@ -65,25 +65,27 @@ async def left_off(shared_url: str, stores: Mapping[bool, Store]) -> AsyncIterat
 async def under(world: Walking, mapping: Mapped) -> Walking:
     """The same, once the mapping is this one."""
     store = await world.database.store(mapping)
-    walks = replace(world.walks, mapping=mapping, store=store)
-    return replace(world, mapping=mapping, store=store, walks=walks)
+    runs = replace(world.runs, mapping=mapping, store=store)
+    return replace(world, mapping=mapping, store=store, runs=runs)
 
 
-async def test_it_goes_on(left_off: Walking) -> None:
+async def test_it_resumes(left_off: Walking) -> None:
     before = len(await left_off.ids("user"))
     ending, report = await left_off.backfill()
-    assert (ending, report.anew) == (Ending.MENDED, [])
+    assert (ending, report.restarted) == (Ending.MENDED, [])
     assert report.resumed is not None
     assert report.tallies["user"].read == SIZE - before
     assert len(await left_off.ids("user")) == SIZE
 
 
 @pytest.mark.parametrize("mapping", [ANOTHER_COLUMN, ANOTHER_VALUE], ids=["column", "value"])
-async def test_another_mapping_begins_anew(left_off: Walking, mapping: Mapped) -> None:
+async def test_another_mapping_starts_from_the_beginning(
+    left_off: Walking, mapping: Mapped
+) -> None:
     world = await under(left_off, mapping)
     ending, report = await world.backfill()
     assert ending is Ending.MENDED
-    assert report.anew == ["user: begins anew, as its mapping is not that of the backfill before"]
+    assert report.restarted == ["user: starts from the beginning, as its mapping has changed"]
     column = "first" if mapping is ANOTHER_COLUMN else "username"
     query = f"SELECT COUNT(*) FROM people WHERE {column} = 'first'"
     assert await world.database.value(query) == SIZE
@@ -93,27 +95,31 @@ async def test_another_mapping_begins_anew(left_off: Walking, mapping: Mapped) -
     "emptied",
     ["DELETE FROM people", "DELETE FROM people WHERE username = 'ada' AND clerk_id < 'user_0090'"],
 )
-async def test_a_table_without_the_rows_begins_anew(left_off: Walking, emptied: str) -> None:
+async def test_a_table_without_the_rows_starts_from_the_beginning(
+    left_off: Walking, emptied: str
+) -> None:
     await left_off.database.execute(emptied)
     ending, report = await left_off.backfill()
     assert ending is Ending.MENDED
-    (why,) = report.anew
-    assert why.startswith("user: begins anew, as `people` lacks ")
+    (why,) = report.restarted
+    assert why.startswith("user: starts from the beginning, as `people` lacks ")
     assert len(await left_off.ids("user")) == SIZE
 
 
-async def test_a_few_rows_that_are_gone_are_told_in_the_end(left_off: Walking) -> None:
+async def test_a_few_missing_rows_are_reported_at_the_end(left_off: Walking) -> None:
     """They may have been deleted by webhooks; if not, the counts differ."""
     await left_off.database.execute("DELETE FROM people WHERE clerk_id < 'user_0003'")
     ending, report = await left_off.backfill()
-    assert (ending, report.anew) == (Ending.UNMENDED, [])
-    assert report.doubts == ["Clerk counts 300 users, `people` has 297 of them"]
+    assert (ending, report.restarted) == (Ending.UNMENDED, [])
+    assert report.discrepancies == ["Clerk counts 300 users, `people` has 297 of them"]
     # Nothing is kept of it: the next one looks at all of them.
     assert (await left_off.backfill())[0] is Ending.MENDED
     assert len(await left_off.ids("user")) == SIZE
 
 
-async def test_a_checkpoint_of_an_older_version_begins_anew(left_off: Walking) -> None:
+async def test_a_checkpoint_of_an_older_version_starts_from_the_beginning(
+    left_off: Walking,
+) -> None:
     await left_off.database.execute("UPDATE clerk_sync_cursors SET mapping = NULL")
     ending, report = await left_off.backfill()
-    assert (ending, len(report.anew)) == (Ending.MENDED, 1)
+    assert (ending, len(report.restarted)) == (Ending.MENDED, 1)

@@ -72,11 +72,11 @@ async def agree(world: Walking) -> None:
 async def test_rows_are_written_after_those_that_they_refer_to(database_url: str) -> None:
     async with referring(database_url, 100, 30) as world:
         ending, report = await world.backfill()
-        assert (ending, report.unfit) == (Ending.MENDED, 0)
+        assert (ending, report.invalid) == (Ending.MENDED, 0)
         await agree(world)
         await world.database.execute("DELETE FROM members", "DELETE FROM people")
         ending, report = await world.reconcile()
-        assert (ending, report.unfit) == (Ending.MENDED, 0)
+        assert (ending, report.invalid) == (Ending.MENDED, 0)
         await agree(world)
 
 
@@ -93,7 +93,7 @@ async def test_who_joins_during_the_walk_comes_with_the_user(database_url: str) 
 
         api.before_read(2, join, path="/v1/organization_memberships")
         ending, report = await world.backfill()
-        assert (ending, report.unfit) == (Ending.MENDED, 0)
+        assert (ending, report.invalid) == (Ending.MENDED, 0)
         await agree(world)
 
 
@@ -103,7 +103,7 @@ async def test_rows_go_before_those_that_they_refer_to(database_url: str) -> Non
         for gone in ("user_003", "user_004", "org_5"):
             world.api.delete(gone)
         ending, report = await world.reconcile(percent=100)
-        assert (ending, report.unfit, report.unconfirmed) == (Ending.MENDED, 0, 0)
+        assert (ending, report.invalid, report.unconfirmed) == (Ending.MENDED, 0, 0)
         await agree(world)
 
 
@@ -114,5 +114,5 @@ async def test_a_value_that_is_free_once_its_row_has_gone_is_written(database_ur
         world.api.put_user("user_900", username="u3")
         world.api.put_membership("orgmem_900", "user_900", "org_0")
         ending, report = await world.reconcile()
-        assert (ending, report.unfit) == (Ending.MENDED, 0)
+        assert (ending, report.invalid) == (Ending.MENDED, 0)
         await agree(world)

@@ -9,7 +9,7 @@ import pytest
 
 from clerk_sync.schema import checks
 from clerk_sync.store import erasure, profiles
-from clerk_sync.sync.diff import compared
+from clerk_sync.sync.diff import compare
 from tests.histories import NOW, Clerk, Database, at, mapped
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ async def test_every_way_takes_the_ids_for_the_same(database: Database) -> None:
     assert json.loads(profiles.to_json(named))["clerk_id"] == ADA
 
     connection = await database.connect()
-    (same,) = await compared(connection, store, "user", [person(clerk, ADA, 2)])
+    (same,) = await compare(connection, store, "user", [person(clerk, ADA, 2)])
     assert (same.verdict, same.differences) == ("same", ())
 
     assert await database.apply(store, clerk.deleted(EVE)) == ["applied"]

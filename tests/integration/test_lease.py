@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import sqlalchemy as sa
 
-from clerk_sync.clerk.listing import Part
+from clerk_sync.clerk.listing import Range
 from clerk_sync.database.connection import engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import target_of
@@ -22,8 +22,8 @@ from clerk_sync.store import lease, tables
 from clerk_sync.store.lease import Lease, LeaseHeld, held, holder_name
 from clerk_sync.store.sql import Compiler
 from clerk_sync.store.store import Store
-from clerk_sync.sync import progress
-from clerk_sync.sync.repair import Mending
+from clerk_sync.sync import checkpoints, history
+from clerk_sync.sync.repair import Repairer
 from tests.histories import Database
 from tests.waiting import until
 from tests.walking import REMOVING
@@ -323,11 +323,11 @@ async def test_row_that_is_gone_is_a_loss(database: Database) -> None:
 
 def test_held_says_who_until_when_and_that_it_ends() -> None:
     holder = "backfill on clerk-sync-7c9f (pid 1)"
-    error = LeaseHeld("walk", holder, 1_700_000_015_400)
+    error = LeaseHeld("sync", holder, 1_700_000_015_400)
     assert (error.holder, error.expires_ms) == (holder, 1_700_000_015_400)
     assert str(error) == (
         "backfill on clerk-sync-7c9f (pid 1) is at work, and one at a time may be: wait for its "
-        "end, then try again. It holds the lease `walk` until 2023-11-14 22:13:35 UTC, and longer "
+        "end, then try again. It holds the lease `sync` until 2023-11-14 22:13:35 UTC, and longer "
         "while it lives"
     )
 
@@ -392,22 +392,24 @@ async def test_where_a_run_stands_is_kept_by_its_own_lease_only(database: Databa
         "DELETE FROM clerk_sync_runs",
         f"INSERT INTO clerk_sync_leases VALUES ('{NAME}', 'the second', 2, 0)",
     )
-    begun = Part("user", seen=0)
-    await progress.planned(database.engine, [begun], "")
-    await progress.started(database.engine, "backfill")
+    begun = Range("user", seen=0)
+    await checkpoints.save(database.engine, [begun], "")
+    await history.record_start(database.engine, "backfill")
     further = replace(begun, after="user_b", reached_ms=7, seen=2)
     store = Store({}, Compiler(database.engine.dialect))
-    for lease_, part, kept in ((ours, further, [further]), (late, begun, [further])):
+    for lease_, range_, kept in ((ours, further, [further]), (late, begun, [further])):
         fenced = store.fenced(lease_.name, lease_.token)
-        mending = Mending(REMOVING, fenced, database.connect, committer=None, lost=asyncio.Event())
-        await progress.moved(mending, part)
-        assert await progress.parts(database.engine) == {"user": kept}
+        repairer = Repairer(
+            REMOVING, fenced, database.connect, committer=None, lost=asyncio.Event()
+        )
+        await checkpoints.advance(repairer, range_)
+        assert await checkpoints.load(database.engine) == {"user": kept}
     for lease_, ending in ((late, None), (ours, Ending.MENDED), (late, Ending.MENDED)):
         mine = Ending.FAILED if lease_ is late else Ending.MENDED
-        await progress.finished(database.engine, "backfill", mine, {}, lease_)
-        run = await progress.last(database.engine, "backfill")
+        await history.record_end(database.engine, "backfill", mine, {}, lease_)
+        run = await history.last_run(database.engine, "backfill")
         assert run is not None
         assert run.ending is ending
     for lease_, left in ((late, {"user": [further]}), (ours, {})):
-        await progress.forget(database.engine, lease_)
-        assert await progress.parts(database.engine) == left
+        await checkpoints.clear(database.engine, lease_)
+        assert await checkpoints.load(database.engine) == left

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clerk_sync.clerk.api import ClerkUnavailable
 from clerk_sync.outcomes import Ending
-from clerk_sync.sync.report import SafetyStop
+from clerk_sync.sync.safety import SafetyStop
 from tests import clerk_api
 from tests.clerk_api import Lies
 from tests.walking import Walking, prepare, walking
@@ -187,14 +187,14 @@ async def test_a_count_that_is_wrong_is_no_success(
     if command == "backfill":
         ending, report = await world.backfill()
         assert ending is Ending.UNMENDED
-        assert any(kind in doubt for doubt in report.doubts)
+        assert any(kind in doubt for doubt in report.discrepancies)
     elif abs(wrong) == 15:
         with pytest.raises(ClerkUnavailable, match="Clerk counts"):
             await world.reconcile()
     else:
         ending, report = await world.reconcile()
         assert ending is Ending.UNMENDED
-        assert any(kind in doubt for doubt in report.doubts)
+        assert any(kind in doubt for doubt in report.discrepancies)
     assert len(world.api.asked) - before < 40
     # All that it lists is written all the same.
     assert await world.ids(kind) == ids
@@ -209,7 +209,7 @@ async def test_a_list_ends_where_it_ends_and_not_where_clerk_counts(
     world.api.lies[kind] = Lies(count=lambda _: count)
     ending, report = await world.backfill()
     assert ending is Ending.UNMENDED
-    assert any(f"{count} {kind}s" in doubt for doubt in report.doubts)
+    assert any(f"{count} {kind}s" in doubt for doubt in report.discrepancies)
     assert await world.ids(kind) == ids
     try:
         ending, _ = await world.reconcile()
@@ -262,7 +262,7 @@ async def test_who_comes_and_goes_meanwhile_makes_no_run_fail(anywhere: Walking)
 
     api.before_read(2, change, path="/v1/organizations")
     ending, report = await anywhere.reconcile()
-    assert (ending, report.doubts) == (Ending.MENDED, [])
+    assert (ending, report.discrepancies) == (Ending.MENDED, [])
     assert {"user_10000", "user_10001"} <= {*await anywhere.ids("user")}
 
 
@@ -272,7 +272,7 @@ async def test_rows_that_are_no_clerks_stay_and_are_told(anywhere: Walking) -> N
     rows = ", ".join(f"('{one}', 'own')" for one in own)
     await anywhere.database.execute(f"INSERT INTO people (clerk_id, username) VALUES {rows}")
     ending, report = await anywhere.reconcile()
-    assert (ending, report.foreign["user"]) == (Ending.IN_STEP, 14)
+    assert (ending, report.unmanaged["user"]) == (Ending.IN_STEP, 14)
     assert sorted(await anywhere.ids("user")) == sorted([*ids, *own])
 
 
@@ -289,7 +289,7 @@ async def test_without_a_time_of_its_own_what_is_the_same_is_in_step(
         assert (await anywhere.reconcile())[0] is Ending.MENDED
     before = await anywhere.written()
     ending, report = await anywhere.reconcile()
-    assert (ending, report.found) == (Ending.IN_STEP, 0)
+    assert (ending, report.drifted) == (Ending.IN_STEP, 0)
     assert await anywhere.written() == before
 
 
@@ -317,9 +317,7 @@ async def test_another_instances_run_changes_nothing(anywhere: Walking) -> None:
 
 async def test_a_key_of_another_instance_than_the_settings_name(world: Walking) -> None:
     put(world, "user", 3)
-    walks = world.walks
-    ours = walks.settings.model_copy(update={"instance_id": "ins_2xOurs"})
-    world.walks = replace(walks, settings=ours)
+    world.runs = replace(world.runs, instance="ins_2xOurs")
     with pytest.raises(SafetyStop, match="ins_2xStandIn, and CLERK_INSTANCE_ID names ins_2xOurs"):
         await world.backfill()
     assert await world.ids("user") == []

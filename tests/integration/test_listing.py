@@ -1,4 +1,4 @@
-"""A walk meets everything that is there from its start to its end, whatever happens meanwhile."""
+"""A listing has everything that is there from its start to its end, whatever happens meanwhile."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from clerk_sync.clerk.api import Clerk, ClerkRefused
-from clerk_sync.clerk.listing import AT_ONCE, OVERLAP, Page, Part, parts_of, walk
+from clerk_sync.clerk.listing import AT_ONCE, OVERLAP, Page, Range, each_page, ranges_of
 from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.clerk_api import ClerkApi
@@ -46,7 +46,7 @@ async def asking(api: ClerkApi) -> AsyncIterator[Clerk]:
 
 
 class Met:
-    """The pages of a walk, and how often each id was on one."""
+    """The pages of a listing, and how often each id was on one."""
 
     def __init__(self) -> None:
         self.pages: list[Page] = []
@@ -59,10 +59,10 @@ class Met:
         return Counter(one["id"] for page in self.pages for one in page.objects)
 
 
-async def walked(clerk: Clerk, *parts: Part) -> Met:
+async def walked(clerk: Clerk, *ranges: Range) -> Met:
     met = Met()
     async with asyncio.timeout(60):
-        await walk(clerk, parts, met.take)
+        await each_page(clerk, ranges, met.take)
     return met
 
 
@@ -113,7 +113,7 @@ def delete(api: ClerkApi, kind: str, numbers: range) -> None:
 
 
 def delete_cursor(api: ClerkApi) -> None:
-    """Delete a user whom the walk has reached: from whose moment, or after whom, it asks next."""
+    """Delete the user whom the listing has reached: it continues from that moment, or after it."""
     query = api.asked[-1].query
     after, moment = query.get("starting_after"), query.get("created_at_after")
     if moment is not None and after is None:
@@ -130,12 +130,12 @@ def delete_cursor(api: ClerkApi) -> None:
 async def test_all_are_met_once(kind: str, size: int) -> None:
     api = holding(kind, size)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert met.ids == dict.fromkeys((name(kind, number) for number in range(size)), 1)
     assert [one["id"] for page in met.pages for one in page.objects] == sorted(met.ids)
-    assert met.pages[-1].part.finished
-    assert not any(page.part.finished for page in met.pages[:-1])
-    assert met.pages[-1].part.seen == size
+    assert met.pages[-1].range.finished
+    assert not any(page.range.finished for page in met.pages[:-1])
+    assert met.pages[-1].range.seen == size
     assert not api.repeated
 
 
@@ -144,9 +144,9 @@ async def test_all_are_met_once(kind: str, size: int) -> None:
 async def test_a_finished_part_is_not_walked_again(lost_cursor: LostCursor, size: int) -> None:
     api = holding("user", size, lost_cursor=lost_cursor)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
         asked = len(api.asked)
-        await walked(clerk, met.pages[-1].part)
+        await walked(clerk, met.pages[-1].range)
         assert len(api.asked) == asked
 
 
@@ -155,7 +155,7 @@ async def test_a_finished_part_is_not_walked_again(lost_cursor: LostCursor, size
 async def test_ties_across_the_border_of_a_page_are_met(kind: str, ties: int) -> None:
     api = holding(kind, 1200, ties=ties)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert met.ids.keys() == objects(api, kind).keys()
     assert met.ids.total() <= 1200 + ties
 
@@ -164,7 +164,7 @@ async def test_ties_across_the_border_of_a_page_are_met(kind: str, ties: int) ->
 async def test_more_of_one_moment_than_a_page_holds_are_met(size: int, ties: int) -> None:
     api = holding("user", size, ties=ties)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
     assert met.ids.keys() == api.users.keys()
     assert met.ids.total() <= size + ties
     assert len(api.asked) < 20
@@ -179,7 +179,7 @@ async def test_a_cursor_may_be_deleted_before_every_page(
     for page in range(1, 20):
         api.before_read(page, lambda: delete_cursor(api))
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
     assert size - 10 < len(api.users) < size
     assert api.users.keys() <= met.ids.keys()
     assert met.ids.total() <= size + ties * len(api.asked)
@@ -191,7 +191,7 @@ async def test_cursors_may_be_deleted_among_many_of_one_moment(lost_cursor: Lost
     for page in (3, 5):
         api.before_read(page, lambda: delete_cursor(api))
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
     assert api.users.keys() <= met.ids.keys()
 
 
@@ -205,7 +205,7 @@ async def test_users_come_and_go_meanwhile() -> None:
     api.before_read(3, lambda: delete(api, "user", range(1100, 1200)))
     api.before_read(3, lambda: put(api, "user", 2002, born=BORN + 6_000_000))
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
     survivors = before & api.users.keys()
     assert len(survivors) == 990
     newest = {name("user", 2000), name("user", 2002)}
@@ -217,7 +217,7 @@ async def test_users_come_and_go_meanwhile() -> None:
 async def test_who_answers_may_have_a_limit_of_its_own(kind: str, most: int) -> None:
     api = holding(kind, 25 * most // 10, ties=3, most=most)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert met.ids.keys() == objects(api, kind).keys()
     assert max(len(page.objects) for page in met.pages) == most
 
@@ -227,7 +227,7 @@ async def test_who_answers_may_have_a_limit_of_its_own(kind: str, most: int) -> 
 async def test_a_limit_below_the_number_of_ties_ends_nothing_early(most: int, beyond: int) -> None:
     api = holding("user", 3 * most + 40, ties=most + beyond, most=most)
     async with asking(api) as clerk:
-        met = await walked(clerk, Part("user"))
+        met = await walked(clerk, Range("user"))
     assert met.ids.keys() == api.users.keys()
 
 
@@ -237,15 +237,15 @@ async def test_a_limit_below_the_number_of_ties_ends_nothing_early(most: int, be
 async def test_a_crowd_is_walked_in_windows_at_once() -> None:
     api = clerk_api.crowd(60_000, ties=50, small=True, key=KEY)
     async with asking(api) as clerk:
-        parts = await parts_of(clerk, "user", count=60_000)
+        ranges = await ranges_of(clerk, "user", count=60_000)
         counted = len(api.asked)
-        assert len(parts) > AT_ONCE
-        assert [part.number for part in parts] == list(range(len(parts)))
-        assert (parts[0].from_ms, parts[-1].to_ms) == (None, None)
-        for part, next_ in itertools.pairwise(parts):
-            assert part.to_ms == next_.from_ms
+        assert len(ranges) > AT_ONCE
+        assert [range_.number for range_ in ranges] == list(range(len(ranges)))
+        assert (ranges[0].from_ms, ranges[-1].to_ms) == (None, None)
+        for range_, next_ in itertools.pairwise(ranges):
+            assert range_.to_ms == next_.from_ms
         api.faults.append(clerk_api.slow(0.01, times=10_000))
-        met = await walked(clerk, *parts)
+        met = await walked(clerk, *ranges)
     assert set(met.ids.values()) == {1}
     assert len(met.ids) == 60_000
     assert api.most_at_once == AT_ONCE
@@ -256,28 +256,28 @@ async def test_a_crowd_is_walked_in_windows_at_once() -> None:
 async def test_windows_end_where_all_are_of_one_moment() -> None:
     api = clerk_api.crowd(60_000, ties=60_000, key=KEY)
     async with asking(api) as clerk:
-        parts = await parts_of(clerk, "user", count=60_000)
-        assert len(parts) == 1
+        ranges = await ranges_of(clerk, "user", count=60_000)
+        assert len(ranges) == 1
         assert len(api.asked) < 50
 
 
 @pytest.mark.parametrize(("kind", "count"), [("user", 49_999), *((kind, 10**6) for kind in LISTS)])
 async def test_what_is_not_worth_splitting_is_one_part(kind: str, count: int) -> None:
     async with asking(api := ClerkApi(key=KEY)) as clerk:
-        assert await parts_of(clerk, kind, count=count) == [Part(kind)]
+        assert await ranges_of(clerk, kind, count=count) == [Range(kind)]
         assert not api.asked
 
 
 async def test_who_comes_after_the_split_is_met() -> None:
     api = holding("user", 5000)
     async with asking(api) as clerk:
-        parts = await parts_of(clerk, "user", count=5000)
+        ranges = await ranges_of(clerk, "user", count=5000)
         put(api, "user", 7000, born=BORN - 1)
         put(api, "user", 7001, born=BORN + 2_500_500)
-        put(api, "user", 7002, born=parts[-1].from_ms or 0)
+        put(api, "user", 7002, born=ranges[-1].from_ms or 0)
         put(api, "user", 7003, born=BORN + 10**12)
         delete(api, "user", range(4500, 5000))
-        met = await walked(clerk, *parts)
+        met = await walked(clerk, *ranges)
     assert met.ids == dict.fromkeys(api.users, 1)
 
 
@@ -285,7 +285,7 @@ async def test_who_comes_after_the_split_is_met() -> None:
 async def test_a_count_may_be_old(size: int) -> None:
     api = holding("user", size)
     async with asking(api) as clerk:
-        met = await walked(clerk, *await parts_of(clerk, "user", count=10_000))
+        met = await walked(clerk, *await ranges_of(clerk, "user", count=10_000))
     assert met.ids.keys() == api.users.keys()
 
 
@@ -294,7 +294,7 @@ async def test_clerks_clock_may_be_ahead() -> None:
     for number in range(5000):
         put(api, "user", number, born=4_000_000_000_000 + number)
     async with asking(api) as clerk:
-        met = await walked(clerk, *await parts_of(clerk, "user", count=5000))
+        met = await walked(clerk, *await ranges_of(clerk, "user", count=5000))
     assert met.ids == dict.fromkeys(api.users, 1)
 
 
@@ -308,7 +308,7 @@ async def test_a_list_moves_up_when_its_beginning_is_deleted(gone: int, page: in
     api = holding(kind, 2400)
     api.before_read(page, lambda: delete(api, kind, range(gone)), path=PATHS[kind])
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert len(api.memberships) == 2400 - gone
     assert api.memberships.keys() <= met.ids.keys()
 
@@ -319,12 +319,12 @@ async def test_the_end_of_a_page_may_be_deleted(kind: str, gone: range) -> None:
     api = holding(kind, 2000)
     api.before_read(2, lambda: delete(api, kind, gone), path=PATHS[kind])
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert objects(api, kind).keys() == set(map(name, itertools.repeat(kind), range(2000))) - set(
         map(name, itertools.repeat(kind), gone)
     )
     assert objects(api, kind).keys() <= met.ids.keys()
-    assert met.pages[-1].part.finished
+    assert met.pages[-1].range.finished
 
 
 async def test_a_list_that_moves_up_before_every_page_is_walked_to_its_end() -> None:
@@ -334,7 +334,7 @@ async def test_a_list_that_moves_up_before_every_page_is_walked_to_its_end() -> 
         gone = range((page - 2) * 25, (page - 1) * 25)
         api.before_read(page, lambda gone=gone: delete(api, kind, gone), path=PATHS[kind])  # type: ignore[misc]
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert len(api.organizations) < 1900
     assert api.organizations.keys() <= met.ids.keys()
 
@@ -351,7 +351,7 @@ async def test_what_is_added_to_a_list_is_met() -> None:
             path=PATHS[kind],
         )
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert met.ids == dict.fromkeys(api.organizations, 1)
     assert len(met.ids) == 1203
 
@@ -359,7 +359,7 @@ async def test_what_is_added_to_a_list_is_met() -> None:
 async def test_an_undisturbed_list_reads_its_overlaps_twice_and_no_more() -> None:
     api = holding("organization", 2400)
     async with asking(api) as clerk:
-        await walked(clerk, Part("organization"))
+        await walked(clerk, Range("organization"))
     pages = ["0", "480", "960", "1440", "1920"]
     # What comes last is a look at what is behind the end: nothing, whatever Clerk counts.
     assert [asked.query["offset"] for asked in api.asked] == [*pages, "2380"]
@@ -380,13 +380,13 @@ async def test_a_walk_goes_on_from_any_page(kind: str, lost_cursor: LostCursor |
     size = 1300
     whole = holding(kind, size)
     async with asking(whole) as clerk:
-        first = await walked(clerk, Part(kind))
+        first = await walked(clerk, Range(kind))
     for index, page in enumerate(first.pages):
         api = holding(kind, size, lost_cursor=lost_cursor or "refused")
-        if lost_cursor and page.part.after:
-            api.delete(page.part.after)
+        if lost_cursor and page.range.after:
+            api.delete(page.range.after)
         async with asking(api) as clerk:
-            rest = await walked(clerk, page.part)
+            rest = await walked(clerk, page.range)
         earlier = {one["id"] for page in first.pages[: index + 1] for one in page.objects}
         assert objects(api, kind).keys() <= earlier | rest.ids.keys()
         if lost_cursor is None:
@@ -398,24 +398,24 @@ async def test_a_walk_goes_on_from_any_page(kind: str, lost_cursor: LostCursor |
 @pytest.mark.parametrize("kind", PATHS)
 async def test_much_may_be_deleted_before_a_walk_goes_on(kind: str, gone: range) -> None:
     async with asking(holding(kind, 1300)) as clerk:
-        first = await walked(clerk, Part(kind))
+        first = await walked(clerk, Range(kind))
     for index, page in enumerate(first.pages):
         api = holding(kind, 1300)
         delete(api, kind, gone)
         async with asking(api) as clerk:
-            rest = await walked(clerk, page.part)
+            rest = await walked(clerk, page.range)
         earlier = {one["id"] for page in first.pages[: index + 1] for one in page.objects}
         assert objects(api, kind).keys() <= earlier | rest.ids.keys()
 
 
 async def test_a_walk_goes_on_among_many_of_one_moment() -> None:
     async with asking(holding("user", 1200, ties=400)) as clerk:
-        first = await walked(clerk, Part("user"))
+        first = await walked(clerk, Range("user"))
     for index, page in enumerate(first.pages):
         api = holding("user", 1200, ties=400, lost_cursor="empty")
-        api.delete(page.part.after or "")
+        api.delete(page.range.after or "")
         async with asking(api) as clerk:
-            rest = await walked(clerk, page.part)
+            rest = await walked(clerk, page.range)
         earlier = {one["id"] for page in first.pages[: index + 1] for one in page.objects}
         assert api.users.keys() <= earlier | rest.ids.keys()
 
@@ -457,7 +457,7 @@ async def test_a_take_that_fails_cancels_what_is_on_its_way(
     async with asking(api) as clerk:
         others = asyncio.all_tasks()
         with pytest.raises(TooManyReaders):
-            await asyncio.wait_for(walk(clerk, [Part(kind)], take), 2)
+            await asyncio.wait_for(each_page(clerk, [Range(kind)], take), 2)
         asked = len(api.asked)
         await asyncio.sleep(0.05)
         assert len(api.asked) == asked
@@ -484,16 +484,16 @@ async def test_pages_that_nobody_waits_for_fail_in_silence(
 
     async with asking(api) as clerk:
         with pytest.raises(TooManyReaders if fails == "take" else ClerkRefused):
-            await walk(clerk, [Part(kind)], take)
+            await each_page(clerk, [Range(kind)], take)
 
 
 async def test_of_many_failures_the_first_is_told(complaints: list[str]) -> None:
     api = clerk_api.crowd(60_000, small=True, key=KEY)
     async with asking(api) as clerk:
-        parts = await parts_of(clerk, "user", count=60_000)
+        ranges = await ranges_of(clerk, "user", count=60_000)
         api.faults.append(clerk_api.failing(401, times=1000))
         with pytest.raises(ClerkRefused, match="401"):
-            await walk(clerk, parts, Met().take)
+            await each_page(clerk, ranges, Met().take)
 
 
 @pytest.mark.parametrize("kind", PATHS)
@@ -502,7 +502,7 @@ async def test_a_walk_may_be_cancelled(kind: str, complaints: list[str]) -> None
     api.faults.append(clerk_api.hanging(skip=1, times=100))
     others = asyncio.all_tasks()
     async with asking(api) as clerk:
-        walking = asyncio.create_task(walk(clerk, [Part(kind)], Met().take))
+        walking = asyncio.create_task(each_page(clerk, [Range(kind)], Met().take))
         await until_true(lambda: len(api.asked) > 1)
         walking.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -515,12 +515,12 @@ async def test_the_next_page_is_on_its_way_while_one_is_taken() -> None:
     api = holding("user", 1200)
 
     async def take(page: Page) -> None:
-        if not page.part.finished and page.part.seen < 1200:
-            asked = page.part.seen // 500 + 1
+        if not page.range.finished and page.range.seen < 1200:
+            asked = page.range.seen // 500 + 1
             await until_true(lambda: len(api.asked) >= asked)
 
     async with asking(api) as clerk:
-        await walk(clerk, [Part("user")], take)
+        await each_page(clerk, [Range("user")], take)
 
 
 # Whatever happens
@@ -566,9 +566,9 @@ async def check(api: ClerkApi, kind: str, said: Sequence[Change]) -> None:
             path=PATHS[kind],
         )
     async with asking(api) as clerk:
-        met = await walked(clerk, Part(kind))
+        met = await walked(clerk, Range(kind))
     assert before & objects(api, kind).keys() <= met.ids.keys()
-    assert met.pages[-1].part.finished
+    assert met.pages[-1].range.finished
 
 
 @given(

@@ -18,11 +18,12 @@ from clerk_sync.database.url import target_of
 from clerk_sync.outcomes import Ending, Verdict
 from clerk_sync.store.committer import Committer
 from clerk_sync.store.lease import LeaseHeld, LeaseLost, held
-from clerk_sync.sync import progress
+from clerk_sync.sync import history
 from clerk_sync.sync.reconcile import Reconcile
-from clerk_sync.sync.repair import Mending
-from clerk_sync.sync.report import Report, SafetyStop
-from clerk_sync.sync.runs import LEASE, quiet
+from clerk_sync.sync.repair import Repairer
+from clerk_sync.sync.report import Report
+from clerk_sync.sync.runs import LEASE, noop
+from clerk_sync.sync.safety import SafetyStop
 from clerk_sync.telemetry.metrics import Metrics
 from tests.clerk_api import failing
 from tests.histories import Database, mapped
@@ -218,7 +219,7 @@ async def test_each_verdict_is_found_and_mended(world: Walking) -> None:
         Verdict.UNFIT: 1,
         Verdict.NEWER: 1,
     }
-    assert (ending, report.unfit, report.tallies["user"].written) == (Ending.UNMENDED, 1, 6)
+    assert (ending, report.invalid, report.tallies["user"].written) == (Ending.UNMENDED, 1, 6)
     assert (report.clerk["user"], report.table["user"]) == (8, 7)
     assert await names(world) == {
         "same": "same",
@@ -261,11 +262,11 @@ async def test_json_that_hardly_any_parser_reads_is_one_objects_trouble(
         api.memberships["m_07"]["role"] = "\ud83d"
         api.organizations["org_1"]["public_metadata"] = {"\ud83d": deep}
         report, told = await world.look()
-        assert report.tallies["user"].unfit == 4
+        assert report.tallies["user"].invalid == 4
         assert len(told) == 26 + 29 + (by == "insert")
         ending, report = await world.reconcile()
         assert ending is Ending.UNMENDED
-        unfit = {kind: tally.unfit for kind, tally in report.tallies.items()}
+        unfit = {kind: tally.invalid for kind, tally in report.tallies.items()}
         assert unfit == {"user": 4, "organization": 0, "organizationMembership": 1}
         rows = await names(world)
         assert {one for one, name in rows.items() if name == "ada"} == {
@@ -280,7 +281,7 @@ async def test_endings_and_the_table_of_runs(world: Walking) -> None:
     await users(world, 2, gone=1)
     assert (await world.reconcile())[0] is Ending.MENDED
     ending, report = await world.reconcile()
-    run = await progress.last(engine, "reconcile")
+    run = await history.last_run(engine, "reconcile")
     assert run is not None
     assert ending is run.ending is Ending.IN_STEP
     assert run.report is not None
@@ -294,7 +295,7 @@ async def test_endings_and_the_table_of_runs(world: Walking) -> None:
     await users(world, 20, gone=10, first=1000)
     with pytest.raises(SafetyStop, match="10 of 21 users"):
         await world.reconcile()
-    run = await progress.last(engine, "reconcile")
+    run = await history.last_run(engine, "reconcile")
     assert run is not None
     assert run.ending is Ending.STOPPED
     assert run.finished_at is not None
@@ -302,7 +303,7 @@ async def test_endings_and_the_table_of_runs(world: Walking) -> None:
     api.faults.append(failing(422, path="/v1/users"))
     with pytest.raises(ClerkRefused):
         await world.reconcile()
-    run = await progress.last(engine, "reconcile")
+    run = await history.last_run(engine, "reconcile")
     assert run is not None
     assert run.ending is Ending.FAILED
 
@@ -435,7 +436,7 @@ async def test_a_dry_run_tells_ids_and_columns_and_writes_nothing(world: Walking
         (d.wanted, d.stored) for _, one in told for d in one.differences if d.column == "role"
     }
     assert differences == {("admin", "by hand")}
-    assert report.found == 5
+    assert report.drifted == 5
     assert await world.everything() == before
     ending, mended = await world.reconcile()
     assert (ending, mended.drift) == (Ending.MENDED, report.drift)
@@ -555,7 +556,10 @@ async def test_rows_stay_where_organizations_are_switched_off(world: Walking) ->
     await member(world)
     world.api.organizations_enabled = False
     ending, report = await world.reconcile()
-    assert (ending, report.absent) == (Ending.IN_STEP, ["organization", "organizationMembership"])
+    assert (ending, report.switched_off) == (
+        Ending.IN_STEP,
+        ["organization", "organizationMembership"],
+    )
     assert await world.ids("organization") == ["org_1"]
     assert await world.ids("organizationMembership") == ["m_1"]
 
@@ -597,7 +601,7 @@ tables:
         await member(world)
         world.api.delete("m_1")
         ending, report = await world.reconcile()
-        assert (ending, report.unconfirmed, report.found) == (Ending.UNMENDED, 1, 0)
+        assert (ending, report.unconfirmed, report.drifted) == (Ending.UNMENDED, 1, 0)
         assert await world.ids("organizationMembership") == ["m_1"]
 
 
@@ -625,7 +629,7 @@ async def test_a_membership_whose_owner_was_deleted_here_goes_though_clerk_lists
     )
     ending, report = await world.reconcile()
     assert ending is Ending.UNMENDED
-    assert report.doubts == [
+    assert report.discrepancies == [
         "Clerk counts 1 users, `people` has 0 of them",
         "Clerk counts 1 organizationMemberships, `members` has 0 of them",
     ]
@@ -848,7 +852,7 @@ async def test_of_two_at_once_one_is_told_who_the_other_is(world: Walking) -> No
     ((error),) = refused
     assert error.holder.startswith("reconcile on ")
     assert error.holder in str(error)
-    run = await progress.last(world.database.engine, "reconcile")
+    run = await history.last_run(world.database.engine, "reconcile")
     assert run is not None
     assert run.ending is Ending.MENDED
 
@@ -865,7 +869,7 @@ async def test_how_the_next_ended_stays_when_one_that_lost_its_lease_ends(world:
     world.api.before_send(1, next_one, path="/v1/organizations")
     with pytest.raises(ClerkRefused):
         await world.reconcile()
-    run = await progress.last(world.database.engine, "reconcile")
+    run = await history.last_run(world.database.engine, "reconcile")
     assert run is not None
     assert endings == [run.ending] == [Ending.MENDED]
 
@@ -938,22 +942,22 @@ async def reconciled(world: Walking, lease: Any) -> None:
     store = world.store.fenced(lease.name, lease.token)
     committer.resume(store)
     committer.start()
-    mending = Mending(world.mapping, store, opened, committer=committer, lost=lease.lost)
+    repairer = Repairer(world.mapping, store, opened, committer=committer, lost=lease.lost)
     try:
         await Reconcile(
-            world.walks.clerk,
+            world.runs.clerk,
             world.mapping,
-            mending,
+            repairer,
             world.database.engine,
             lease,
             instance=None,
             pauses=(),
             breaker_percent=5,
             report=Report(),
-            on_page=quiet,
+            on_page=noop,
         ).run()
     finally:
-        mending.close()
+        repairer.close()
         await committer.close()
 
 
@@ -1029,6 +1033,6 @@ async def test_what_was_deleted_here_and_is_in_clerk_is_told(
     world.api.users["user_0001"] = world.api.users["user_0000"] | {"id": "user_0001"}
     ending, report = await world.reconcile()
     assert ending is Ending.UNMENDED
-    assert report.doubts == ["Clerk counts 2 users, `people` has 1 of them"]
+    assert report.discrepancies == ["Clerk counts 2 users, `people` has 1 of them"]
     assert await world.ids("user") == ["user_0000"]
     assert "tombstone_conflict" in capsys.readouterr().out

@@ -335,7 +335,7 @@ async def check(url: str, stores: Mapping[bool, Store], story: Story) -> None:
         assert not gone & {clerk_id for rows in present.values() for clerk_id in rows}
         written = await open_.written()
         ending, report = await open_.reconcile()
-        assert (ending, report.found) == (Ending.IN_STEP, 0)
+        assert (ending, report.drifted) == (Ending.IN_STEP, 0)
         assert await open_.written() == written
 
 

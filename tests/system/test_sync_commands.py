@@ -155,7 +155,7 @@ async def test_the_breaker_keeps_what_is_too_much(embedded_url: str, tmp_path: P
             stopped = await here.run("reconcile", *arguments)
             assert stopped.code == 1, arguments
             assert stopped.err.startswith(
-                "clerk-sync: 12 of 100 users are not in Clerk any more, which the breaker ("
+                "clerk-sync: 12 of 100 users are no longer in Clerk, which the deletion guard ("
                 + ("12" if "--breaker" in arguments else "5")
             )
             assert "run it again with --breaker 100" in stopped.err

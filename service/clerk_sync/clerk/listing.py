@@ -1,27 +1,27 @@
-"""Walking over all that Clerk lists, page by page, from where it was left off.
+"""All objects of a kind, read from Clerk's API page by page, from a checkpoint on.
 
-Users come by their time of creation, in windows of it, several of which are walked at once.
-Organizations and memberships know offsets only, under which a page moves when something before
-it is deleted: so pages overlap, and one that does not hold on to the page before it is asked for
+Users come in the order of their creation, in ranges of it, several of which are read at once.
+Organizations and memberships know offsets only, and their pages move up when something before
+them is deleted: so pages overlap, and a page that does not continue the one before is read
 again, further up.
 
-A walk always ends: every step brings something new or leads on, or the walk says why not. That
-all was met is not its word: whoever walks compares with what Clerk counts.
+A listing always ends: every step brings something new or moves on, else it fails and says why.
+It does not promise to be complete: the caller compares it with what Clerk counts.
 """
 
 from __future__ import annotations
 
 import asyncio
 import itertools
-import time
 from array import array
 from bisect import bisect_left
 from collections import deque
 from contextlib import aclosing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.clerk.api import PAGE_LIMIT, ClerkRefused, ClerkUnavailable, Read
+from clerk_sync.clock import now_ms
 
 if TYPE_CHECKING:
     from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
@@ -30,16 +30,16 @@ if TYPE_CHECKING:
 
 OVERLAP: Final = 20
 AHEAD: Final = 4
-"""Pages of a list that are asked for before they are needed."""
+"""Pages of a list that are requested before they are needed."""
 AT_ONCE: Final = 8
-"""Parts walked at the same time."""
-# Below this, counting costs more requests than walking in parallel saves.
+"""Ranges read at the same time."""
+# Below this, counting costs more requests than reading in parallel saves.
 _WORTH_SPLITTING: Final = 100 * PAGE_LIMIT
-_PARTS: Final = 32
+_RANGES: Final = 32
 _SHORTEST_MS: Final = 1000
 # What Clerk answers where it does not take the limit: nobody has a smaller one.
 _SMALLEST_LIMIT: Final = 10
-# How often at most the same is walked again, because its order does not hold.
+# How often at most the same is read again, because its order does not hold.
 _SWEEPS: Final = 20
 # How often in a row that may bring nothing new, by chance: each finds one that is left with some
 # 60 %.
@@ -49,18 +49,17 @@ _SPARE_PAGES: Final = 32
 _LOST_CURSOR: Final = (400, 404, 422)
 _BUCKETS: Final = 4096
 _ENDLESS: Final = (
-    "the walk over the list of {0}s does not end: on {1} pages were {2} different ones, and Clerk "
-    "counts {3}"
+    "the list of {0}s does not end: {1} pages had {2} different ones, and Clerk counts {3}"
 )
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """A stretch of one kind, and how far it has been walked.
+class Range:
+    """A range of a listing, and how far it has been read: what a checkpoint saves.
 
-    Users that were created in [from_ms, to_ms), None being open; other kinds have one part.
-    `after` is the last id that was taken, `reached_ms` when that user was created, `seen` how
-    many came up to it.
+    Users that were created in [from_ms, to_ms), None being open; other kinds have one range.
+    `after` is the last id that was read, `reached_ms` when that user was created, `seen` how
+    many objects there were up to it.
     """
 
     kind: str
@@ -75,27 +74,29 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Objects of one kind, and the part as it is once they are taken."""
+    """Objects of one kind, and their range as it is once they are processed."""
 
     objects: Sequence[dict[str, Any]]
     began_ms: int
-    part: Part
+    range: Range
 
 
-async def parts_of(clerk: Clerk, kind: str, *, count: int) -> list[Part]:
-    """What to walk for one kind, of which Clerk counts so many objects."""
+async def ranges_of(clerk: Clerk, kind: str, *, count: int) -> list[Range]:
+    """The ranges of a kind, of which Clerk counts so many objects."""
     if kind != "user" or count < _WORTH_SPLITTING:
-        return [Part(kind)]
+        return [Range(kind)]
     read = await clerk.users(from_ms=None, to_ms=None, limit=1)
     first = read.json
     if not first or not isinstance(first[0].get("created_at"), int):
-        return [Part(kind)]
+        return [Range(kind)]
     born = first[0]["created_at"]
-    windows = await _split(clerk, born, read.began_ms, count, max(10 * PAGE_LIMIT, count // _PARTS))
-    # Open at both ends: whoever comes while the windows are walked is in the last.
+    windows = await _split(
+        clerk, born, read.began_ms, count, max(10 * PAGE_LIMIT, count // _RANGES)
+    )
+    # Open at both ends: whoever signs up meanwhile is in the last range.
     bounds = [None, *(start for start, _ in windows[1:]), None]
     return [
-        Part(kind, number, from_ms, to_ms)
+        Range(kind, number, from_ms, to_ms)
         for number, (from_ms, to_ms) in enumerate(itertools.pairwise(bounds))
     ]
 
@@ -116,39 +117,39 @@ async def _split(
     return [window for half in halves for window in half]
 
 
-async def walk(
+async def each_page(
     clerk: Clerk,
-    parts: Sequence[Part],
+    ranges: Sequence[Range],
     take: Callable[[Page], Awaitable[None]],
     *,
     at_once: int = AT_ONCE,
 ) -> None:
-    """Take every page of these parts, each part's in order; the first failure ends it all.
+    """Pass every page of these ranges to `take`, each range's in order.
 
-    While a page is taken, the next ones are on their way.
+    The first failure ends it all. While a page is processed, the next ones are being read.
     """
     slots = asyncio.Semaphore(at_once)
 
-    async def one(part: Part) -> None:
-        async with slots, aclosing(_pages(clerk, part)) as pages:
+    async def one(range_: Range) -> None:
+        async with slots, aclosing(_pages(clerk, range_)) as pages:
             async for page in pages:
                 await take(page)
 
     try:
         async with asyncio.TaskGroup() as group:
-            for part in parts:
-                if not part.finished:
-                    group.create_task(one(part))
+            for range_ in ranges:
+                if not range_.finished:
+                    group.create_task(one(range_))
     except ExceptionGroup as failed:
         raise failed.exceptions[0] from None
 
 
-def _pages(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
-    return _users(clerk, part) if part.kind == "user" else _listed(clerk, part)
+def _pages(clerk: Clerk, range_: Range) -> AsyncGenerator[Page]:
+    return _users(clerk, range_) if range_.kind == "user" else _listed(clerk, range_)
 
 
-class Met:
-    """The ids that a walk met, in eight bytes each: a few MiB for a million.
+class SeenIds:
+    """The ids that a listing has seen, in eight bytes each: a few MiB for a million.
 
     Python's hash of a text has 64 bits, salted by process. Were two ids to share one, the next
     run, whose salt is another, would find what this one missed.
@@ -159,7 +160,7 @@ class Met:
         self._size = 0
 
     def add(self, clerk_id: str) -> bool:
-        """Note this id; whether it is new."""
+        """Add this id; whether it is new."""
         number = hash(clerk_id)
         bucket = self._buckets[number % _BUCKETS]
         place = bisect_left(bucket, number)
@@ -179,68 +180,105 @@ class Met:
         return place < len(bucket) and bucket[place] == number
 
 
-async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
-    """Pages that each begin at the moment which the one before reached.
+@dataclass(slots=True)
+class _Users:
+    """How far the users of a range have been read.
 
-    So all of that moment come again, in whatever order, and nothing hangs on a user who may be
-    deleted meanwhile. Every step reaches a later moment, or ends the walk: where a page is full
-    and all of one moment, or not in order, what is there is swept. The end is a page that is not
-    full and brings nothing new: whoever answers may have a smaller limit than was asked for.
+    `known` are those of the moment reached, and `undated`, who may come on any page. `longest` is
+    the length of the longest page. `moment` is when the last user was created, None if that page
+    was not in order.
     """
-    # All that were met of the moment reached; and those without one, who may come on any page.
-    known = {part.after} if part.after is not None else set[str]()
-    undated = set[str]()
-    longest = _SMALLEST_LIMIT
-    lost = False
 
-    def ask(part: Part) -> asyncio.Task[Read]:
-        return asyncio.create_task(
-            clerk.users(from_ms=_reached(part), to_ms=part.to_ms), name="page of users"
+    range_: Range
+    known: set[str]
+    undated: set[str] = field(default_factory=set)
+    longest: int = _SMALLEST_LIMIT
+    moment: int | None = None
+
+    def advance(self, read: Read, new: Sequence[dict[str, Any]]) -> None:
+        """Go on to the last moment of this page, of which these users are new."""
+        self.undated |= {_id(one) for one in new if _created(one) is None}
+        if self.moment != self.range_.reached_ms:
+            self.known = {*self.undated}
+        self.known |= _at_the_end(read.json, self.moment)
+        self.range_ = replace(
+            self.range_,
+            after=_id(read.json[-1]),
+            reached_ms=self.moment,
+            seen=self.range_.seen + len(new),
         )
 
-    asked = ask(part)
+    def finish(self, began_ms: int) -> Page:
+        """The last page, which is empty."""
+        self.range_ = replace(self.range_, finished=True)
+        return Page([], began_ms, self.range_)
+
+
+async def _users(clerk: Clerk, range_: Range) -> AsyncGenerator[Page]:
+    """Pages by time of creation, and by cursor where that cannot tell users apart."""
+    users = _Users(range_, {range_.after} if range_.after is not None else set())
+    while not users.range_.finished:
+        for read in (_by_creation_time, _by_cursor):
+            async with aclosing(read(clerk, users)) as pages:
+                async for page in pages:
+                    yield page
+            if users.range_.finished:
+                return
+
+
+async def _by_creation_time(clerk: Clerk, users: _Users) -> AsyncGenerator[Page]:
+    """Pages that each begin at the moment which the one before reached.
+
+    So all users of that moment come again, in whatever order, and nothing depends on one who may
+    be deleted meanwhile. It finishes at a page that is not full and brings nothing new: whoever
+    answers may have a smaller limit than was asked for. It stops, unfinished, at a page that is
+    full and all of one moment, or not in order.
+    """
+
+    def request() -> asyncio.Task[Read]:
+        range_ = users.range_
+        return asyncio.create_task(
+            clerk.users(from_ms=_reached(range_), to_ms=range_.to_ms), name="page of users"
+        )
+
+    requested, empty = request(), False
     try:
         while True:
-            read = await asked
-            new = [one for one in read.json if _id(one) not in known]
-            full = len(read.json) >= longest
-            longest = max(longest, len(read.json))
-            moment = _last_moment(read.json, since=part.reached_ms)
-            if not new and not full:
-                # Those of the moment reached have to be on it, unless they are gone.
-                if read.json or lost or part.reached_ms is None:
-                    yield Page([], read.began_ms, replace(part, finished=True))
+            read = await requested
+            new = [one for one in read.json if _id(one) not in users.known]
+            full = len(read.json) >= users.longest
+            users.longest = max(users.longest, len(read.json))
+            users.moment = _last_moment(read.json, since=users.range_.reached_ms)
+            if new or full:
+                if users.moment is None or (full and users.moment == users.range_.reached_ms):
                     return
-                lost = True
-                asked = ask(part)
-                continue
-            lost = False
-            if moment is None or (full and moment == part.reached_ms):
-                # All of the one moment; or, where time tells nothing, all that is left.
-                to_ms = part.to_ms if moment is None else moment + 1
-                async with aclosing(_swept(clerk, part, known, to_ms, moment)) as pages:
-                    async for page in pages:
-                        part = page.part
-                        undated |= {_id(one) for one in page.objects if _created(one) is None}
-                        yield page
-                if moment is None:
-                    yield Page([], time.time_ns() // 1_000_000, replace(part, finished=True))
-                    return
-                part, known = replace(part, reached_ms=to_ms), {*undated}
-                asked = ask(part)
-                continue
-            undated |= {_id(one) for one in new if _created(one) is None}
-            if moment != part.reached_ms:
-                known = {*undated}
-            known |= _at_the_end(read.json, moment)
-            part = replace(
-                part, after=_id(read.json[-1]), reached_ms=moment, seen=part.seen + len(new)
-            )
-            asked = ask(part)
+                users.advance(read, new)
+            elif read.json or empty or users.range_.reached_ms is None:
+                yield users.finish(read.began_ms)
+                return
+            # Those of the moment reached are on every page, unless they are gone: ask once more.
+            empty = not read.json
+            requested = request()
             if new:
-                yield Page(new, read.began_ms, part)
+                yield Page(new, read.began_ms, users.range_)
     finally:
-        await _cancel([asked])
+        await _cancel([requested])
+
+
+async def _by_cursor(clerk: Clerk, users: _Users) -> AsyncGenerator[Page]:
+    """All users of one moment; or, if the order does not hold, all that are left."""
+    to_ms = users.range_.to_ms if users.moment is None else users.moment + 1
+    swept = _swept(clerk, users.range_, users.known, to_ms, users.moment)
+    async with aclosing(swept) as pages:
+        async for page in pages:
+            users.range_ = page.range
+            users.undated |= {_id(one) for one in page.objects if _created(one) is None}
+            yield page
+    if users.moment is None:
+        yield users.finish(now_ms())
+    else:
+        users.range_ = replace(users.range_, reached_ms=to_ms)
+        users.known = {*users.undated}
 
 
 def _at_the_end(objects: Sequence[dict[str, Any]], moment: int | None) -> set[str]:
@@ -249,8 +287,8 @@ def _at_the_end(objects: Sequence[dict[str, Any]], moment: int | None) -> set[st
     return {*map(_id, last)}
 
 
-def _reached(part: Part) -> int | None:
-    return part.from_ms if part.reached_ms is None else part.reached_ms
+def _reached(range_: Range) -> int | None:
+    return range_.from_ms if range_.reached_ms is None else range_.reached_ms
 
 
 def _last_moment(objects: Sequence[dict[str, Any]], *, since: int | None) -> int | None:
@@ -264,16 +302,16 @@ def _last_moment(objects: Sequence[dict[str, Any]], *, since: int | None) -> int
 
 
 async def _swept(
-    clerk: Clerk, part: Part, known: set[str], to_ms: int | None, moment: int | None
+    clerk: Clerk, range_: Range, known: set[str], to_ms: int | None, moment: int | None
 ) -> AsyncGenerator[Page]:
-    """All from the moment that a part has reached until this one, when time cannot tell them apart.
+    """All users from the moment reached until `to_ms`, where time cannot tell them apart.
 
     By cursor and by offset in turn, again and again: those of one moment have no order that
     holds from one page to the next. It ends once there are as many as Clerk counts, or when
     neither way brings anything new.
     """
-    met, from_ms, since = {*known}, _reached(part), part.reached_ms or 0
-    first = part.after if moment is None else None
+    met, from_ms, since = {*known}, _reached(range_), range_.reached_ms or 0
+    first = range_.after if moment is None else None
     idle = 0
     for sweep in range(_SWEEPS):
         before, longest, pages = len(met), _SMALLEST_LIMIT, 0
@@ -298,8 +336,8 @@ async def _swept(
             new = [one for one in read.json if _id(one) not in met and _not_before(one, since)]
             if new:
                 met |= {_id(one) for one in new}
-                part = replace(part, after=_id(new[-1]), seen=part.seen + len(new))
-                yield Page(new, read.began_ms, part)
+                range_ = replace(range_, after=_id(new[-1]), seen=range_.seen + len(new))
+                yield Page(new, read.began_ms, range_)
         idle = idle + 1 if len(met) == before else 0
         if idle == _IDLE or len(met) >= await clerk.count_users(from_ms, to_ms):
             return
@@ -307,7 +345,7 @@ async def _swept(
 
 @dataclass(slots=True)
 class _Sweeps:
-    """How often a list is walked from its beginning, because its order does not hold."""
+    """How often a list is read from its beginning, because its order does not hold."""
 
     number: int = 1
     found: int = 0
@@ -315,7 +353,7 @@ class _Sweeps:
     unordered: bool = False
 
     def again(self) -> bool:
-        """Whether to walk it once more, as it lists fewer than Clerk counts."""
+        """Whether to read it once more, as it lists fewer than Clerk counts."""
         self.idle = 0 if self.found else self.idle + 1
         if not self.unordered or self.idle >= _IDLE or self.number >= _SWEEPS:
             return False
@@ -323,19 +361,19 @@ class _Sweeps:
         return True
 
 
-async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
-    """A list's pages, several on their way at once.
+async def _listed(clerk: Clerk, range_: Range) -> AsyncGenerator[Page]:
+    """A list's pages, of which several are requested at once.
 
-    One that shares nothing with the end of the page before it has moved up. The end is a page
-    that is not full and brings nothing new, whatever Clerk counts. Where more are of one moment
-    than pages share, and so perhaps in another order each time, the list is walked again until
+    A page that shares nothing with the end of the one before has moved up. The end is a page
+    that is not full and brings nothing new, whatever Clerk counts. If more objects have the same
+    time than pages share, and so perhaps another order each time, the list is read again until
     there are as many as Clerk counts, or nothing is new for a while.
     """
     asked: deque[tuple[int, asyncio.Task[tuple[Read, int]]]] = deque()
-    offset = taken = max(0, part.seen - OVERLAP)
+    offset = taken = max(0, range_.seen - OVERLAP)
     total = offset + 1  # nothing is asked for ahead before it is known
-    tail = {part.after} if part.after else set[str]()
-    met = Met()
+    tail = {range_.after} if range_.after else set[str]()
+    met = SeenIds()
     longest, pages, sweeps = _SMALLEST_LIMIT, 0, _Sweeps()
 
     async def dropped() -> None:
@@ -345,14 +383,14 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
     try:
         while True:
             while not asked or (len(asked) < AHEAD and offset < total):
-                asked.append((offset, asyncio.create_task(clerk.listed(part.kind, offset))))
+                asked.append((offset, asyncio.create_task(clerk.listed(range_.kind, offset))))
                 offset += PAGE_LIMIT - OVERLAP
             at, task = asked.popleft()
             read, total = await task
             ids = [_id(one) for one in read.json]
             pages += 1
             if pages > _SPARE_PAGES + 8 * sweeps.number * (len(met) + taken) // _step(longest):
-                raise ClerkUnavailable(_ENDLESS.format(part.kind, pages, len(met), total))
+                raise ClerkUnavailable(_ENDLESS.format(range_.kind, pages, len(met), total))
             if tail and at > 0 and not tail & set(ids):
                 await dropped()
                 offset = max(0, at - PAGE_LIMIT)
@@ -370,14 +408,16 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             again = ended and len(met) + taken < total and sweeps.again()
             ended = ended and not again
             tail = set(ids[-OVERLAP:]) or tail
-            part = replace(part, after=ids[-1] if ids else part.after, seen=end, finished=ended)
+            range_ = replace(
+                range_, after=ids[-1] if ids else range_.after, seen=end, finished=ended
+            )
             if again:
                 await dropped()
                 offset, taken, tail = 0, 0, set()
             elif not ended and len(ids) < PAGE_LIMIT:  # the end, or a smaller limit than asked
                 await dropped()
                 offset = max(at + 1, end - overlap)
-            yield Page(new, read.began_ms, part)
+            yield Page(new, read.began_ms, range_)
             if ended:
                 return
     finally:
@@ -402,21 +442,21 @@ def _is_cut(objects: Sequence[dict[str, Any]], overlap: int) -> bool:
     return _last_moment(objects, since=None) is None or times[-1 - overlap :][0] == times[-1]
 
 
-async def later(clerk: Clerk, part: Part) -> Read:
-    """What Clerk lists by now behind the end of a part that was walked: a page of it at most."""
-    if part.kind == "user":
-        read = await clerk.users(from_ms=_reached(part), to_ms=part.to_ms)
+async def read_on(clerk: Clerk, range_: Range) -> Read:
+    """What Clerk lists by now behind the end of a finished range: one page of it at most."""
+    if range_.kind == "user":
+        read = await clerk.users(from_ms=_reached(range_), to_ms=range_.to_ms)
     else:
-        read, _ = await clerk.listed(part.kind, max(0, part.seen - 1))
+        read, _ = await clerk.listed(range_.kind, max(0, range_.seen - 1))
     ids = [_id(one) for one in read.json]
-    if part.after is None:
+    if range_.after is None:
         return read
-    behind = ids.index(part.after) + 1 if part.after in ids else len(ids)
+    behind = ids.index(range_.after) + 1 if range_.after in ids else len(ids)
     return Read(read.json[behind:], read.began_ms)
 
 
 async def _cancel(asked: Iterable[asyncio.Task[Any]]) -> None:
-    """End these requests; that one has failed is no news where nobody needs it any more."""
+    """Cancel these requests; nobody needs their results, or their errors."""
     for task in asked:
         task.cancel()
     await asyncio.gather(*asked, return_exceptions=True)

@@ -217,7 +217,7 @@ async def _applied(
             return Answer(Outcome.REJECTED, error.reason)
 
     try:
-        async with app.committing(settings, mapping) as committer:
+        async with app.open_committer(settings, mapping) as committer:
             async for group in groups:
                 await asyncio.gather(*(told(name, delivery) for name, delivery in group))
     except checks.SchemaMismatch as error:

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
 
     from clerk_sync.mapping.model import Mapping
     from clerk_sync.settings import Settings
-    from clerk_sync.sync.diff import Compared
+    from clerk_sync.sync.diff import Comparison
     from clerk_sync.sync.report import Report
-    from clerk_sync.sync.runs import Walks
+    from clerk_sync.sync.runs import Runs
 
 log = structlog.get_logger()
 
@@ -33,19 +33,19 @@ PROGRESS_SECONDS = 10.0
 IN_STEP, FAILED, DRIFT = 0, 1, 2
 
 
-def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
+def _walked(work: Callable[[Runs, Settings], Coroutine[Any, Any, int]]) -> None:
     """Open what a walk needs, and end with what `work` says; or say what is wrong."""
     settings, mapping = settled(signing=False, mapped=True)
     assert mapping is not None
     logs.configure(settings.log_level, settings.log_format, file=sys.stderr)
 
     async def opened(settings: Settings, mapping: Mapping) -> int:
+        from clerk_sync import app  # noqa: PLC0415
         from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable  # noqa: PLC0415 -- see `serve`
         from clerk_sync.schema.checks import SchemaMismatch  # noqa: PLC0415
         from clerk_sync.settings import InvalidSettings  # noqa: PLC0415
         from clerk_sync.store.lease import LeaseHeld, LeaseLost  # noqa: PLC0415
-        from clerk_sync.sync.report import SafetyStop  # noqa: PLC0415
-        from clerk_sync.sync.runs import walks  # noqa: PLC0415
+        from clerk_sync.sync.safety import SafetyStop  # noqa: PLC0415
         from clerk_sync.telemetry.metrics import Metrics  # noqa: PLC0415
 
         # A pod that is told to stop gives its lease back first.
@@ -53,12 +53,12 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
-            async with walks(settings, mapping, Metrics()) as open_:
+            async with app.open_runs(settings, mapping, Metrics()) as open_:
                 # Pages make hundreds of thousands of objects and no cycles: looking for some
                 # among them took a third of the time.
                 gc.freeze()
                 gc.set_threshold(1_000_000, 50, 100)
-                return await work(open_)
+                return await work(open_, settings)
         except InvalidSettings as error:
             fail(*error.faults)
         except SchemaMismatch as error:
@@ -82,22 +82,22 @@ def backfill(*, restart: bool) -> None:
     the tables do not have the same number in the end.
     """
 
-    async def work(walks: Walks) -> int:
+    async def work(runs: Runs, _: Settings) -> int:
         from clerk_sync.sync.report import Report  # noqa: PLC0415
 
         report = Report()
         with _progress() as on_page:
-            ending = await walks.backfill(restart=restart, report=report, on_page=on_page)
+            ending = await runs.backfill(restart=restart, report=report, on_page=on_page)
         if report.resumed is not None:
             at = report.resumed.isoformat(sep=" ", timespec="seconds")
             click.echo(f"went on from the backfill of {at}")
-        for why in report.anew:
+        for why in report.restarted:
             click.echo(why)
         for kind, tally in report.tallies.items():
-            older = tally.read - tally.written - tally.unfit
+            older = tally.read - tally.written - tally.invalid
             click.echo(
                 f"{kind}: read {tally.read}, wrote {tally.written}, skipped {older} as in step or "
-                f"newer here, could not write {tally.unfit}; {_counts(report, kind)}"
+                f"newer here, could not write {tally.invalid}; {_counts(report, kind)}"
             )
         _say_absent(report)
         _say_doubts(
@@ -131,30 +131,32 @@ def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended
     if mended_ok and dry_run:
         fail("--mended-ok makes no sense with --dry-run, which mends nothing")
 
-    def told(kind: str, one: Compared) -> None:
+    def told(kind: str, one: Comparison) -> None:
         columns = ", ".join(difference.column for difference in one.differences)
         click.echo(f"{kind} {one.clerk_id} {one.verdict.value}" + (f": {columns}" * bool(columns)))
         if show_values:
             for difference in one.differences:
                 click.echo(f"  {difference.column}: {difference.stored!r} -> {difference.wanted!r}")
 
-    async def work(walks: Walks) -> int:
+    async def work(runs: Runs, settings: Settings) -> int:
         from clerk_sync.sync.report import Report  # noqa: PLC0415
 
         report = Report()
-        percent = walks.settings.breaker_percent if breaker is None else breaker
+        percent = settings.breaker_percent if breaker is None else breaker
         with _progress() as on_page:
             if dry_run:
-                await walks.look(breaker_percent=percent, report=report, on_page=on_page, told=told)
+                await runs.dry_run(
+                    breaker_percent=percent, report=report, on_page=on_page, on_drift=told
+                )
                 ending = report.ending
             else:
-                ending = await walks.reconcile(
+                ending = await runs.reconcile(
                     breaker_percent=percent, report=report, on_page=on_page
                 )
         for kind, tally in report.tallies.items():
             drift = ", ".join(f"{number} {name}" for name, number in tally.drift.items())
-            unfit = f", {tally.unfit} that the table cannot take" if tally.unfit else ""
-            click.echo(f"{kind}: {drift}{unfit}; {_counts(report, kind)}")
+            invalid = f", {tally.invalid} that the table cannot take" if tally.invalid else ""
+            click.echo(f"{kind}: {drift}{invalid}; {_counts(report, kind)}")
         _say_left(report)
         if report.purged:
             click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
@@ -178,17 +180,17 @@ def ensure(user_id: str) -> None:
     Exit code 1 if Clerk has no such user, it was deleted, or the table cannot take it.
     """
 
-    async def work(walks: Walks) -> int:
+    async def work(runs: Runs, settings: Settings) -> int:
         from clerk_sync import app  # noqa: PLC0415
         from clerk_sync.sync.ensure import Ensure, NotMapped  # noqa: PLC0415
 
-        async with app.committing(walks.settings, walks.mapping) as committer:
+        async with app.open_committer(settings, runs.mapping) as committer:
             ensure = Ensure(
-                walks.clerk,
-                walks.mapping,
+                runs.clerk,
+                runs.mapping,
                 committer,
-                walks.engine,
-                lambda: walks.store.targets.get("user"),
+                runs.engine,
+                lambda: runs.store.targets.get("user"),
             )
             try:
                 ensured = await ensure(user_id)
@@ -249,7 +251,7 @@ def _counts(report: Report, kind: str) -> str:
 
 
 def _say_absent(report: Report) -> None:
-    for kind in report.absent:
+    for kind in report.switched_off:
         click.echo(f"{kind}: not looked at, this Clerk instance has organizations switched off")
 
 
@@ -259,13 +261,13 @@ def _say_left(report: Report) -> None:
             f"{report.unconfirmed} rows that Clerk did not list were left, as Clerk did not say, "
             "in its own words, that it has them no more: the log tells which, and why"
         )
-    for kind, rows in report.foreign.items():
+    for kind, rows in report.unmanaged.items():
         if rows:
             click.echo(f"{kind}: {rows} rows were left whose keys are no ids of Clerk's")
 
 
 def _say_doubts(report: Report, advice: str) -> None:
-    for doubt in report.doubts:
+    for doubt in report.discrepancies:
         click.echo(f"clerk-sync: {doubt}: {advice}", err=True)
 
 

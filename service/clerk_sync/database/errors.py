@@ -301,3 +301,26 @@ def _sqlite_error(error: sqlite3.Error) -> Exception:
         return RejectedByDatabase(Reason.WRONG_TYPE, text)
     # SQLITE_ERROR is a statement that does not compile: here, a table or column that went.
     return SchemaChanged(text) if name == "SQLITE_ERROR" else DatabaseUnavailable(text)
+
+
+# Access is denied, or only TLS is accepted: every attempt ends like this until somebody acts.
+_DENIED: Final = frozenset({1044, 1045, 1129, 1130, 1142, 1143, 1227, 3159})
+# The client library's own: no connection, or one that was lost.
+_DISCONNECTED: Final = frozenset({2002, 2003, 2006, 2013, 2055})
+_TRANSIENT: Final = (
+    (_UNAVAILABLE - _DENIED) | _CONTENTION | _LOCK_WAIT | _DISCONNECTED | {1105}  # Vitess' all
+)
+
+
+def is_transient(error: DatabaseUnavailable) -> bool:
+    """Whether waiting may help: a failover, a full disk, too many connections, a lock.
+
+    A wrong password, or a certificate that is not accepted, stays as it is.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        driver = getattr(cause, "orig", None) or cause
+        if isinstance(driver, MySQLError) and driver.args:
+            return driver.args[0] in _TRANSIENT and "CERTIFICATE_VERIFY_FAILED" not in str(driver)
+        cause = cause.__cause__
+    return True

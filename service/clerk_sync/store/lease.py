@@ -70,6 +70,11 @@ class Lease:
             raise LeaseLost("another process has taken over the lease")
 
 
+def holds(lease: Lease) -> sa.Exists:
+    """The condition, for a statement's WHERE, that nobody else has taken this lease."""
+    return sa.exists().where(leases.c.name == lease.name, leases.c.token == lease.token)
+
+
 def holder_name() -> str:
     """What people may call this process: `clerk-sync-7c9f (pid 1)`."""
     return f"{socket.gethostname()} (pid {os.getpid()})"

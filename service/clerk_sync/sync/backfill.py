@@ -1,4 +1,4 @@
-"""What Clerk has and the tables have not: written, from where the last backfill was left off."""
+"""Write what Clerk has and the tables lack, resuming where the last backfill stopped."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from clerk_sync.clerk.api import ClerkUnavailable
-from clerk_sync.clerk.listing import OVERLAP, Page, Part, parts_of, walk
+from clerk_sync.clerk.listing import OVERLAP, Page, Range, each_page, ranges_of
+from clerk_sync.clock import now_utc
 from clerk_sync.outcomes import Verdict
-from clerk_sync.sync import progress
-from clerk_sync.sync.repair import Tally
-from clerk_sync.sync.report import BREAKER_LEAST, Report, listed
-from clerk_sync.sync.safety import Walked, again, check_growth, check_instance, check_listed, settle
+from clerk_sync.sync import checkpoints
+from clerk_sync.sync.counts import Listed, countable, retry_rejected, settle
+from clerk_sync.sync.report import Report, Tally
+from clerk_sync.sync.safety import GUARD_LEAST, check_growth, check_instance, check_listed
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
+    from datetime import datetime
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
@@ -26,20 +28,20 @@ if TYPE_CHECKING:
     from clerk_sync.mapping.model import Mapping as Mapped
     from clerk_sync.mapping.model import TableMapping
     from clerk_sync.store.lease import Lease
-    from clerk_sync.sync.repair import Mending
+    from clerk_sync.sync.repair import Repairer
 
 log = structlog.get_logger()
 
-# What was walked longer ago than this is walked again.
+# A backfill that started longer ago than this is not resumed.
 OLD_SECONDS: Final = 86_400.0
-# A table that lacks so many of the rows that were written is not the one they were written to.
+# A table that lacks so many of the rows that were written is another table.
 _LOST_PERCENT: Final = 5
 
 
 async def backfill(
     clerk: Clerk,
     mapping: Mapped,
-    mending: Mending,
+    repairer: Repairer,
     engine: AsyncEngine,
     lease: Lease,
     *,
@@ -49,107 +51,112 @@ async def backfill(
     report: Report,
     on_page: Callable[[str, int, int], None],
 ) -> None:
-    """Write all that Clerk has and the tables have not, from where the last backfill was.
+    """Write all objects that Clerk has and the tables lack.
 
-    Users first, then organizations, then memberships, as rows may refer to those before them.
-    `instance` is Clerk's that the settings name, `pauses` is for `settle`. `on_page` hears of
-    each page: the kind, how many objects were taken by now, and how many there are. Raises
-    SafetyStop, ClerkUnavailable, ClerkRefused, DatabaseUnavailable, LeaseLost.
+    Users first, then organizations, then memberships: rows may refer to those before them.
+    `instance` is the Clerk instance that the settings name, `pauses` is for `settle`. `on_page` is
+    called after each page, with the kind, how many objects were processed, and how many there
+    are. `restart` ignores the checkpoints. Raises SafetyStop, ClerkUnavailable, ClerkRefused,
+    DatabaseUnavailable, LeaseLost.
     """
-    report.tallies = mending.tallies
-    counted = await listed(clerk, mapping, report)
-    await check_instance(clerk, mending, engine, report, expected=instance)
-    begun = await progress.begun(engine)
-    if restart or (begun is not None and progress.age_of(begun) > OLD_SECONDS):
-        await progress.forget(engine, lease)
-    kept = await _kept(mapping, mending, engine, lease, report)
-    mending.tallies |= {kind: Tally() for kind in counted}
-    walked: dict[str, Walked] = {}
+    report.tallies = repairer.tallies
+    counted = await countable(clerk, mapping, report)
+    await check_instance(clerk, repairer, engine, report, expected=instance)
+    started_at = await checkpoints.started_at(engine)
+    if restart or (started_at is not None and _age(started_at) > OLD_SECONDS):
+        await checkpoints.clear(engine, lease)
+    saved = await _resumed_ranges(mapping, repairer, engine, lease, report)
+    repairer.tallies |= {kind: Tally() for kind in counted}
+    listing: dict[str, Listed] = {}
     for kind, total in counted.items():
-        parts = kept.get(kind) or await parts_of(clerk, kind, count=total)
-        if kind not in kept:
-            await progress.planned(
-                engine, parts, fingerprint(mapping.tables[kind], report.instance)
+        ranges = saved.get(kind) or await ranges_of(clerk, kind, count=total)
+        if kind not in saved:
+            await checkpoints.save(
+                engine, ranges, fingerprint(mapping.tables[kind], report.instance)
             )
-        taken = Counter({kind: sum(_taken(part) for part in parts)})
-        walked[kind] = Walked(total, parts[-1])
+        taken = Counter({kind: sum(_written(range_) for range_ in ranges)})
+        listing[kind] = Listed(total, ranges[-1])
 
         async def take(page: Page, taken: Counter[str] = taken) -> None:
             lease.check()
-            kind = page.part.kind
-            ahead = await mending.take(kind, page.objects, began_ms=page.began_ms)
-            mending.tallies[kind].found[Verdict.NEWER] += len(ahead)
-            await progress.moved(mending, page.part)
+            kind = page.range.kind
+            ahead = await repairer.repair(kind, page.objects, began_ms=page.began_ms)
+            repairer.tallies[kind].found[Verdict.NEWER] += len(ahead)
+            await checkpoints.advance(repairer, page.range)
             taken[kind] += len(page.objects)
-            if page.part.number == walked[kind].end.number:
-                walked[kind].end = page.part
+            if page.range.number == listing[kind].end.number:
+                listing[kind].end = page.range
             check_growth(kind, taken[kind], counted[kind])
             on_page(kind, taken[kind], counted[kind])
 
-        await walk(clerk, parts, take)
-        walked[kind].after = await clerk.count(kind)
-        _doubt(report, kind, taken[kind], walked[kind], went_on=kind in kept)
-    await again(clerk, mending, counted)
-    await progress.forget(engine, lease)
-    await settle(clerk, mending, walked, report, pauses=pauses)
+        await each_page(clerk, ranges, take)
+        listing[kind].after = await clerk.count(kind)
+        _report_listed(report, kind, taken[kind], listing[kind], resumed=kind in saved)
+    await retry_rejected(clerk, repairer, counted)
+    await checkpoints.clear(engine, lease)
+    await settle(clerk, repairer, listing, report, pauses=pauses)
 
 
-def _doubt(report: Report, kind: str, taken: int, walked: Walked, *, went_on: bool) -> None:
-    """Note when the list was not what Clerk counts.
+def _report_listed(
+    report: Report, kind: str, taken: int, listing: Listed, *, resumed: bool
+) -> None:
+    """Report a discrepancy if the list is not what Clerk counts.
 
-    A run that went on counts those again that were created at the moment where it was left off.
+    A resumed run counts those twice that were created at the moment of its checkpoint.
     """
     try:
-        if not went_on:
-            check_listed(kind, taken, walked)
+        if not resumed:
+            check_listed(kind, taken, before=listing.before, after=listing.after)
     except ClerkUnavailable as error:
-        report.doubts.append(str(error).partition(";")[0])
+        report.discrepancies.append(str(error).partition(";")[0])
         return
-    least = min(walked.before, walked.after)
+    least = min(listing.before, listing.after)
     if taken < least:
-        report.doubts.append(f"Clerk counts {least} {kind}s and listed {taken}")
+        report.discrepancies.append(f"Clerk counts {least} {kind}s and listed {taken}")
 
 
-async def _kept(
-    mapping: Mapped, mending: Mending, engine: AsyncEngine, lease: Lease, report: Report
-) -> Mapping[str, Sequence[Part]]:
-    """The parts from which to go on. Those of another mapping, or of a lost table, are forgotten.
+async def _resumed_ranges(
+    mapping: Mapped, repairer: Repairer, engine: AsyncEngine, lease: Lease, report: Report
+) -> Mapping[str, Sequence[Range]]:
+    """The ranges to resume. Those of another mapping, or of a table that was lost, start over.
 
-    A row that was written with another mapping lacks a column; one that is gone, all of them.
+    Rows that were written with another mapping lack columns; those of a lost table, everything.
     """
-    kept = await progress.parts(engine)
-    hashes = await progress.mappings(engine)
-    for kind in [*kept]:
+    saved = await checkpoints.load(engine)
+    hashes = await checkpoints.fingerprints(engine)
+    for kind in [*saved]:
         table = mapping.tables.get(kind)
         if table is None:
             continue
-        taken = sum(_taken(part) for part in kept[kind])
+        taken = sum(_written(range_) for range_ in saved[kind])
         why = None
         if hashes.get(kind) != fingerprint(table, report.instance):
-            why = f"{kind}: begins anew, as its mapping is not that of the backfill before"
+            why = f"{kind}: starts from the beginning, as its mapping has changed"
         elif taken:
-            lost = taken - await mending.rows(kind)
-            if lost >= max(BREAKER_LEAST, taken * _LOST_PERCENT / 100):
+            lost = taken - await repairer.rows(kind)
+            if lost >= max(GUARD_LEAST, taken * _LOST_PERCENT / 100):
                 why = (
-                    f"{kind}: begins anew, as `{table.table}` lacks {lost} of the {taken} rows of "
-                    "the backfill before"
+                    f"{kind}: starts from the beginning, as `{table.table}` lacks {lost} of the "
+                    f"{taken} rows of the last backfill"
                 )
         if why is not None:
             log.warning("backfill_restarted", kind=kind, error=why)
-            report.anew.append(why)
-            await progress.forget(engine, lease, kind)
-            del kept[kind]
-    report.resumed = await progress.begun(engine)
-    return kept
+            report.restarted.append(why)
+            await checkpoints.clear(engine, lease, kind)
+            del saved[kind]
+    report.resumed = await checkpoints.started_at(engine)
+    return saved
 
 
-def _taken(part: Part) -> int:
-    """How many different ones came up to where a part is: of a list, its last ones come again."""
-    return part.seen if part.kind == "user" or part.finished else max(0, part.seen - OVERLAP)
+def _written(range_: Range) -> int:
+    """How many different objects were written: those at the end of a list are read again."""
+    return (
+        range_.seen if range_.kind == "user" or range_.finished else max(0, range_.seen - OVERLAP)
+    )
 
 
 def fingerprint(table: TableMapping, instance: str | None) -> str:
-    """What decides which rows a backfill writes, and what into them, as a short text."""
+    """A hash of everything that decides which rows a backfill writes, and what into them."""
     content = [
         instance,
         *(table.kind, table.table, table.key, table.mark),
@@ -157,3 +164,7 @@ def fingerprint(table: TableMapping, instance: str | None) -> str:
         [[column.name, column.expression] for column in table.adopt],
     ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _age(at: datetime) -> float:
+    return (now_utc() - at).total_seconds()

@@ -1,4 +1,4 @@
-"""What Clerk's API says, beside what the tables hold: what differs, and the Change that mends it.
+"""Compare Clerk's objects with their rows: what differs, and the Change that repairs it.
 
 It only reads. Whether a Change may still be written is decided by `store.apply`, under lock.
 """
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from clerk_sync.store.store import Key, Store
     from clerk_sync.store.target import Target
 
-# Clerk's API may lag behind its own webhooks: what came within this time is not doubted.
+# Clerk's API may lag behind its own webhooks: what they brought within this time stays.
 SETTLED_MS: Final = 60_000
 
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One column: its name, Clerk's value, the table's."""
+    """One column that differs: its name, Clerk's value, the table's."""
 
     column: str
     wanted: Any
@@ -38,28 +38,28 @@ class Difference:
 
 
 @dataclass(frozen=True, slots=True)
-class Compared:
-    """One object of Clerk's beside its row.
+class Comparison:
+    """One object in Clerk, compared with its row.
 
-    `mend` is the Change that brings the row to what Clerk says, None where none is needed or
-    possible. `ahead` is what our state says where its version is higher than Clerk's, and has
-    been for a while. `buried` says that Clerk still has what was deleted here a while ago.
+    `repair` is the Change that gives the row Clerk's content, None if none is needed or
+    possible. `ahead` is the state of an entity whose version has been higher than Clerk's for a
+    while. `conflict` says that Clerk still lists an entity that was deleted here a while ago.
     """
 
     clerk_id: str
     verdict: Verdict
-    mend: Change | None = None
+    repair: Change | None = None
     differences: tuple[Difference, ...] = ()
     ahead: State | None = None
-    buried: bool = False
+    conflict: bool = False
     reason: Reason | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class State:
-    """An entity as clerk-sync knows it; times are unix milliseconds.
+    """The state of an entity, as stored; times are unix milliseconds.
 
-    `delivered` says that its content came by a webhook, not from Clerk's API.
+    `delivered` says that a webhook brought its content, not Clerk's API.
     """
 
     version_ms: int
@@ -72,15 +72,15 @@ class State:
 async def states_of(
     connection: Connection, store: Store, kind: str, ids: Sequence[str]
 ) -> dict[str, State]:
-    """What is known of these entities."""
+    """The stored states of these entities, by Clerk id."""
     result, _ = await connection.run([store.own.states[kind].of(ids), COMMIT])
     return {clerk_id: state for (_, clerk_id), state in _states(result.rows).items()}
 
 
-async def compared(
+async def compare(
     connection: Connection, store: Store, kind: str, changes: Sequence[Change]
-) -> list[Compared]:
-    """Each change, made of what Clerk's API gave for one kind, beside its row.
+) -> list[Comparison]:
+    """Compare each change, made from an object that Clerk's API gave for one kind, with its row.
 
     One round trip. Raises DatabaseUnavailable.
     """
@@ -106,7 +106,7 @@ async def compared(
     states = _states(known.rows)
     there = {as_text(row[0]): row for row in stored.rows}
     return [
-        _compared(
+        _compare_one(
             change, store, rows[change.clerk_id or ""], there.get(change.clerk_id or ""), states
         )
         for change in changes
@@ -126,27 +126,27 @@ def _states(rows: Sequence[Sequence[Any]]) -> dict[Key, State]:
     }
 
 
-def _compared(
+def _compare_one(
     change: Change,
     store: Store,
     row: list[Any] | InvalidValue,
     stored: Sequence[Any] | None,
     states: dict[Key, State],
-) -> Compared:
+) -> Comparison:
     clerk_id = change.clerk_id or ""
     target = store.targets[change.kind or ""]
     state = states.get((change.kind or "", clerk_id))
     if state is not None and state.deleted_ms is not None:
-        buried = change.event_ms - state.deleted_ms > SETTLED_MS
-        return replace(lingering(change, target, stored, state.deleted_ms), buried=buried)
+        conflict = change.event_ms - state.deleted_ms > SETTLED_MS
+        return replace(orphaned(change, target, stored, state.deleted_ms), conflict=conflict)
     if isinstance(row, InvalidValue):
-        return Compared(clerk_id, Verdict.UNFIT, None, reason=row.reason)
+        return Comparison(clerk_id, Verdict.UNFIT, None, reason=row.reason)
     for owner in target.owners_of(row):
         its = states.get(owner)
         if its is not None and store.has_no_row(
             owner[0], its.version_ms, deleted=its.deleted_ms is not None
         ):
-            return lingering(change, target, stored, change.event_ms)
+            return orphaned(change, target, stored, change.event_ms)
     places = target.differing(row, stored) if stored is not None else []
     # Without a time of its own, an object's version is when it was asked for.
     dated = change.version_ms != change.event_ms
@@ -154,7 +154,7 @@ def _compared(
     # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
     far = state is not None and state.version_ms > change.version_ms + SETTLED_MS
     if stored is not None and not places and not behind and not far:
-        return Compared(clerk_id, Verdict.SAME)
+        return Comparison(clerk_id, Verdict.SAME)
     change = replace(change, row=None, fitted=row)
     differences = tuple(
         Difference(target.names[place], row[place], stored[place])
@@ -163,23 +163,23 @@ def _compared(
     )
     if state is None or behind:
         verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
-        return Compared(clerk_id, verdict, change, differences)
+        return Comparison(clerk_id, verdict, change, differences)
     verdict = Verdict.MISSING if stored is None else Verdict.DRIFTED
     if state.version_ms == change.version_ms and state.event_ms < change.event_ms:
-        return Compared(clerk_id, verdict, change, differences)
+        return Comparison(clerk_id, verdict, change, differences)
     if state.synced_ms > change.event_ms - SETTLED_MS:
-        return Compared(clerk_id, Verdict.NEWER)
-    return Compared(clerk_id, verdict, change, differences, ahead=state)
+        return Comparison(clerk_id, Verdict.NEWER)
+    return Comparison(clerk_id, verdict, change, differences, ahead=state)
 
 
-def lingering(
+def orphaned(
     change: Change, target: Target, stored: Sequence[Any] | None, deleted_ms: int
-) -> Compared:
-    """A deleted object: its row has to be gone, or marked."""
+) -> Comparison:
+    """Compare an object that is deleted with its row, which has to be gone or marked."""
     clerk_id = change.clerk_id or ""
     mark = target.mapping.mark
     if stored is None or (mark is not None and stored[-1] is not None):
-        return Compared(clerk_id, Verdict.NEWER)
+        return Comparison(clerk_id, Verdict.NEWER)
     delete = replace(
         change,
         action=Action.DELETE,
@@ -189,4 +189,4 @@ def lingering(
         claims=None,
         fitted=None,
     )
-    return Compared(clerk_id, Verdict.DELETED, delete)
+    return Comparison(clerk_id, Verdict.DELETED, delete)

@@ -1,4 +1,4 @@
-"""A user's row at once, for the moment when the user is in the app before the webhook is here."""
+"""Read one user from Clerk now: for an app whose user signs in before the webhook arrives."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 class TooManyWaiting(Exception):
-    """More users are asked for than Clerk's rate limit lets through in time."""
+    """More users are waiting than Clerk's rate limit lets through in time."""
 
 
 class NotMapped(LookupError):
@@ -33,9 +33,9 @@ class NotMapped(LookupError):
 
 @dataclass(frozen=True, slots=True)
 class Ensured:
-    """What became of one request: the user's row, None where there is none; and why not.
+    """The result of one request: the user's row, or None and why.
 
-    `reason` is None where Clerk has no such user, or it was deleted here.
+    `outcome` and `reason` are None if Clerk has no such user, or it was deleted here.
     """
 
     row: dict[str, Any] | None
@@ -44,15 +44,15 @@ class Ensured:
 
 
 @dataclass(slots=True)
-class _Asked:
-    """One request to Clerk, and how many wait for its answer."""
+class _Request:
+    """One request to Clerk, and the number of callers that wait for it."""
 
     task: asyncio.Task[Ensured]
     callers: int = 0
 
 
 class Ensure:
-    """Asks Clerk for one user and writes it; calls for the same user share one request."""
+    """Reads one user from Clerk and writes it; calls for the same user share one request."""
 
     def __init__(
         self,
@@ -67,30 +67,30 @@ class Ensure:
         self._committer = committer
         self._engine = engine
         self._users = users
-        self._asked: dict[str, _Asked] = {}
+        self._requests: dict[str, _Request] = {}
 
     async def __call__(self, user_id: str) -> Ensured:
-        """The user's row, once it is what Clerk says.
+        """The user's row, once it is in sync with Clerk.
 
         Raises NotMapped, TooManyWaiting, ClerkUnavailable, ClerkRefused, DatabaseUnavailable.
         """
-        asked = self._asked.get(user_id)
-        if asked is None:
+        request = self._requests.get(user_id)
+        if request is None:
             # Of more, the last would wait for longer than anybody does.
-            if len(self._asked) >= self._clerk.per_window:
+            if len(self._requests) >= self._clerk.per_window:
                 raise TooManyWaiting
-            asked = _Asked(asyncio.create_task(self._ensured(user_id)))
-            self._asked[user_id] = asked
-        asked.callers += 1
+            request = _Request(asyncio.create_task(self._ensured(user_id)))
+            self._requests[user_id] = request
+        request.callers += 1
         try:
             # One caller that goes away must not take the others' answer along.
-            return await asyncio.shield(asked.task)
+            return await asyncio.shield(request.task)
         finally:
-            asked.callers -= 1
-            if not asked.callers:
+            request.callers -= 1
+            if not request.callers:
                 # Nobody waits for it any more: it makes room, and does not ask Clerk.
-                asked.task.cancel()
-                self._asked.pop(user_id, None)
+                request.task.cancel()
+                self._requests.pop(user_id, None)
 
     async def _ensured(self, user_id: str) -> Ensured:
         users = self._users()

@@ -1,33 +1,30 @@
-"""Both sides looked at whole: what is missing, old, altered or gone, and mending it."""
+"""Compare every Clerk object with its row; repair missing, outdated, drifted, orphaned rows."""
 
 from __future__ import annotations
 
 import asyncio
-import math
-import time
 from typing import TYPE_CHECKING, Any, Final
 
 import structlog
 
 from clerk_sync.clerk.api import DeletionUnconfirmed, Read
 from clerk_sync.clerk.events import READ, Action
-from clerk_sync.clerk.listing import AT_ONCE, Met, Page, parts_of, walk
+from clerk_sync.clerk.listing import AT_ONCE, Page, SeenIds, each_page, ranges_of
+from clerk_sync.clock import now_ms
 from clerk_sync.database.connection import COMMIT
 from clerk_sync.mapping.model import Change
 from clerk_sync.store import erasure
 from clerk_sync.store.target import IDS_LIMIT
 from clerk_sync.store.values import as_text
-from clerk_sync.sync.diff import SETTLED_MS, Compared, lingering, states_of
-from clerk_sync.sync.repair import Tally
-from clerk_sync.sync.report import BREAKER_LEAST, Report, SafetyStop, listed
+from clerk_sync.sync.counts import Listed, countable, retry_rejected, settle
+from clerk_sync.sync.diff import SETTLED_MS, Comparison, orphaned, states_of
+from clerk_sync.sync.report import Report, Tally
 from clerk_sync.sync.safety import (
-    Walked,
-    again,
+    check_deletions,
     check_growth,
     check_instance,
     check_listed,
-    is_clerks,
-    settle,
+    is_clerk_id,
 )
 
 if TYPE_CHECKING:
@@ -41,27 +38,26 @@ if TYPE_CHECKING:
     from clerk_sync.store.lease import Lease
     from clerk_sync.store.target import Target
     from clerk_sync.sync.diff import State
-    from clerk_sync.sync.repair import Mending
+    from clerk_sync.sync.repair import Repairer
 
 log = structlog.get_logger()
 
 _CONFIRMED_AT_ONCE: Final = 8
-# A row that a webhook has just brought is asked for twice before it is deleted: the API may lag.
+# A row that a webhook has just written is confirmed twice before it is deleted: the API may lag.
 _YOUNG_SECONDS: Final = 5.0
 
 
 _NO_ENDS: Final = (
-    "the table does not hold what it takes to ask for it: map organization.id and "
-    "public_user_data.user_id"
+    "the table lacks the ids to ask Clerk for it: map organization.id and public_user_data.user_id"
 )
 
 
-class _ConfirmationFailed(Exception):
-    """The table does not hold what it takes to ask Clerk for this object."""
+class _CannotConfirm(Exception):
+    """The row lacks the ids by which Clerk can be asked for its object."""
 
 
-class _Absent:
-    """Clerk objects of one kind that the table has and the walk did not meet."""
+class _Orphans:
+    """The rows of one kind, and the ids of those that Clerk did not list."""
 
     def __init__(self) -> None:
         self.rows = 0
@@ -69,13 +65,13 @@ class _Absent:
 
 
 class Reconcile:
-    """One reconcile; without a lease it only looks."""
+    """One reconcile; without a lease, a dry run."""
 
     def __init__(
         self,
         clerk: Clerk,
         mapping: Mapped,
-        mending: Mending,
+        repairer: Repairer,
         engine: AsyncEngine,
         lease: Lease | None,
         *,
@@ -88,7 +84,7 @@ class Reconcile:
     ) -> None:
         self._clerk = clerk
         self._mapping = mapping
-        self._mending = mending
+        self._repairer = repairer
         self._engine = engine
         self._lease = lease
         self._instance = instance
@@ -97,44 +93,44 @@ class Reconcile:
         self._report = report
         self._on_page = on_page
         self._at_once = at_once
-        self._asking = asyncio.Semaphore(_CONFIRMED_AT_ONCE)
+        self._confirming = asyncio.Semaphore(_CONFIRMED_AT_ONCE)
 
     async def run(self) -> None:
-        """Bring the tables to what Clerk has; the report tells what that took.
+        """Repair the tables, and fill the report.
 
-        Raises SafetyStop when too much is gone, ClerkUnavailable, ClerkRefused,
-        DatabaseUnavailable, LeaseLost: nothing is deleted then.
+        Raises SafetyStop if too much would be deleted, ClerkUnavailable, ClerkRefused,
+        DatabaseUnavailable, LeaseLost: then nothing is deleted.
         """
         report = self._report
-        report.tallies = self._mending.tallies
-        counted = await listed(self._clerk, self._mapping, report)
+        report.tallies = self._repairer.tallies
+        counted = await countable(self._clerk, self._mapping, report)
         await check_instance(
-            self._clerk, self._mending, self._engine, report, expected=self._instance
+            self._clerk, self._repairer, self._engine, report, expected=self._instance
         )
         report.tallies |= {kind: Tally() for kind in counted}
-        absent = {}
-        walked: dict[str, Walked] = {}
+        orphans = {}
+        listing: dict[str, Listed] = {}
         for kind, total in counted.items():
-            met, walked[kind] = await self._walked(kind, total)
-            check_listed(kind, len(met), walked[kind])
-            absent[kind] = await self._absent(kind, met)
-        for kind, missed in absent.items():
-            self._check_breaker(kind, missed)
+            seen, listing[kind] = await self._list(kind, total)
+            its = listing[kind]
+            check_listed(kind, len(seen), before=its.before, after=its.after)
+            orphans[kind] = await self._orphans(kind, seen)
+        for kind, rows in orphans.items():
+            check_deletions(kind, len(rows.ids), rows.rows, percent=self._breaker_percent)
         # Rows that refer to others go before them.
-        for kind, missed in reversed(absent.items()):
+        for kind, rows in reversed(orphans.items()):
             self._check_lease()
-            await self._remove(kind, missed.ids)
-        await again(self._clerk, self._mending, counted)
+            await self._remove(kind, rows.ids)
+        await retry_rejected(self._clerk, self._repairer, counted)
         dry_run = self._lease is None
-        now_ms = _now_ms()
         purged = await erasure.purge(
-            self._engine, self._mending.store, now_ms=now_ms, dry_run=dry_run
+            self._engine, self._repairer.store, now_ms=now_ms(), dry_run=dry_run
         )
         report.purged = sum(purged.values())
         await settle(
             self._clerk,
-            self._mending,
-            walked,
+            self._repairer,
+            listing,
             report,
             pauses=self._pauses,
             dry_run=dry_run,
@@ -144,98 +140,83 @@ class Reconcile:
         if self._lease is not None:
             self._lease.check()
 
-    async def _walked(self, kind: str, total: int) -> tuple[Met, Walked]:
-        """Compare all that Clerk lists of one kind, and mend it; the ids that there were."""
-        met = Met()
+    async def _list(self, kind: str, total: int) -> tuple[SeenIds, Listed]:
+        """Compare and repair all objects that Clerk lists of one kind; the ids that it listed."""
+        seen = SeenIds()
         taken = 0
 
         async def take(page: Page) -> None:
             nonlocal taken
             self._check_lease()
             for data in page.objects:
-                met.add(str(data.get("id")))
-            ahead = await self._mending.take(kind, page.objects, began_ms=page.began_ms)
+                seen.add(str(data.get("id")))
+            ahead = await self._repairer.repair(kind, page.objects, began_ms=page.began_ms)
             if ahead:
                 objects = {one.get("id"): one for one in page.objects}
                 for one in ahead:
-                    await self._outdo(kind, one, objects[one.clerk_id])
+                    await self._rewind(kind, one, objects[one.clerk_id])
             taken += len(page.objects)
-            if page.part.number == walked.end.number:
-                walked.end = page.part
+            if page.range.number == listing.end.number:
+                listing.end = page.range
             check_growth(kind, taken, total)
             self._on_page(kind, taken, total)
 
-        parts = await parts_of(self._clerk, kind, count=total)
-        walked = Walked(total, parts[-1])
-        await walk(self._clerk, parts, take, at_once=self._at_once)
-        walked.after = await self._clerk.count(kind)
-        return met, walked
+        ranges = await ranges_of(self._clerk, kind, count=total)
+        listing = Listed(total, ranges[-1])
+        await each_page(self._clerk, ranges, take, at_once=self._at_once)
+        listing.after = await self._clerk.count(kind)
+        return seen, listing
 
-    async def _outdo(self, kind: str, one: Compared, data: Mapping[str, Any]) -> None:
-        """Mend a row whose version is ahead of Clerk's, for a while already: but ask again."""
+    async def _rewind(self, kind: str, one: Comparison, data: Mapping[str, Any]) -> None:
+        """Rewind and repair a row whose version is ahead of Clerk's, if Clerk confirms its own."""
         organization, user = data.get("organization"), data.get("public_user_data")
         try:
-            read = await self._ask(
+            read = await self._confirm(
                 kind,
                 one.clerk_id,
                 organization=organization.get("id") if isinstance(organization, dict) else None,
                 user=user.get("user_id") if isinstance(user, dict) else None,
             )
-        except _ConfirmationFailed:
+        except _CannotConfirm:
             return
         except DeletionUnconfirmed as error:
             self._unconfirmed(kind, one.clerk_id, str(error))
             return
-        # Where it moves meanwhile, a webhook will tell, or the next run.
+        # If it has changed meanwhile, a webhook brings it, or the next run.
         if read is not None and read.json.get("updated_at") == data.get("updated_at"):
-            await self._mending.lower(kind, one)
-            await self._mending.mend(kind, [one])
+            await self._repairer.rewind(kind, one)
+            await self._repairer.apply(kind, [one])
 
-    async def _ask(
+    async def _confirm(
         self, kind: str, clerk_id: str, *, organization: object, user: object
     ) -> Read | None:
-        """The object as Clerk has it now, None when there is none. Raises _ConfirmationFailed."""
+        """The object as Clerk has it now, None if there is none. Raises _CannotConfirm."""
         if kind != "organizationMembership":
             return await self._clerk.one(kind, clerk_id)
         if not isinstance(organization, str) or not isinstance(user, str):
-            raise _ConfirmationFailed
+            raise _CannotConfirm
         return await self._clerk.membership(clerk_id, organization=organization, user=user)
 
-    def _threshold(self, rows: int) -> float:
-        if self._breaker_percent >= 100:  # noqa: PLR2004 -- switched off
-            return math.inf
-        return max(BREAKER_LEAST, rows * self._breaker_percent / 100)
-
-    def _check_breaker(self, kind: str, absent: _Absent) -> None:
-        if len(absent.ids) >= self._threshold(absent.rows):
-            raise SafetyStop(
-                f"{len(absent.ids)} of {absent.rows} {kind}s are not in Clerk any more, which "
-                f"the breaker ({self._breaker_percent:g} %, at least {BREAKER_LEAST}) takes for a "
-                "mistake: nothing was deleted. Is CLERK_SECRET_KEY the key of this database's "
-                "instance? `clerk-sync reconcile --dry-run --breaker 100` lists them. If they were "
-                "deleted on purpose, run it again with --breaker 100"
-            )
-
-    async def _absent(self, kind: str, met: Met) -> _Absent:
-        """Go over the table by its key, and note the ids that the walk did not meet."""
-        absent = _Absent()
-        ids = await self._mending.ids(kind, after="")
+    async def _orphans(self, kind: str, seen: SeenIds) -> _Orphans:
+        """Read the table by its key, and collect the ids that Clerk did not list."""
+        orphans = _Orphans()
+        ids = await self._repairer.ids(kind, after="")
         while ids:
-            absent.rows += len(ids)
-            missed = [clerk_id for clerk_id in ids if clerk_id not in met]
-            foreign = await self._foreign(kind, missed)
-            self._report.foreign[kind] += len(foreign)
-            absent.ids += [clerk_id for clerk_id in missed if clerk_id not in foreign]
-            ids = await self._mending.ids(kind, after=ids[-1])
-        return absent
+            orphans.rows += len(ids)
+            orphaned_ids = [clerk_id for clerk_id in ids if clerk_id not in seen]
+            unmanaged = await self._unmanaged(kind, orphaned_ids)
+            self._report.unmanaged[kind] += len(unmanaged)
+            orphans.ids += [clerk_id for clerk_id in orphaned_ids if clerk_id not in unmanaged]
+            ids = await self._repairer.ids(kind, after=ids[-1])
+        return orphans
 
-    async def _foreign(self, kind: str, ids: Sequence[str]) -> set[str]:
-        """Those of these keys that are no ids of Clerk's, nor ever came from it."""
-        odd = [one for one in ids if not is_clerks(kind, one)]
+    async def _unmanaged(self, kind: str, ids: Sequence[str]) -> set[str]:
+        """Those of these keys that are no Clerk ids, and did not come from Clerk."""
+        odd = [one for one in ids if not is_clerk_id(kind, one)]
         if not odd:
             return set()
-        states = await self._mending.reading(
-            lambda connection: states_of(connection, self._mending.store, kind, odd)
+        states = await self._repairer.reading(
+            lambda connection: states_of(connection, self._repairer.store, kind, odd)
         )
         return {*odd} - states.keys()
 
@@ -244,36 +225,37 @@ class Reconcile:
         self._report.unconfirmed += 1
 
     async def _remove(self, kind: str, ids: Sequence[str]) -> None:
-        """Delete these rows, each once Clerk has said that it has no such object."""
-        target = self._mending.store.targets[kind]
+        """Delete these rows, each after Clerk has confirmed that it has no such object."""
+        target = self._repairer.store.targets[kind]
         for start in range(0, len(ids), IDS_LIMIT):
             some = ids[start : start + IDS_LIMIT]
 
             async def read(connection: Connection, some: Sequence[str] = some) -> Any:
                 rows, _ = await connection.run([target.read.of(some), COMMIT])
-                states = await states_of(connection, self._mending.store, kind, some)
+                states = await states_of(connection, self._repairer.store, kind, some)
                 return [(row, states.get(as_text(row[0]))) for row in rows.rows]
 
-            there = await self._mending.reading(read)
+            there = await self._repairer.reading(read)
             try:
                 async with asyncio.TaskGroup() as group:
                     asked = [
-                        group.create_task(self._gone(target, row, state)) for row, state in there
+                        group.create_task(self._confirmed(target, row, state))
+                        for row, state in there
                     ]
             except ExceptionGroup as failed:
                 raise failed.exceptions[0] from None
             gone = [one.result() for one in asked]
-            await self._mending.mend(kind, [one for one in gone if one is not None])
+            await self._repairer.apply(kind, [one for one in gone if one is not None])
 
-    async def _gone(
+    async def _confirmed(
         self, target: Target, row: Sequence[Any], state: State | None
-    ) -> Compared | None:
-        """What deletes a row whose object is gone, by Clerk's own word; None when it is not."""
+    ) -> Comparison | None:
+        """What deletes a row, if Clerk confirms that its object is gone; else None."""
         kind, clerk_id = target.mapping.kind, as_text(row[0])
-        now_ms = _now_ms()
-        delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now_ms)
+        now = now_ms()
+        delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now)
         if state is not None and state.deleted_ms is not None:
-            return lingering(delete, target, row, state.deleted_ms)
+            return orphaned(delete, target, row, state.deleted_ms)
 
         def value(expression: str) -> object:
             name = target.mapping.column_of(expression)
@@ -285,24 +267,20 @@ class Reconcile:
         young = (
             state is not None
             and state.delivered
-            and max(state.event_ms, state.synced_ms) > now_ms - SETTLED_MS
+            and max(state.event_ms, state.synced_ms) > now - SETTLED_MS
         )
-        async with self._asking:
+        async with self._confirming:
             for pause in (0.0, _YOUNG_SECONDS) if young else (0.0,):
                 await asyncio.sleep(pause)
                 try:
-                    read = await self._ask(kind, clerk_id, organization=organization, user=user)
-                except _ConfirmationFailed:
+                    read = await self._confirm(kind, clerk_id, organization=organization, user=user)
+                except _CannotConfirm:
                     self._unconfirmed(kind, clerk_id, _NO_ENDS)
                     return None
                 except DeletionUnconfirmed as error:
                     self._unconfirmed(kind, clerk_id, str(error))
                     return None
                 if read is not None:
-                    await self._mending.take(kind, [read.json], began_ms=read.began_ms)
+                    await self._repairer.repair(kind, [read.json], began_ms=read.began_ms)
                     return None
-        return lingering(delete, target, row, now_ms)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
+        return orphaned(delete, target, row, now)

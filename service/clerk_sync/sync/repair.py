@@ -1,12 +1,11 @@
-"""Bringing rows to what Clerk's API says: pages in, compared, and what differs written."""
+"""Bringing rows to what Clerk's API says: pages in, compare, and what differs written."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import stamina
@@ -14,6 +13,7 @@ import structlog
 
 from clerk_sync.clerk import events
 from clerk_sync.clerk.events import InvalidEvent
+from clerk_sync.clock import now_ms
 from clerk_sync.database.connection import COMMIT, NO_PARAMETERS
 from clerk_sync.database.errors import (
     Contention,
@@ -23,11 +23,16 @@ from clerk_sync.database.errors import (
     SchemaChanged,
 )
 from clerk_sync.mapping.model import change_for
-from clerk_sync.outcomes import DRIFTS, Outcome, Reason, Verdict
+from clerk_sync.outcomes import Outcome, Reason, Verdict
 from clerk_sync.store.lease import LeaseLost
 from clerk_sync.store.store import FencedOff
 from clerk_sync.store.values import as_text
-from clerk_sync.sync.diff import Compared, compared
+from clerk_sync.sync.diff import Comparison, compare
+from clerk_sync.sync.patience import (
+    FIRST_WAIT_SECONDS,
+    LONGEST_WAIT_SECONDS,
+    PATIENCE_SECONDS,
+)
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -38,48 +43,23 @@ if TYPE_CHECKING:
     from clerk_sync.store.committer import Committer
     from clerk_sync.store.store import Store
     from clerk_sync.store.writer import Connect
+    from clerk_sync.sync.report import Tally
 
 log = structlog.get_logger()
 
 _READERS: Final = 2
-# How long a database may be away before a walk gives up.
-_PATIENCE_SECONDS: Final = 60.0
-_FIRST_WAIT: Final = 0.1
-_LONGEST_WAIT: Final = 5.0
-# Refusals that other rows decide: a key that refers to a row, a value that somebody else has.
-_OF_OTHERS: Final = (Reason.REFUSED, Reason.CONFLICT)
-_REFUSED_MOST: Final = 10_000
+# Rejections because of other rows: a foreign key without its row, a value that another row has.
+_OTHER_ROWS: Final = (Reason.REFUSED, Reason.CONFLICT)
+_REJECTED_LIMIT: Final = 10_000
 
 _T = TypeVar("_T")
 
 
-@dataclass(slots=True)
-class Tally:
-    """What became of one kind's objects.
+class Repairer:
+    """Repairs the rows of one mapping's tables, for one run.
 
-    `found` counts verdicts, `written` the rows that were brought into step, `unfit` those that
-    the table cannot take.
-    """
-
-    read: int = 0
-    written: int = 0
-    found: Counter[Verdict] = field(default_factory=Counter)
-
-    @property
-    def drift(self) -> dict[str, int]:
-        """How many were out of step, by how."""
-        return {verdict.value: self.found[verdict] for verdict in DRIFTS}
-
-    @property
-    def unfit(self) -> int:
-        return self.found[Verdict.UNFIT]
-
-
-class Mending:
-    """One run over the tables of one mapping.
-
-    With a `committer` it writes what differs; without one it only looks. `told` hears of every
-    row that is out of step, `lost` says that the run has to end.
+    Without a `committer` it writes nothing: a dry run. `on_drift` is called with the kind and the
+    comparison of every row that differs. `lost` is the lease's: the run has to end.
     """
 
     def __init__(
@@ -90,7 +70,7 @@ class Mending:
         *,
         committer: Committer | None,
         lost: asyncio.Event,
-        told: Callable[[str, Compared], None] = lambda _, __: None,
+        on_drift: Callable[[str, Comparison], None] = lambda _, __: None,
     ) -> None:
         self.store = store
         self.tallies: dict[str, Tally] = {}
@@ -98,33 +78,30 @@ class Mending:
         self._connect = connect
         self._committer = committer
         self._lost = lost
-        self._told = told
-        # The kinds of whose last page nothing was here.
-        self._new: set[str] = set()
-        # What the database refused for what else is there, or is not: with when it was read.
-        self._refused: dict[str, dict[str, tuple[dict[str, Any], int]]] = defaultdict(dict)
+        self._on_drift = on_drift
+        # Kinds whose previous page was entirely new.
+        self._all_new: set[str] = set()
+        # Objects rejected because of other rows, by kind and id, with when each was read.
+        self._rejected: dict[str, dict[str, tuple[dict[str, Any], int]]] = defaultdict(dict)
         self._idle: list[Connection] = []
         self._turns = asyncio.Semaphore(_READERS)
 
     def close(self) -> None:
-        """Close the connections that it reads by."""
+        """Close the connections."""
         while self._idle:
             self._idle.pop().close()
 
-    def refused(self, kind: str) -> list[tuple[dict[str, Any], int]]:
-        """Objects that the database refused for what other rows hold, and when each was read.
+    def take_rejected(self, kind: str) -> list[tuple[dict[str, Any], int]]:
+        """Take out the objects that were rejected because of other rows, and when each was read."""
+        return [*self._rejected.pop(kind, {}).values()]
 
-        They are forgotten here.
-        """
-        return [*self._refused.pop(kind, {}).values()]
-
-    async def take(
+    async def repair(
         self, kind: str, objects: Sequence[dict[str, Any]], *, began_ms: int, again: bool = False
-    ) -> list[Compared]:
-        """Bring the rows of these objects into step; those that are `ahead` are left, and given.
+    ) -> list[Comparison]:
+        """Repair the rows of these objects. Those that are `ahead` are not touched, but returned.
 
-        `again` says that they were counted as refused. Raises DatabaseUnavailable when the database
-        stays away.
+        `again` says that these were rejected, and counted so. Raises LeaseLost, and
+        DatabaseUnavailable if the database stays away.
         """
         tally = self.tallies[kind]
         if again:
@@ -134,34 +111,34 @@ class Mending:
         changes = self._changes(kind, objects, began_ms, tally)
         if not changes:
             return []
-        if kind in self._new and await self._inserted(kind, list(changes.values())):
+        if kind in self._all_new and await self._insert(kind, list(changes.values())):
             tally.found[Verdict.MISSING] += len(changes)
             tally.written += len(changes)
             return []
         found = await self.reading(
-            lambda connection: compared(connection, self.store, kind, list(changes.values()))
+            lambda connection: compare(connection, self.store, kind, list(changes.values()))
         )
         for one in found:
             if one.verdict is Verdict.UNFIT:
                 reason = one.reason.value if one.reason else None
                 log.warning("invalid_value", kind=kind, clerk_id=one.clerk_id, reason=reason)
-            if one.buried:
+            if one.conflict:
                 log.warning("tombstone_conflict", kind=kind, clerk_id=one.clerk_id)
-            if one.mend is None:
+            if one.repair is None:
                 tally.found[one.verdict] += 1
-        refused = await self.mend(
-            kind, [one for one in found if one.mend is not None and one.ahead is None]
+        rejected = await self.apply(
+            kind, [one for one in found if one.repair is not None and one.ahead is None]
         )
-        if refused and not again:
+        if rejected and not again:
             there = {one.get("id"): one for one in objects}
-            kept = self._refused[kind]
-            for clerk_id in refused[: max(0, _REFUSED_MOST - len(kept))]:
+            kept = self._rejected[kind]
+            for clerk_id in rejected[: max(0, _REJECTED_LIMIT - len(kept))]:
                 kept[clerk_id] = (there[clerk_id], began_ms)
-        self._expect(kind, found)
+        self._predict(kind, found)
         return [one for one in found if one.ahead is not None]
 
-    def _expect(self, kind: str, found: Sequence[Compared]) -> None:
-        """Take it that after a page of which nothing was here, all of the next one is new, too."""
+    def _predict(self, kind: str, found: Sequence[Comparison]) -> None:
+        """Predict whether the kind's next page is entirely new: it is if this one was."""
         target = self.store.targets[kind]
         if (
             self._committer is not None
@@ -169,20 +146,19 @@ class Mending:
             and not target.mapping.adopt
             and all(one.verdict is Verdict.MISSING for one in found)
         ):
-            self._new.add(kind)
+            self._all_new.add(kind)
         else:
-            self._new.discard(kind)
+            self._all_new.discard(kind)
 
-    async def _inserted(self, kind: str, changes: Sequence[Change]) -> bool:
-        """Write all of these as new; False, and nothing is written, where one is not.
+    async def _insert(self, kind: str, changes: Sequence[Change]) -> bool:
+        """Insert all of these; False, and nothing is written, if one of them is not new.
 
-        Then each has to be looked at. Raises LeaseLost.
+        Raises LeaseLost.
         """
 
         async def insert(connection: Connection) -> bool:
             try:
-                now_ms = time.time_ns() // 1_000_000
-                await self.store.insert(connection, kind, changes, now_ms=now_ms)
+                await self.store.insert(connection, kind, changes, now_ms=now_ms())
             except FencedOff as error:
                 raise LeaseLost(str(error)) from None
             except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
@@ -212,56 +188,56 @@ class Mending:
             changes[change.clerk_id or ""] = change
         return changes
 
-    async def lower(self, kind: str, one: Compared) -> None:
-        """Take back the version of a row that is ahead, so that Clerk's word is newer again."""
-        if self._committer is None or one.ahead is None or one.mend is None:
+    async def rewind(self, kind: str, one: Comparison) -> None:
+        """Lower the version of an entity that is ahead, so that Clerk's is newer again."""
+        if self._committer is None or one.ahead is None or one.repair is None:
             return
         seen = (one.ahead.version_ms, one.ahead.event_ms)
-        # With no event's time, so that the mend, which has one, is newer.
-        await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms))
+        # Without an event's time, so that the repair, which has one, is newer.
+        await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.repair.version_ms))
 
-    async def mend(self, kind: str, found: Sequence[Compared]) -> list[str]:
-        """Write these mends, and count what they came to.
+    async def apply(self, kind: str, found: Sequence[Comparison]) -> list[str]:
+        """Write these repairs, and count what became of them.
 
-        The ids of those that the database refused for what other rows hold.
+        Returns the ids of those that the database rejected because of other rows.
         """
-        refused: list[str] = []
+        rejected: list[str] = []
         tally = self.tallies[kind]
-        mends = [(one, one.mend) for one in found if one.mend is not None]
+        repairs = [(one, one.repair) for one in found if one.repair is not None]
         if self._committer is None:
-            for one, _ in mends:
+            for one, _ in repairs:
                 tally.found[one.verdict] += 1
-                self._told(kind, one)
-            return refused
-        answers = await self._committed([change for _, change in mends])
-        for (one, _), answer in zip(mends, answers, strict=True):
+                self._on_drift(kind, one)
+            return rejected
+        answers = await self._committed([change for _, change in repairs])
+        for (one, _), answer in zip(repairs, answers, strict=True):
             match answer.outcome:
                 case Outcome.APPLIED:
                     tally.found[one.verdict] += 1
                     tally.written += 1
-                    self._told(kind, one)
+                    self._on_drift(kind, one)
                 case Outcome.QUARANTINED:
                     reason = answer.reason.value if answer.reason else None
                     log.warning("invalid_value", kind=kind, clerk_id=one.clerk_id, reason=reason)
                     tally.found[Verdict.UNFIT] += 1
-                    if answer.reason in _OF_OTHERS:
-                        refused.append(one.clerk_id)
+                    if answer.reason in _OTHER_ROWS:
+                        rejected.append(one.clerk_id)
                 case Outcome.ERROR:
                     raise RuntimeError(f"{kind} {one.clerk_id} could not be written")
                 case _:  # something newer came between
                     tally.found[Verdict.NEWER] += 1
-        return refused
+        return rejected
 
     async def _committed(self, changes: Sequence[Change]) -> list[Answer]:
-        """Commit the changes, again and again while the database is away. Raises LeaseLost."""
+        """Commit the changes; retry while the database is away. Raises LeaseLost."""
         answers = dict(enumerate(await self._commit(changes)))
-        deadline = time.monotonic() + _PATIENCE_SECONDS
-        wait = _FIRST_WAIT
+        deadline = time.monotonic() + PATIENCE_SECONDS
+        wait = FIRST_WAIT_SECONDS
         while away := [n for n, a in answers.items() if a.outcome is Outcome.UNAVAILABLE]:
             if time.monotonic() > deadline:
                 raise DatabaseUnavailable("the database took no writes; the log says why")
             await asyncio.sleep(wait)
-            wait = min(2 * wait, _LONGEST_WAIT)
+            wait = min(2 * wait, LONGEST_WAIT_SECONDS)
             again = await self._commit([changes[n] for n in away])
             answers.update(zip(away, again, strict=True))
         return list(answers.values())
@@ -277,7 +253,7 @@ class Mending:
             raise LeaseLost(str(error)) from None
 
     async def rows(self, kind: str) -> int:
-        """How many rows of this kind there are, without marked ones."""
+        """Count the rows of a kind, without soft-deleted ones."""
         target = self.store.targets[kind]
 
         async def read(connection: Connection) -> int:
@@ -288,9 +264,9 @@ class Mending:
         return await self.reading(read)
 
     async def ids(self, kind: str, *, after: str) -> list[str]:
-        """The ids in the table that follow one of them, in order: IDS_LIMIT of them, or the rest.
+        """The next IDS_LIMIT ids in the table, in order; fewer at its end.
 
-        Without those of marked rows.
+        Without those of soft-deleted rows.
         """
         target = self.store.targets[kind]
 
@@ -301,7 +277,7 @@ class Mending:
         return [as_text(clerk_id) for (clerk_id,) in await self.reading(read)]
 
     async def write(self, step: Step) -> None:
-        """Commit this one step. Raises DatabaseUnavailable when the database stays away."""
+        """Commit this one step. Raises DatabaseUnavailable if the database stays away."""
 
         async def write(connection: Connection) -> None:
             await connection.run([step, COMMIT])
@@ -309,9 +285,12 @@ class Mending:
         await self.reading(write)
 
     async def reading(self, read: Callable[[Connection], Awaitable[_T]]) -> _T:
-        """Read by one of a few connections, again on a new one where that fails."""
+        """Read on one of a few connections; retry on a new one if that fails."""
         async for attempt in stamina.retry_context(
-            on=DatabaseUnavailable, attempts=None, timeout=_PATIENCE_SECONDS, wait_max=_LONGEST_WAIT
+            on=DatabaseUnavailable,
+            attempts=None,
+            timeout=PATIENCE_SECONDS,
+            wait_max=LONGEST_WAIT_SECONDS,
         ):
             with attempt:
                 async with self._connection() as connection:

@@ -1,9 +1,9 @@
-"""Reconciling on a schedule inside `serve`, and counting in between.
+"""Reconcile on a schedule inside `serve`, and compare counts in between.
 
-Any number of replicas may do this: one of them does, and when the last run was is in the
-database. So are its results, which every replica shows, wherever it ran. With Clerk's key,
-counting is done without an interval as well: it is what tells that nothing happens in Clerk
-from nothing arriving here.
+Any number of replicas may have a scheduler: one of them runs, and the database knows when the
+last run was. It also has the results, which every replica shows as metrics. With a Clerk key,
+counts are compared without an interval as well: only they tell a quiet Clerk instance from one
+whose webhooks do not arrive.
 """
 
 from __future__ import annotations
@@ -16,45 +16,48 @@ from typing import TYPE_CHECKING, Final
 import structlog
 
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.clock import now_utc
 from clerk_sync.database.connection import close_idle
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Ending
 from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.settings import InvalidSettings
 from clerk_sync.store.lease import LeaseHeld, LeaseLost
-from clerk_sync.sync import progress, runs
-from clerk_sync.sync.report import Report, SafetyStop
+from clerk_sync.sync import history
+from clerk_sync.sync.report import Report
+from clerk_sync.sync.safety import SafetyStop
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from contextlib import AbstractAsyncContextManager
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from clerk_sync.mapping.model import Mapping
     from clerk_sync.settings import Settings
+    from clerk_sync.sync.runs import Runs
     from clerk_sync.telemetry.metrics import Metrics
 
 log = structlog.get_logger()
 
-LOOK_SECONDS: Final = 60.0
+CHECK_SECONDS: Final = 60.0
 COUNT_SECONDS: Final = 300.0
-# A run that failed or was interrupted is tried again this soon, if not sooner.
+# A run that failed or was interrupted is retried this soon, if not sooner.
 RETRY_SECONDS: Final = 900.0
 
 
-class Schedule:
-    """One replica's part in it."""
+class Scheduler:
+    """The scheduler of one replica."""
 
     def __init__(
         self,
         settings: Settings,
-        mapping: Mapping,
+        open_runs: Callable[[], AbstractAsyncContextManager[Runs]],
         engine: AsyncEngine,
         metrics: Metrics,
         ready: Callable[[], bool],
     ) -> None:
         self._settings = settings
-        self._mapping = mapping
+        self._open_runs = open_runs
         self._engine = engine
         self._metrics = metrics
         self._ready = ready
@@ -64,8 +67,8 @@ class Schedule:
             self._interval = settings.reconcile_interval
 
     async def keep(self) -> None:
-        """Show how the last run ended, count, and reconcile when it is time; until cancelled."""
-        pause = min(LOOK_SECONDS, self._interval or LOOK_SECONDS)
+        """Show how the last run ended, reconcile when it is time, and count; until cancelled."""
+        pause = min(CHECK_SECONDS, self._interval or CHECK_SECONDS)
         while True:
             if self._ready():
                 try:
@@ -84,8 +87,8 @@ class Schedule:
             await asyncio.sleep(pause if self._ready() else 1.0)
 
     async def _due(self) -> bool:
-        """Whether it is time; on the way, the last run goes into the metrics."""
-        run = await progress.last(self._engine, "reconcile")
+        """Whether a reconcile is due. The last one goes into the metrics on the way."""
+        run = await history.last_run(self._engine, "reconcile")
         if run is None:
             return self._interval is not None
         if run.finished_at is not None and run.ending is not None:
@@ -104,16 +107,15 @@ class Schedule:
         if not ended or run.ending is Ending.FAILED:
             wait = min(wait, RETRY_SECONDS)
         last = max(run.started_at, run.finished_at or run.started_at)
-        return last + timedelta(seconds=wait) <= datetime.now(UTC).replace(tzinfo=None)
+        return last + timedelta(seconds=wait) <= now_utc()
 
     async def _reconcile(self) -> None:
         report = Report()
         try:
-            async with runs.walks(self._settings, self._mapping, self._metrics) as opened:
-                ending = await opened.reconcile(
+            async with self._open_runs() as runs:
+                ending = await runs.reconcile(
                     breaker_percent=self._settings.breaker_percent,
                     report=report,
-                    on_page=runs.quiet,
                     patience=False,
                     # Several pages in one turn of the loop would keep webhooks waiting.
                     at_once=1,
@@ -138,30 +140,30 @@ class Schedule:
             log.warning("reconciled", result=ending.value, **report.summary())
 
     async def _count(self) -> None:
-        """Compare what both sides count, unless somebody just has; show what was found."""
-        run = await progress.last(self._engine, "count")
+        """Compare the counts of both sides, unless a replica just has; show the result."""
+        run = await history.last_run(self._engine, "count")
         if run is not None:
             self._show(run)
-        # Jitter, so that replicas that started together do not look at the same moment.
+        # Jitter, so that replicas that started together do not count at the same moment.
         pause = min(COUNT_SECONDS, self._interval or COUNT_SECONDS) * random.uniform(0.9, 1.1)  # noqa: S311
         last = max(self._shown, run.started_at) if run is not None else self._shown
-        fresh = progress.age_of(last) < pause
+        fresh = (now_utc() - last).total_seconds() < pause
         if self._settings.clerk_key is None or fresh:
             return
-        if not await progress.claimed(self._engine, "count", run):
+        if not await history.try_claim(self._engine, "count", run):
             return
         report = Report()
-        async with runs.walks(self._settings, self._mapping, self._metrics) as opened:
-            await opened.count(report)
-        await progress.counted(self._engine, {"clerk": report.clerk, "table": report.table})
-        if (run := await progress.last(self._engine, "count")) is not None:
+        async with self._open_runs() as runs:
+            await runs.count(report)
+        await history.record_counts(self._engine, {"clerk": report.clerk, "table": report.table})
+        if (run := await history.last_run(self._engine, "count")) is not None:
             self._show(run)
         for kind, table in report.table.items():
             if report.clerk[kind] != table:
                 log.info("counts_differ", kind=kind, clerk=report.clerk[kind], table=table)
 
-    def _show(self, run: progress.Run) -> None:
-        """Show what both sides counted at the end of this run, unless what is shown is newer."""
+    def _show(self, run: history.Run) -> None:
+        """Show the counts at the end of this run, unless those shown are newer."""
         counts = run.report or {}
         tables: dict[str, int] = counts.get("table", {})
         if not tables or run.finished_at is None or run.finished_at <= self._shown:
