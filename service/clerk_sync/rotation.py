@@ -1,4 +1,4 @@
-"""Secrets that change while the service runs: what is made of them, and what is told of them."""
+"""Secrets that change while the service runs: what they stand for now."""
 
 from __future__ import annotations
 
@@ -21,31 +21,36 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-LOOK_SECONDS: Final = 1.0
+CHECK_SECONDS: Final = 1.0
+UNSIGNED: Final = (
+    "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
+    "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
+)
 
 _T = TypeVar("_T")
 
 
 class Rotated(Generic[_T]):
-    """What a secret stands for, made anew when it changes; what makes no sense keeps the last."""
+    """What a secret stands for, parsed when it changes. While it is invalid, the last one stays."""
 
     def __init__(
         self,
         secret: Secret,
-        made: Callable[[str], Sequence[_T]],
-        told: Callable[[Sequence[_T], str], None],
+        parse: Callable[[str], Sequence[_T]],
+        on_change: Callable[[Sequence[_T], str], None],
     ) -> None:
-        """`told` hears of each change: what is used from now on, and why if that is the last.
+        """`parse` raises ValueError, whose message never repeats the secret.
 
-        `made` raises ValueError, whose message never repeats the secret. Raises InvalidSettings.
+        `on_change` is called after each change, with what is used from now on, and with the
+        error if that is the last. Raises InvalidSettings.
         """
         self.invalid = ""
         self._secret = secret
-        self._made = made
-        self._told = told
+        self._parse = parse
+        self._on_change = on_change
         self._text = secret.read()
         try:
-            self._last = made(self._text)
+            self._last = parse(self._text)
         except ValueError as error:
             raise InvalidSettings([f"{secret.name}: {error}"]) from None
 
@@ -55,25 +60,51 @@ class Rotated(Generic[_T]):
         if text != self._text:
             self._text = text
             try:
-                self._last, self.invalid = self._made(text), ""
+                self._last, self.invalid = self._parse(text), ""
             except ValueError as error:
                 self.invalid = str(error)
-            self._told(self._last, self.invalid)
+            self._on_change(self._last, self.invalid)
         return self._last
 
 
-def _signers_told(signers: Sequence[Webhook], invalid: str) -> None:
+def _log_signers(signers: Sequence[Webhook], invalid: str) -> None:
     if invalid:
         log.error("signing_secret_invalid", name="CLERK_WEBHOOK_SIGNING_SECRET", error=invalid)
     else:
         log.info("signing_secret_changed", secrets=len(signers))
 
 
-def _tokens_told(tokens: Sequence[bytes], invalid: str) -> None:
+def _log_tokens(tokens: Sequence[bytes], invalid: str) -> None:
     if invalid:
         log.error("app_token_invalid", name="CLERK_SYNC_APP_TOKEN", error=invalid)
     else:
         log.info("app_token_changed", tokens=len(tokens))
+
+
+def signing_faults(settings: Settings) -> list[str]:
+    """Faults of the signing secret, for people."""
+    if settings.signing_secret is None:
+        return [UNSIGNED]
+    try:
+        signature.signers(settings.signing_secret.read())
+    except signature.InvalidSecret as error:
+        return [f"{settings.signing_secret.name}: {error}"]
+    except InvalidSettings as error:
+        return list(error.faults)
+    return []
+
+
+def token_faults(settings: Settings) -> list[str]:
+    """Faults of the app token, if there is one."""
+    if settings.app_token is None:
+        return []
+    try:
+        access.tokens(settings.app_token.read())
+    except access.InvalidToken as error:
+        return [f"{settings.app_token.name}: {error}"]
+    except InvalidSettings as error:
+        return list(error.faults)
+    return []
 
 
 class Rotation:
@@ -82,10 +113,10 @@ class Rotation:
     def __init__(self, settings: Settings) -> None:
         if settings.signing_secret is None:
             raise InvalidSettings(["CLERK_WEBHOOK_SIGNING_SECRET: is not set"])
-        self.signers = Rotated(settings.signing_secret, signature.signers, _signers_told)
+        self.signers = Rotated(settings.signing_secret, signature.signers, _log_signers)
         self._tokens: Rotated[bytes] | None = None
         if settings.app_token is not None:
-            self._tokens = Rotated(settings.app_token, access.tokens, _tokens_told)
+            self._tokens = Rotated(settings.app_token, access.tokens, _log_tokens)
         self._secrets = settings.secrets
 
     def tokens(self) -> Sequence[bytes]:
@@ -93,7 +124,7 @@ class Rotation:
         return self._tokens() if self._tokens is not None else ()
 
     async def keep(self, metrics: Metrics) -> None:
-        """Tell when a secret's file is of no use, and when it is again; until cancelled."""
+        """Report when a secret's file cannot be read, and when it can again; until cancelled."""
         faults = dict.fromkeys(self._secrets, "")
         while True:
             for field, secret in self._secrets.items():
@@ -111,7 +142,7 @@ class Rotation:
             }
             for field, fault in faults.items():
                 metrics.secret_stale.labels(field).set(bool(fault or invalid.get(field)))
-            await asyncio.sleep(LOOK_SECONDS)
+            await asyncio.sleep(CHECK_SECONDS)
 
 
 def _fault(secret: Secret) -> str:

@@ -170,7 +170,7 @@ class Probes:
             await asyncio.sleep(PROBE_SECONDS)
             if self.at is not None:
                 url = probe.address(self.at.url + deliveries.PATH)
-                await probe.probe(url, self._signers, seconds=0.5)
+                await probe.send(url, self._signers, seconds=0.5)
 
 
 @dataclass(frozen=True)

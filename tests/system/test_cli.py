@@ -26,7 +26,7 @@ from svix.webhooks import Webhook
 
 from clerk_sync import __version__
 from clerk_sync.clerk import samples, signature
-from clerk_sync.cli import cli
+from clerk_sync.cli import COMMANDS, cli
 
 SECRET = "whsec_" + base64.b64encode(b"the secret of these tests").decode()
 OTHER_SECRET = "whsec_" + base64.b64encode(b"the secret of another one").decode()
@@ -74,6 +74,25 @@ def subprocess_run(*arguments: str, **env: str) -> subprocess.CompletedProcess[s
         timeout=30,
         check=False,
     )
+
+
+@pytest.mark.parametrize(("name", "summary"), [(name, one[1]) for name, one in COMMANDS.items()])
+def test_the_summary_of_a_command_is_how_its_help_begins(name: str, summary: str) -> None:
+    command = cli.get_command(click.Context(cli), name)
+    assert command is not None
+    assert " ".join((command.help or "").split()).startswith(summary)
+    assert summary in " ".join(run("--help").stdout.split())
+
+
+def test_help_imports_no_command() -> None:
+    """All of them together take a second, of which people and completions would wait."""
+    script = (
+        "import sys\n"
+        "from clerk_sync.cli import cli\n"
+        "cli(['--help'], standalone_mode=False)\n"
+        "assert not {'sqlalchemy', 'aiohttp', 'pydantic'} & sys.modules.keys()\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, capture_output=True)
 
 
 def query(sql: str) -> list[Any]:

@@ -326,8 +326,7 @@ def test_what_nobody_foresaw_is_a_sentence(level: str) -> None:
     """A command that fails as none should, in a process of its own."""
     script = (
         "from clerk_sync import cli\n"
-        "from clerk_sync.cli import common\n"
-        "@common.command('clerk-sync odd')\n"
+        "@cli.cli.command()\n"
         "def odd() -> None:\n"
         "    raise KeyError('ada@example.com')\n"
         "cli.main()\n"

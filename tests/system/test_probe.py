@@ -20,7 +20,7 @@ from aiohttp import web
 
 from clerk_sync.clerk import signature
 from clerk_sync.clerk.events import PROBE
-from clerk_sync.cli.probe import Found, address, probe, shown
+from clerk_sync.cli.probe import Found, address, send, shown
 from clerk_sync.database.connection import engine_of
 from clerk_sync.mapping import loader
 from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
@@ -39,7 +39,7 @@ HTML: Final = "<!doctype html><title>Welcome to nginx!</title>"
 
 
 async def probed(url: str, *, seconds: float = 5, secrets: str = SECRET) -> Found:
-    return await probe(address(url), signature.signers(secrets), seconds=seconds)
+    return await send(address(url), signature.signers(secrets), seconds=seconds)
 
 
 @asynccontextmanager

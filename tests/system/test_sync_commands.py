@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
     from tests.clerk_api import ClerkApi
 
-NOTHING = "0 missing, 0 outdated, 0 drifted, 0 deleted; Clerk counts {0}, the table {0}"
+NOTHING = "0 missing, 0 outdated, 0 drifted, 0 deleted; Clerk {0}, table {0}"
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ async def test_reconcile_mends_and_tells_by_its_exit_code(
         mended = await here.run("reconcile")
         assert mended.code == 2, mended.err
         assert mended.out.splitlines()[0] == (
-            "user: 1 missing, 1 outdated, 1 drifted, 1 deleted; Clerk counts 8, the table 8"
+            "user: 1 missing, 1 outdated, 1 drifted, 1 deleted; Clerk 8, table 8"
         )
         await here.in_step()
         assert await first_names(here) == {
@@ -86,7 +86,7 @@ async def test_reconcile_mends_and_tells_by_its_exit_code(
         ((last_name,),) = await here.rows(last_names)
         assert last_name == here.api.users["user_00003"]["last_name"]
         again = await here.run("reconcile")
-        assert (again.code, again.out) == (0, fine.out.replace("9, the table 9", "8, the table 8"))
+        assert (again.code, again.out) == (0, fine.out.replace("9, table 9", "8, table 8"))
 
 
 async def test_a_dry_run_tells_and_writes_nothing(database_url: str, tmp_path: Path) -> None:
@@ -112,7 +112,7 @@ async def test_a_dry_run_tells_and_writes_nothing(database_url: str, tmp_path: P
                 if clerk_id not in here.api.memberships
             ),
         ]
-        assert users.startswith("user: 1 missing, 1 outdated, 1 drifted, 1 deleted; Clerk counts 8")
+        assert users.startswith("user: 1 missing, 1 outdated, 1 drifted, 1 deleted; Clerk 8")
         assert organizations.startswith("organization: 0 missing, 0 outdated, 1 drifted, 0 deleted")
         assert memberships.startswith("organizationMembership: 0 missing, 0 outdated, 0 drifted, 1")
         assert "Secret" not in looked.out
@@ -144,7 +144,7 @@ async def test_a_cron_job_is_told_only_of_what_stays(embedded_url: str, tmp_path
         assert (await here.run("reconcile", "--mended-ok")).code == 2
         refused = await here.run("reconcile", "--mended-ok", "--dry-run")
         assert (refused.code, refused.out) == (1, "")
-        assert "--dry-run, which mends nothing" in refused.err
+        assert "--dry-run, which repairs nothing" in refused.err
 
 
 async def test_the_breaker_keeps_what_is_too_much(embedded_url: str, tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ async def test_the_breaker_keeps_what_is_too_much(embedded_url: str, tmp_path: P
         assert by_setting.out.count(" deleted\n") == 12
         done = await here.run("reconcile", "--breaker", "100")
         assert done.code == 2
-        assert "12 deleted; Clerk counts 88, the table 88" in done.out
+        assert "12 deleted; Clerk 88, table 88" in done.out
         await here.in_step()
 
 
@@ -196,7 +196,7 @@ async def test_reconcile_cannot_write_all(embedded_url: str, tmp_path: Path) -> 
         here.api.update("user_00001", first_name="x" * 300)
         done = await here.run("reconcile")
         assert done.code == 2
-        assert "0 deleted, 1 that the table cannot take; Clerk counts 5" in done.out
+        assert "0 deleted, 1 that the table cannot store; Clerk 5" in done.out
         assert [line["clerk_id"] for line in done.logged("invalid_value")] == ["user_00001"]
 
 
@@ -213,7 +213,7 @@ async def test_counts_that_differ_are_no_success(embedded_url: str, tmp_path: Pa
             done = await here.run(*arguments)
             assert done.code == code, arguments
             assert f"clerk-sync: {doubt}" in done.err
-            assert "Clerk counts 4, the table 3" in done.out
+            assert "Clerk 4, table 3" in done.out
         here.api.lies.clear()
         for arguments in (("backfill",), ("reconcile",), ("reconcile", "--dry-run")):
             assert (await here.run(*arguments)).code == 0
@@ -225,7 +225,7 @@ async def test_rows_of_the_apps_own_are_told_and_left(embedded_url: str, tmp_pat
         await here.rows("INSERT INTO clerk_users (clerk_id) VALUES ('admin'), ('root')")
         done = await here.run("reconcile")
         assert (done.code, done.err) == (0, "")
-        assert "user: 2 rows were left whose keys are no ids of Clerk's" in done.out
+        assert "user: 2 unmanaged rows stay: their keys are no Clerk ids" in done.out
         assert {"admin", "root"} <= await here.ids("clerk_users")
         assert (await here.run("reconcile", "--dry-run")).code == 0
 

@@ -17,9 +17,8 @@ from urllib.parse import urlsplit
 import pytest
 from click.testing import CliRunner
 
-from clerk_sync import check
 from clerk_sync.clerk import signature
-from clerk_sync.cli import cli, probe
+from clerk_sync.cli import check, cli, probe
 from clerk_sync.http import connections
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows, served, serving, settings_of
@@ -111,7 +110,7 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
             reply = await at.post(deliveries.event("user.updated", "user_a"))
             assert reply.said == (503, "unavailable", "database")
             signers = signature.signers(SECRET)
-            probed = await probe.probe(probe.address(at.url + PATH), signers, seconds=1)
+            probed = await probe.send(probe.address(at.url + PATH), signers, seconds=1)
             assert "is away, or takes no writes" in probed.text
             unready = await at.until_ready(ready=False)
             assert "has to lead to the primary" in unready.json["detail"]

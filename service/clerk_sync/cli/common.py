@@ -1,53 +1,68 @@
-"""What commands share: their group, their settings, their way to end."""
+"""What commands share: their decorator, and their settings."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 import sys
-from typing import TYPE_CHECKING, Any, NoReturn
+from asyncio import new_event_loop
+from typing import TYPE_CHECKING, Any, NoReturn, ParamSpec
 
 import click
 
-from clerk_sync import __version__
-from clerk_sync.check import signing_faults, token_faults
+from clerk_sync import rotation
+from clerk_sync.cli.exits import INTERRUPTED, TERMINATED, fail
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.mapping.loader import InvalidMapping
-from clerk_sync.mapping.loader import load as load_mapping
-from clerk_sync.mapping.model import Mapping
+from clerk_sync.mapping import loader
 from clerk_sync.settings import InvalidSettings, Settings
-from clerk_sync.settings import load as load_settings
+from clerk_sync.settings import load as load_environment
 from clerk_sync.telemetry import logs
+
+with contextlib.suppress(ImportError):  # there is none for Windows
+    from uvloop import new_event_loop
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Coroutine
 
+    from clerk_sync.mapping.model import Mapping
 
-INTERRUPTED = 130  # as shells tell of SIGINT
-TERMINATED = 143  # and of SIGTERM
+_P = ParamSpec("_P")
 
 
-@click.group(
-    context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100},
-    epilog="\b\nExample:\n  clerk-sync COMMAND --help",
-)
-@click.version_option(__version__, prog_name="clerk-sync")
-def cli() -> None:
-    """Keep an app's MySQL tables in step with Clerk.
+def command(
+    example: str, *, name: str | None = None
+) -> Callable[[Callable[_P, Coroutine[Any, Any, int]]], click.Command]:
+    """Make a command of a coroutine function that returns the exit code.
 
-    Settings come from the environment: DATABASE_URL, CLERK_WEBHOOK_SIGNING_SECRET and others;
-    `clerk-sync check` says what is wrong with them.
+    Its docstring is the command's help, which ends with the example. The first sentence is the
+    summary in `clerk_sync.cli.COMMANDS`.
     """
-    logs.hush()
 
+    def decorate(work: Callable[_P, Coroutine[Any, Any, int]]) -> click.Command:
+        @functools.wraps(work)
+        def run(*args: _P.args, **kwargs: _P.kwargs) -> NoReturn:
+            _run(work(*args, **kwargs))
 
-def command(example: str, **options: Any) -> Callable[[Callable[..., None]], click.Command]:
-    """A command of the group, whose help ends with an example."""
-
-    def decorate(function: Callable[..., None]) -> click.Command:
-        epilog = f"\b\nExample:\n  {example}"
-        return cli.command(epilog=epilog, **options)(function)
+        return click.command(name, epilog=f"\b\nExample:\n  {example}")(run)
 
     return decorate
+
+
+def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
+    """Run a command on uvloop; what it returns is the exit code."""
+    logs.hush()
+    try:
+        with asyncio.Runner(loop_factory=new_event_loop) as runner:
+            sys.exit(runner.run(work))
+    except KeyboardInterrupt:
+        sys.exit(INTERRUPTED)
+    except asyncio.CancelledError:  # by a command that asked for SIGTERM
+        sys.exit(TERMINATED)
+    except DatabaseUnavailable as error:
+        fail(str(error))
+    except InvalidSettings as error:  # a file that was there at the start
+        fail(*error.faults)
 
 
 def text(argument: str) -> str:
@@ -59,59 +74,46 @@ def text(argument: str) -> str:
     return argument
 
 
-def fail(*faults: str) -> NoReturn:
-    """End with exit code 1, after a line for each fault."""
-    for fault in faults:
-        click.echo(f"clerk-sync: {fault}", err=True)
-    sys.exit(1)
+def load_settings(*, signing: bool = False, token: bool = False, located: bool = True) -> Settings:
+    """The settings; or the end of the command, with every fault in them.
+
+    `signing` needs the signing secret, `token` checks the app token, `located` the database's
+    address.
+    """
+    settings, faults = _load(signing=signing, token=token, located=located)
+    if faults:
+        fail(*faults)
+    return settings
 
 
-def run(work: Coroutine[Any, Any, int]) -> NoReturn:
-    """Run a command's work on uvloop; its exit code is the process's."""
+def load(*, signing: bool = False, token: bool = False) -> tuple[Settings, Mapping]:
+    """Settings and mapping; or the end of the command, with every fault in them."""
+    settings, faults = _load(signing=signing, token=token, located=True)
     try:
-        import uvloop  # noqa: PLC0415 -- there is none for Windows
-    except ImportError:
-        factory = None
-    else:
-        factory = uvloop.new_event_loop
-    try:
-        with asyncio.Runner(loop_factory=factory) as runner:
-            sys.exit(runner.run(work))
-    except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-    except DatabaseUnavailable as error:
-        fail(str(error))
-    except InvalidSettings as error:  # a file that was there when it began
-        fail(*error.faults)
+        mapping = loader.load(settings.config)
+    except loader.InvalidMapping as error:
+        fail(*faults, *(f"CLERK_SYNC_CONFIG: {fault}" for fault in error.faults))
+    if faults:
+        fail(*faults)
+    return settings, mapping
 
 
-def unnamed(settings: Settings) -> list[str]:
-    """What else may be wrong where tables are missing: that nobody named the database."""
-    if settings.database_url is not None or settings.database_host is not None:
-        return []
-    return [f"DATABASE_URL: is not set, so this was {settings.DEFAULT_DATABASE} of this folder"]
-
-
-def settled(
-    *, signing: bool, mapped: bool, located: bool = True, token: bool = False
-) -> tuple[Settings, Mapping | None]:
-    """Settings and mapping, or the end: with every fault in them at once."""
-    settings, faults = load_settings()
+def _load(*, signing: bool, token: bool, located: bool) -> tuple[Settings, list[str]]:
+    settings, faults = load_environment()
     if located:
         try:
             settings.locate()
         except InvalidSettings as error:
             faults += error.faults
     if signing:
-        faults += signing_faults(settings)
+        faults += rotation.signing_faults(settings)
     if token:
-        faults += token_faults(settings)
-    mapping = None
-    if mapped:
-        try:
-            mapping = load_mapping(settings.config)
-        except InvalidMapping as error:
-            faults += [f"CLERK_SYNC_CONFIG: {fault}" for fault in error.faults]
-    if faults:
-        fail(*faults)
-    return settings, mapping
+        faults += rotation.token_faults(settings)
+    return settings, faults
+
+
+def unnamed(settings: Settings) -> list[str]:
+    """What else may be wrong if tables are missing: that nobody named the database."""
+    if settings.database_url is not None or settings.database_host is not None:
+        return []
+    return [f"DATABASE_URL: is not set, so this was {settings.DEFAULT_DATABASE} of this folder"]

@@ -1,7 +1,7 @@
-"""A signed event through the public URL: whether what Clerk sends would get through.
+"""`clerk-sync probe`: whether what Clerk sends to the public URL gets through.
 
-It goes the whole way, to a commit in the database, and changes no mapped table. Whatever is in
-the way is told in one sentence: for whoever reads it, an ingress is far from its log.
+A signed event takes the whole way to a commit in the database, and changes no mapped table. What
+is in its way is said in one sentence: whoever reads it may not see the ingress's log.
 """
 
 from __future__ import annotations
@@ -17,11 +17,15 @@ from http import HTTPStatus
 from typing import TYPE_CHECKING, Final
 
 import aiohttp
+import click
 import yarl
 from pydantic_core import from_json
 
 from clerk_sync.clerk import signature
 from clerk_sync.clerk.events import PROBE, PROBE_IDS
+from clerk_sync.cli.common import command, load_settings, text
+from clerk_sync.cli.exits import fail
+from clerk_sync.cli.target import here, signers_of
 from clerk_sync.outcomes import Outcome, Reason
 
 if TYPE_CHECKING:
@@ -72,11 +76,40 @@ _THEIRS: Final = {
 }
 
 
+@command("clerk-sync probe --url https://hooks.example.com/webhooks/clerk")
+@click.option(
+    "--url", type=text, help="The webhook's public URL. Default: the service on this machine."
+)
+@click.option(
+    "--seconds",
+    type=click.FloatRange(min=1),
+    default=30,
+    show_default=True,
+    help="Retry for so long where that may help.",
+)
+async def probe(url: str | None, seconds: float) -> int:
+    """Send a signed event through the public URL; say whether it was committed.
+
+    It changes no mapped table, and needs nothing but the URL and the signing secret. Exit code
+    1 says that what Clerk sends does not get through, and why.
+    """
+    settings = load_settings(signing=True, located=False)
+    try:
+        target = address(url or here(settings))
+    except ValueError as error:
+        fail(f"--url: {error}")
+    found = await send(target, signers_of(settings), seconds=seconds)
+    if not found.through:
+        fail(f"{shown(target)}: {found.text}")
+    click.echo(f"{shown(target)}: {found.text}")
+    return 0
+
+
 @dataclass(frozen=True, slots=True)
 class Found:
     """What one probe found: whether it got through, and a sentence that says so or why not.
 
-    `lasting` is what trying again will not change.
+    `lasting` says that a retry would find the same.
     """
 
     through: bool
@@ -102,8 +135,8 @@ def shown(url: yarl.URL) -> str:
     return str(url.with_query(None).with_fragment(None))
 
 
-async def probe(url: yarl.URL, signers: Sequence[Webhook], *, seconds: float) -> Found:
-    """Post one signed event to the webhook's URL, again while that may help, for so long.
+async def send(url: yarl.URL, signers: Sequence[Webhook], *, seconds: float) -> Found:
+    """Post one signed event to the webhook's URL; retry for so many seconds while that may help.
 
     Each attempt has the same svix-id: one whose answer got lost is then known as a duplicate.
     """
@@ -203,14 +236,14 @@ def _read(response: aiohttp.ClientResponse, body: bytes, ms: int) -> Found:
 def _redirected(response: aiohttp.ClientResponse) -> str:
     """A redirect: to the URL that is meant, or away from it, as to a login."""
     given = response.headers.get("Location", "")
-    told = f"redirects to {_location(given)}, where Clerk does not follow"
+    leads = f"redirects to {_location(given)}, where Clerk does not follow"
     try:
         path = yarl.URL(given).path
     except ValueError:
         path = ""
     if path.strip("/") == response.url.path.strip("/"):
-        return f"{told}: give Clerk that URL instead"
-    return f"{told}: if it is a login, it has to let this path through, else give Clerk that URL"
+        return f"{leads}: give Clerk that URL instead"
+    return f"{leads}: if it is a login, it has to let this path through, else give Clerk that URL"
 
 
 def _location(given: str) -> str:
@@ -229,8 +262,8 @@ def _printable(text: str) -> str:
 def _ours(body: bytes) -> tuple[Outcome | None, Reason | None]:
     """Outcome and reason, if clerk-sync wrote this."""
     try:
-        told = from_json(body)
-        reason = told.get("reason")
-        return Outcome(told["outcome"]), None if reason is None else Reason(reason)
+        answer = from_json(body)
+        reason = answer.get("reason")
+        return Outcome(answer["outcome"]), None if reason is None else Reason(reason)
     except (ValueError, TypeError, LookupError, AttributeError):
         return None, None

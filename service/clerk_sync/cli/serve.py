@@ -1,4 +1,4 @@
-"""The commands that run the service, make its tables and say what is wrong."""
+"""`clerk-sync serve`."""
 
 from __future__ import annotations
 
@@ -6,58 +6,43 @@ import os
 import re
 from typing import TYPE_CHECKING
 
-import click
 import structlog
 
-from clerk_sync.check import findings
-from clerk_sync.cli.common import command, fail, run, settled
-from clerk_sync.database.connection import engine_of
-from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.schema import checks, rehearsal
-from clerk_sync.settings import load as load_settings
+from clerk_sync import app
+from clerk_sync.cli.common import command, load
+from clerk_sync.cli.exits import fail
 from clerk_sync.telemetry import logs
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping as Environment
+    from collections.abc import Mapping
 
-    from sqlalchemy.ext.asyncio import AsyncEngine
-
-    from clerk_sync.mapping.model import Mapping
-    from clerk_sync.schema.reflection import Live
     from clerk_sync.telemetry.tracing import Tracing
 
 
 @command("CLERK_WEBHOOK_SIGNING_SECRET=whsec_… DATABASE_URL=mysql://… clerk-sync serve")
-def serve() -> None:
+async def serve() -> int:
     """Receive Clerk's webhooks until SIGTERM.
 
-    It never changes the schema: with one that is missing or old it is live, not ready, and says
-    what to run.
+    It never changes the schema: if that is missing or old, it is live, not ready, and says what
+    to run.
     """
-    settings, mapping = settled(signing=True, mapped=True, token=True)
-    assert mapping is not None
-    from clerk_sync import app  # noqa: PLC0415 -- the other commands start sooner without it
-
+    settings, mapping = load(signing=True, token=True)
     logs.configure(settings.log_level, settings.log_format)
-    tracing, doubts = tracing_of(os.environ)
-    for warning in (*settings.doubts(os.environ), *mapping.warnings, *doubts):
+    tracing, warnings = tracing_of(os.environ)
+    for warning in (*settings.doubts(os.environ), *mapping.warnings, *warnings):
         structlog.get_logger().warning("config_warning", detail=warning)
-
-    async def work() -> int:
-        try:
-            await app.serve(settings, mapping, tracing=tracing)
-        except OSError as error:
-            fail(
-                f"cannot listen: {error.strerror or error}: "
-                "CLERK_SYNC_PORT and CLERK_SYNC_INTERNAL_PORT name other ports"
-            )
-        return 0
-
-    run(work())
+    try:
+        await app.serve(settings, mapping, tracing=tracing)
+    except OSError as error:
+        fail(
+            f"cannot listen: {error.strerror or error}: "
+            "CLERK_SYNC_PORT and CLERK_SYNC_INTERNAL_PORT name other ports"
+        )
+    return 0
 
 
-def tracing_of(environ: Environment[str, str]) -> tuple[Tracing | None, list[str]]:
-    """Tracing, if the standard's variables ask for it; and why there is none all the same.
+def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
+    """Tracing, if OpenTelemetry's variables ask for it, and warnings about them.
 
     They may be in every pod of a cluster: none of them keeps the service from starting.
     """
@@ -73,13 +58,13 @@ def tracing_of(environ: Environment[str, str]) -> tuple[Tracing | None, list[str
         if protocol == "http/protobuf":
             break
         if protocol:
-            told = "no traces, as there is only http/protobuf, which collectors take on port 4318"
-            return None, [f"{name} is {protocol}: {told}"]
+            only = "no traces, as there is only http/protobuf, which collectors take on port 4318"
+            return None, [f"{name} is {protocol}: {only}"]
     try:
         from clerk_sync.telemetry.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
     except ImportError:
         return None, ["OTEL_… asks for traces, but clerk-sync[otel] is not installed: no traces"]
-    doubts = []
+    warnings = []
     for name in ("OTEL_EXPORTER_OTLP_TRACES_HEADERS", "OTEL_EXPORTER_OTLP_HEADERS"):
         headers = environ.get(name, "")
         # It would be refused at each attempt, in words that quote it, and it holds a token.
@@ -87,93 +72,8 @@ def tracing_of(environ: Environment[str, str]) -> tuple[Tracing | None, list[str
             return None, [f"no traces: {name} has a line break in it, as %0A or %0D"]
         parts = (part for part in headers.split(",") if part.strip())
         if not all(re.fullmatch(r"\s*[^\s:=]+\s*=.*\s*", part) for part in parts):
-            doubts.append(f"{name} is no list of name=value, separated by commas")
+            warnings.append(f"{name} is no list of name=value, separated by commas")
     try:
-        return Tracing.by_environment(), doubts
+        return Tracing.by_environment(), warnings
     except (ValueError, RuntimeError) as error:
-        return None, [*doubts, f"no traces: {error}"]
-
-
-@command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
-@click.option("--print", "print_", is_flag=True, help="Print the SQL instead of running it.")
-def migrate(*, print_: bool) -> None:
-    """Make clerk-sync's tables, and what the mapping needs of others.
-
-    Safe to run from several pods at once, and again. With --print nothing is changed: the SQL
-    that is missing now goes to stdout, as for a PlanetScale deploy request.
-    """
-    settings, mapping = settled(signing=False, mapped=True)
-    assert mapping is not None
-    for warning in mapping.warnings:
-        click.echo(f"warning: {warning}", err=True)
-
-    async def work() -> int:
-        engine = engine_of(settings.locate, size=2)  # one keeps the lease
-        try:
-            if print_:
-                await printed(engine, mapping)
-            else:
-                await migrated(engine, mapping, probe_rows=settings.probe_rows == "true")
-        except DatabaseUnavailable as error:
-            fail(f"{settings.locate().where}: {error}")
-        finally:
-            await engine.dispose()
-        return 0
-
-    run(work())
-
-
-async def printed(engine: AsyncEngine, mapping: Mapping) -> None:
-    """Print the SQL that is missing."""
-    if sql := await checks.migration_sql(engine, mapping):
-        click.echo(sql, nl=False)
-        return
-    await looked_at(engine, mapping)
-    click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
-
-
-async def migrated(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -> None:
-    """Run what is missing, and try whether the tables take rows."""
-    for line in await checks.migrate(engine, mapping) or ["nothing to do"]:
-        click.echo(line)
-    live = await looked_at(engine, mapping)
-    if probe_rows:
-        try:
-            rehearsed = await rehearsal.rehearse(engine, mapping, live)
-        except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
-            click.echo(f"advice: no row was tried: {error}", err=True)
-            return
-        for doubt in rehearsed.doubts:
-            click.echo(f"advice: {doubt}", err=True)
-        if rehearsed.faults:
-            fail(*rehearsed.faults)
-
-
-async def looked_at(engine: AsyncEngine, mapping: Mapping) -> Live:
-    """The live tables, once they are what the mapping needs."""
-    live = await checks.reflected(engine, mapping)
-    try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
-        fail(*error.faults)
-    for warning in checks.advice(mapping, live):
-        click.echo(f"advice: {warning}", err=True)
-    return live
-
-
-@command("clerk-sync check")
-def check() -> None:
-    """Check settings, secrets, database, schema, mapping and Clerk's key: a line each.
-
-    Exit code 1 if any fails.
-    """
-
-    async def work() -> int:
-        settings, faults = load_settings()
-        failed = False
-        async for finding in findings(settings, faults, settings.doubts(os.environ)):
-            click.echo(finding)
-            failed |= finding.verdict == "FAIL"
-        return 1 if failed else 0
-
-    run(work())
+        return None, [*warnings, f"no traces: {error}"]

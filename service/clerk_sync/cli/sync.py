@@ -1,4 +1,4 @@
-"""backfill, reconcile, ensure, erase: the tables beside Clerk, and what goes for good."""
+"""`clerk-sync backfill`, `reconcile` and `ensure`: the tables beside Clerk's API."""
 
 from __future__ import annotations
 
@@ -8,277 +8,213 @@ import gc
 import signal
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Final
 
 import click
 import structlog
+from tqdm import tqdm
 
-from clerk_sync.cli.common import TERMINATED, command, fail, run, settled, text, unnamed
+from clerk_sync import app
+from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.cli.common import command, load, text, unnamed
+from clerk_sync.cli.exits import fail
 from clerk_sync.outcomes import Ending
+from clerk_sync.schema.checks import SchemaMismatch
+from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.store import profiles
+from clerk_sync.store.lease import LeaseHeld, LeaseLost
+from clerk_sync.sync.ensure import NotMapped
+from clerk_sync.sync.report import Report
+from clerk_sync.sync.safety import SafetyStop
 from clerk_sync.telemetry import logs
+from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine, Iterator
+    from collections.abc import AsyncIterator, Callable, Iterator
 
     from clerk_sync.mapping.model import Mapping
-    from clerk_sync.settings import Settings
     from clerk_sync.sync.diff import Comparison
-    from clerk_sync.sync.report import Report
-    from clerk_sync.sync.runs import Runs
 
 log = structlog.get_logger()
 
-PROGRESS_SECONDS = 10.0
-IN_STEP, FAILED, DRIFT = 0, 1, 2
+PROGRESS_SECONDS: Final = 10.0
+IN_SYNC, FAILED, DRIFT = 0, 1, 2
 
 
-def _walked(work: Callable[[Runs, Settings], Coroutine[Any, Any, int]]) -> None:
-    """Open what a walk needs, and end with what `work` says; or say what is wrong."""
-    settings, mapping = settled(signing=False, mapped=True)
-    assert mapping is not None
+def _load() -> tuple[Settings, Mapping]:
+    settings, mapping = load()
     logs.configure(settings.log_level, settings.log_format, file=sys.stderr)
+    return settings, mapping
 
-    async def opened(settings: Settings, mapping: Mapping) -> int:
-        from clerk_sync import app  # noqa: PLC0415
-        from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable  # noqa: PLC0415 -- see `serve`
-        from clerk_sync.schema.checks import SchemaMismatch  # noqa: PLC0415
-        from clerk_sync.settings import InvalidSettings  # noqa: PLC0415
-        from clerk_sync.store.lease import LeaseHeld, LeaseLost  # noqa: PLC0415
-        from clerk_sync.sync.safety import SafetyStop  # noqa: PLC0415
-        from clerk_sync.telemetry.metrics import Metrics  # noqa: PLC0415
 
-        # A pod that is told to stop gives its lease back first.
-        task = asyncio.current_task()
-        assert task is not None
-        asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
-        try:
-            async with app.open_runs(settings, mapping, Metrics()) as open_:
-                # Pages make hundreds of thousands of objects and no cycles: looking for some
-                # among them took a third of the time.
-                gc.freeze()
-                gc.set_threshold(1_000_000, 50, 100)
-                return await work(open_, settings)
-        except InvalidSettings as error:
-            fail(*error.faults)
-        except SchemaMismatch as error:
-            fail(*error.faults, *unnamed(settings))
-        except (ClerkUnavailable, ClerkRefused, LeaseHeld, LeaseLost, SafetyStop) as error:
-            fail(str(error))
-
+@contextlib.asynccontextmanager
+async def _stated(settings: Settings) -> AsyncIterator[None]:
+    """Within, what keeps a run from its end is one sentence, and SIGTERM ends it in good order."""
+    task = asyncio.current_task()
+    assert task is not None
+    # A pod that is stopped gives its lease back first.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
     try:
-        run(opened(settings, mapping))
-    except asyncio.CancelledError:
-        sys.exit(TERMINATED)
+        yield
+    except InvalidSettings as error:
+        fail(*error.faults)
+    except SchemaMismatch as error:
+        fail(*error.faults, *unnamed(settings))
+    except (ClerkUnavailable, ClerkRefused, LeaseHeld, LeaseLost, SafetyStop, NotMapped) as error:
+        fail(str(error))
+
+
+def _collect_seldom() -> None:
+    """Keep the garbage collector from a third of the time.
+
+    Pages make hundreds of thousands of objects and no cycles.
+    """
+    gc.freeze()
+    gc.set_threshold(1_000_000, 50, 100)
 
 
 @command("CLERK_SECRET_KEY=sk_live_… DATABASE_URL=mysql://… clerk-sync backfill")
-@click.option("--restart", is_flag=True, help="Begin anew, although one was left off.")
-def backfill(*, restart: bool) -> None:
+@click.option("--restart", is_flag=True, help="Start from the beginning, not from a checkpoint.")
+async def backfill(*, restart: bool) -> int:
     """Write all users, organizations and memberships that Clerk has.
 
     Safe beside the running service: a row that is newer stays. After a crash or Ctrl-C the same
-    command goes on where it was. Exit code 1 if anything could not be written, or if Clerk and
-    the tables do not have the same number in the end.
+    command resumes from its checkpoint. Exit code 1 if anything could not be written, or if Clerk
+    and the tables do not have the same number in the end.
     """
-
-    async def work(runs: Runs, _: Settings) -> int:
-        from clerk_sync.sync.report import Report  # noqa: PLC0415
-
-        report = Report()
+    settings, mapping = _load()
+    report = Report()
+    async with _stated(settings), app.open_runs(settings, mapping, Metrics()) as runs:
+        _collect_seldom()
         with _progress() as on_page:
             ending = await runs.backfill(restart=restart, report=report, on_page=on_page)
-        if report.resumed is not None:
-            at = report.resumed.isoformat(sep=" ", timespec="seconds")
-            click.echo(f"went on from the backfill of {at}")
-        for why in report.restarted:
-            click.echo(why)
-        for kind, tally in report.tallies.items():
-            older = tally.read - tally.written - tally.invalid
-            click.echo(
-                f"{kind}: read {tally.read}, wrote {tally.written}, skipped {older} as in step or "
-                f"newer here, could not write {tally.invalid}; {_counts(report, kind)}"
-            )
-        _say_absent(report)
-        _say_doubts(
-            report,
-            "not all is in step: the log names what could not be written; `clerk-sync reconcile` "
-            "finds the rest, and removes rows of what Clerk has no more",
+    if report.resumed is not None:
+        at = report.resumed.isoformat(sep=" ", timespec="seconds")
+        click.echo(f"resumed the backfill of {at}")
+    for why in report.restarted:
+        click.echo(why)
+    for kind, tally in report.tallies.items():
+        unchanged = tally.read - tally.written - tally.invalid
+        click.echo(
+            f"{kind}: read {tally.read}, wrote {tally.written}, unchanged {unchanged}, "
+            f"failed {tally.invalid}; {_counts(report, kind)}"
         )
-        return FAILED if ending is Ending.UNMENDED else IN_STEP
-
-    _walked(work)
+    _print_rest(
+        report,
+        "not everything is in sync: the log names what could not be written; `clerk-sync "
+        "reconcile` finds the rest, and deletes orphaned rows",
+    )
+    return FAILED if ending is Ending.UNMENDED else IN_SYNC
 
 
 @command("clerk-sync reconcile --dry-run")
-@click.option("--dry-run", is_flag=True, help="Write nothing, and print what is out of step.")
-@click.option("--show-values", is_flag=True, help="Print values, too: they are people's data.")
+@click.option("--dry-run", is_flag=True, help="Write nothing, and print what differs.")
+@click.option("--show-values", is_flag=True, help="Print values as well: they are people's data.")
 @click.option(
     "--breaker",
     type=click.FloatRange(0, 100),
     metavar="PERCENT",
-    help="How much of a table may be gone from Clerk. Default: CLERK_SYNC_BREAKER_PERCENT.",
+    help="The deletion guard: how much of a table may be deleted. "
+    "Default: CLERK_SYNC_BREAKER_PERCENT.",
 )
-@click.option("--mended-ok", is_flag=True, help="Exit code 0, too, when all was mended: for cron.")
-def reconcile(*, dry_run: bool, show_values: bool, breaker: float | None, mended_ok: bool) -> None:
-    """Find what is missing, outdated, drifted or deleted, and mend it.
+@click.option(
+    "--mended-ok", is_flag=True, help="Exit code 0 also if everything was repaired: for cron."
+)
+async def reconcile(
+    *, dry_run: bool, show_values: bool, breaker: float | None, mended_ok: bool
+) -> int:
+    """Find missing, outdated, drifted and orphaned rows, and repair them.
 
-    One at a time, over all replicas. Exit code 0: in step, 2: something was not, 1: it failed,
+    One at a time, over all replicas. Exit code 0: in sync, 2: something was not, 1: it failed,
     or would have deleted too much, and deleted nothing.
     """
     if show_values and not dry_run:
         fail("--show-values needs --dry-run")
     if mended_ok and dry_run:
-        fail("--mended-ok makes no sense with --dry-run, which mends nothing")
+        fail("--mended-ok makes no sense with --dry-run, which repairs nothing")
+    settings, mapping = _load()
+    percent = settings.breaker_percent if breaker is None else breaker
+    report = Report()
 
-    def told(kind: str, one: Comparison) -> None:
+    def show(kind: str, one: Comparison) -> None:
         columns = ", ".join(difference.column for difference in one.differences)
         click.echo(f"{kind} {one.clerk_id} {one.verdict.value}" + (f": {columns}" * bool(columns)))
         if show_values:
             for difference in one.differences:
                 click.echo(f"  {difference.column}: {difference.stored!r} -> {difference.wanted!r}")
 
-    async def work(runs: Runs, settings: Settings) -> int:
-        from clerk_sync.sync.report import Report  # noqa: PLC0415
-
-        report = Report()
-        percent = settings.breaker_percent if breaker is None else breaker
+    async with _stated(settings), app.open_runs(settings, mapping, Metrics()) as runs:
+        _collect_seldom()
         with _progress() as on_page:
             if dry_run:
                 await runs.dry_run(
-                    breaker_percent=percent, report=report, on_page=on_page, on_drift=told
+                    breaker_percent=percent, report=report, on_page=on_page, on_drift=show
                 )
                 ending = report.ending
             else:
                 ending = await runs.reconcile(
                     breaker_percent=percent, report=report, on_page=on_page
                 )
-        for kind, tally in report.tallies.items():
-            drift = ", ".join(f"{number} {name}" for name, number in tally.drift.items())
-            invalid = f", {tally.invalid} that the table cannot take" if tally.invalid else ""
-            click.echo(f"{kind}: {drift}{invalid}; {_counts(report, kind)}")
-        _say_left(report)
-        if report.purged:
-            click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
-        _say_absent(report)
-        _say_doubts(
-            report,
-            "both sides do not agree: run it again; if it stays, see `tombstone_conflict`"
-            " and `unconfirmed` in the log, and whether Clerk's API is well",
-        )
-        fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
-        return IN_STEP if ending in fine else DRIFT
-
-    _walked(work)
+    for kind, tally in report.tallies.items():
+        drift = ", ".join(f"{number} {name}" for name, number in tally.drift.items())
+        invalid = f", {tally.invalid} that the table cannot store" if tally.invalid else ""
+        click.echo(f"{kind}: {drift}{invalid}; {_counts(report, kind)}")
+    if report.purged:
+        click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
+    _print_rest(
+        report,
+        "the counts do not agree: run it again; if it stays, see `tombstone_conflict` and "
+        "`deletion_unconfirmed` in the log, and whether Clerk's API is well",
+    )
+    fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
+    return IN_SYNC if ending in fine else DRIFT
 
 
 @command("clerk-sync ensure user_2x…")
 @click.argument("user_id", metavar="USER_ID", type=text)
-def ensure(user_id: str) -> None:
-    """Ask Clerk for one user, write the row, and print it.
+async def ensure(user_id: str) -> int:
+    """Read one user from Clerk, write the row, and print it.
 
-    Exit code 1 if Clerk has no such user, it was deleted, or the table cannot take it.
+    Exit code 1 if Clerk has no such user, it was deleted, or the table cannot store it.
     """
-
-    async def work(runs: Runs, settings: Settings) -> int:
-        from clerk_sync import app  # noqa: PLC0415
-        from clerk_sync.sync.ensure import Ensure, NotMapped  # noqa: PLC0415
-
-        async with app.open_committer(settings, runs.mapping) as committer:
-            ensure = Ensure(
-                runs.clerk,
-                runs.mapping,
-                committer,
-                runs.engine,
-                lambda: runs.store.targets.get("user"),
-            )
-            try:
-                ensured = await ensure(user_id)
-            except NotMapped as error:
-                fail(str(error))
-        if ensured.row is None:
-            why = "Clerk has no such user, or it was deleted"
-            if ensured.outcome is not None:
-                why = f"{ensured.outcome.value}: {ensured.reason}"
-            fail(f"{user_id}: {why}")
-        click.echo(profiles.to_json(ensured.row))
-        return 0
-
-    _walked(work)
-
-
-@command("clerk-sync erase user_2x…")
-@click.argument("user_id", metavar="USER_ID", type=text)
-def erase(user_id: str) -> None:
-    """Remove a person from every mapped table and from clerk-sync's own. It cannot be undone.
-
-    Only the id stays, so that a late event does not bring the person back. Clerk is not called:
-    delete the user there, too.
-    """
-    settings, mapping = settled(signing=False, mapped=True)
-    assert mapping is not None
-
-    async def work() -> int:
-        from clerk_sync.database.connection import engine_of  # noqa: PLC0415
-        from clerk_sync.schema import checks  # noqa: PLC0415 -- see `serve`
-        from clerk_sync.store import erasure  # noqa: PLC0415
-
-        engine = engine_of(settings.locate, size=2)
-        try:
-            store = await checks.bound(engine, mapping)
-            now_ms = time.time_ns() // 1_000_000
-            removed = await erasure.erase(engine, store, user_id, now_ms=now_ms)
-        except checks.SchemaMismatch as error:
-            fail(*error.faults, *unnamed(settings))
-        except ValueError as error:
-            fail(f"{user_id}: {error}")
-        finally:
-            await engine.dispose()
-        for table, number in sorted(removed.items()):
-            click.echo(f"{table}: removed {number}")
-        click.echo(f"{user_id} is remembered as deleted, and nothing else is")
-        for kind in erasure.out_of_reach(store):
-            click.echo(
-                f"warning: rows of `{kind}` may be this user's, but no column says so", err=True
-            )
-        return 0
-
-    run(work())
+    settings, mapping = _load()
+    async with _stated(settings), app.open_ensure(settings, mapping) as ensure_user:
+        ensured = await ensure_user(user_id)
+    if ensured.row is None:
+        why = "Clerk has no such user, or it was deleted"
+        if ensured.outcome is not None:
+            why = f"{ensured.outcome.value}: {ensured.reason}"
+        fail(f"{user_id}: {why}")
+    click.echo(profiles.to_json(ensured.row))
+    return 0
 
 
 def _counts(report: Report, kind: str) -> str:
-    return f"Clerk counts {report.clerk[kind]}, the table {report.table[kind]}"
+    return f"Clerk {report.clerk[kind]}, table {report.table[kind]}"
 
 
-def _say_absent(report: Report) -> None:
-    for kind in report.switched_off:
-        click.echo(f"{kind}: not looked at, this Clerk instance has organizations switched off")
-
-
-def _say_left(report: Report) -> None:
+def _print_rest(report: Report, advice: str) -> None:
+    """Print what belongs to no kind's line, or to some only."""
     if report.unconfirmed:
         click.echo(
-            f"{report.unconfirmed} rows that Clerk did not list were left, as Clerk did not say, "
-            "in its own words, that it has them no more: the log tells which, and why"
+            f"{report.unconfirmed} unconfirmed rows stay: Clerk did not list them, but did not "
+            "confirm that they are gone. The log says which, and why"
         )
     for kind, rows in report.unmanaged.items():
         if rows:
-            click.echo(f"{kind}: {rows} rows were left whose keys are no ids of Clerk's")
-
-
-def _say_doubts(report: Report, advice: str) -> None:
-    for doubt in report.discrepancies:
-        click.echo(f"clerk-sync: {doubt}: {advice}", err=True)
+            click.echo(f"{kind}: {rows} unmanaged rows stay: their keys are no Clerk ids")
+    for kind in report.switched_off:
+        click.echo(f"{kind}: skipped, this Clerk instance has organizations switched off")
+    for discrepancy in report.discrepancies:
+        click.echo(f"clerk-sync: {discrepancy}: {advice}", err=True)
 
 
 @contextlib.contextmanager
 def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar on a terminal, else a log line every few seconds."""
+    """Show how far a run is: a bar on a terminal, else a log line every few seconds."""
     totals: dict[str, int] = {}
     taken: dict[str, int] = {}
     if sys.stderr.isatty():
-        from tqdm import tqdm  # noqa: PLC0415 -- for people only
-
         tqdm.monitor_interval = 0  # its thread would outlive the loop
         with tqdm(unit=" objects", unit_scale=True, dynamic_ncols=True, file=sys.stderr) as bar:
 
@@ -290,17 +226,17 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
 
             yield draw
         return
-    began = told = time.monotonic()
+    began = logged = time.monotonic()
     first: dict[str, int] = {}
 
-    def tell(kind: str, number: int, total: int) -> None:
-        nonlocal told
+    def log_line(kind: str, number: int, total: int) -> None:
+        nonlocal logged
         first.setdefault(kind, number)
         totals[kind], taken[kind] = total, number
         now = time.monotonic()
-        if now - told < PROGRESS_SECONDS:
+        if now - logged < PROGRESS_SECONDS:
             return
-        told = now
+        logged = now
         rate = (sum(taken.values()) - sum(first.values())) / (now - began)
         left = max(0, sum(totals.values()) - sum(taken.values()))
         log.info(
@@ -312,4 +248,4 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             seconds_left=round(left / rate) if rate else None,
         )
 
-    yield tell
+    yield log_line

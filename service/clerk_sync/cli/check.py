@@ -1,36 +1,48 @@
-"""What `clerk-sync check` finds: settings, secrets, mapping, database, schema, Clerk's key."""
+"""`clerk-sync check`: settings, secrets, mapping, database, schema, Clerk's key; a line each."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import AsyncIterator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
 import aiohttp
+import click
 from sqlalchemy.ext.asyncio import AsyncEngine
 
-from clerk_sync.clerk import signature
-from clerk_sync.database.connection import engine_of
+from clerk_sync import app
+from clerk_sync.cli.common import command
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import Target
-from clerk_sync.http import access
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Mapping
+from clerk_sync.rotation import signing_faults, token_faults
 from clerk_sync.schema import checks, rehearsal
-from clerk_sync.settings import InvalidSettings, Settings
+from clerk_sync.settings import InvalidSettings, Settings, load
 from clerk_sync.store import housekeeping
 
-UNSIGNED: Final = (
-    "CLERK_WEBHOOK_SIGNING_SECRET: is not set: copy the endpoint's Signing Secret (whsec_…) from "
-    "Clerk's dashboard, Webhooks; or set CLERK_WEBHOOK_SIGNING_SECRET_FILE to a file that holds it"
-)
 _CLERK_SECONDS: Final = 10
+
+
+@command("clerk-sync check")
+async def check() -> int:
+    """Check settings, secrets, database, schema, mapping and Clerk's key.
+
+    A line for each. Exit code 1 if any fails.
+    """
+    settings, faults = load()
+    failed = False
+    async for finding in findings(settings, faults, settings.doubts(os.environ)):
+        click.echo(finding)
+        failed |= finding.verdict == "FAIL"
+    return 1 if failed else 0
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: whether it is well, what was looked at, and what was seen."""
+    """One line: the verdict, what was checked, and what was found."""
 
     verdict: Literal["ok", "warn", "FAIL"]
     about: str
@@ -40,38 +52,12 @@ class Finding:
         return f"{self.verdict:<4} {self.about:<9} {self.text}"
 
 
-def signing_faults(settings: Settings) -> list[str]:
-    """What is wrong with the signing secret."""
-    if settings.signing_secret is None:
-        return [UNSIGNED]
-    try:
-        signature.signers(settings.signing_secret.read())
-    except signature.InvalidSecret as error:
-        return [f"{settings.signing_secret.name}: {error}"]
-    except InvalidSettings as error:
-        return list(error.faults)
-    return []
-
-
-def token_faults(settings: Settings) -> list[str]:
-    """What is wrong with the app's token, if there is one."""
-    if settings.app_token is None:
-        return []
-    try:
-        access.tokens(settings.app_token.read())
-    except access.InvalidToken as error:
-        return [f"{settings.app_token.name}: {error}"]
-    except InvalidSettings as error:
-        return list(error.faults)
-    return []
-
-
 async def findings(
     settings: Settings, faults: Sequence[str], doubts: Sequence[str]
 ) -> AsyncIterator[Finding]:
-    """Look at everything, one thing after the other.
+    """Check everything, one thing after the other.
 
-    `faults` are those of the settings, `doubts` what may be meant otherwise.
+    `faults` are those of the settings, `doubts` what in them is probably a mistake.
     """
     listen = f"listen on {settings.port} and {settings.internal_port}"
     for finding in _failed_or("settings", faults, listen):
@@ -114,12 +100,9 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
         missing = f"{target.where}: there is no such file yet: {checks.RUN_MIGRATE}"
         yield Finding("FAIL", "database", missing)
         return
-    engine = engine_of(settings.locate, size=1)
-    try:
+    async with app.open_engine(settings, size=1) as engine:
         async for finding in _of_schema(settings, engine, mapping, target):
             yield finding
-    finally:
-        await engine.dispose()
 
 
 async def _of_schema(
@@ -144,11 +127,11 @@ async def _of_schema(
         for fault in error.faults:
             yield Finding("FAIL", "schema", fault)
         return
-    looked = "as the mapping needs it"
+    checked = "as the mapping needs it"
     warnings = [*checks.advice(mapping, live)]
     if settings.probe_rows == "false":
         warnings.append("no row was tried, as CLERK_SYNC_PROBE_ROWS is false")
-        yield Finding("ok", "schema", looked)
+        yield Finding("ok", "schema", checked)
     else:
         try:
             rehearsed = await rehearsal.rehearse(engine, mapping, live)
@@ -156,8 +139,8 @@ async def _of_schema(
             yield Finding("FAIL", "database", f"{target.where}: {error}")
             return
         if rehearsed.tables:
-            looked += f"; written, read back and rolled back: {', '.join(rehearsed.tables)}"
-        for finding in _failed_or("schema", rehearsed.faults, looked):
+            checked += f"; written, read back and rolled back: {', '.join(rehearsed.tables)}"
+        for finding in _failed_or("schema", rehearsed.faults, checked):
             yield finding
         warnings += rehearsed.doubts
     for warning in warnings:
