@@ -390,9 +390,9 @@ async def running(
 
 
 def _collect_less() -> None:
-    """Let the collector look no more at what start-up made, and at the rest more seldom.
+    """Exclude from garbage collection what start-up made, and collect the rest less often.
 
-    Where strangers' buffers are garbage, `connections` calls it.
+    `connections` calls the collector when buffers of unverified clients are garbage.
     """
     gc.collect()
     gc.freeze()

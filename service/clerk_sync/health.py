@@ -62,7 +62,7 @@ class Health:
     def __init__(
         self, engine: AsyncEngine, mapping: Mapping, committer: Committer, *, reads: AsyncEngine
     ) -> None:
-        """`engine` is for these checks alone, so that they wait for nobody's connection.
+        """`engine` is for these checks alone, so that they never wait for a connection.
 
         `reads` is the engine of everybody else: after trouble its idle connections are closed.
         """
@@ -119,14 +119,14 @@ class Health:
         except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             if self._committer.commits > commits:
                 return self.readiness  # a commit proves more than a check that failed
-            # Nobody has to wait for a deadline to hear it.
+            # So every caller is answered at once, not at its deadline.
             self._committer.suspend(Reason.DATABASE)
             return _unready(error, WRITE_CHECK_SECONDS)
         except Exception as error:
             if self._is_new(error):
                 log.exception("schema_check_failed")
             return self.readiness
-        # Bound anew every now and then: a column that was widened takes longer values.
+        # Bound again every minute: a column that was widened accepts longer values.
         if asyncio.get_running_loop().time() - self._bound > BIND_SECONDS:
             return await self._check_schema()
         if not self.readiness.ready:

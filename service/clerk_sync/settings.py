@@ -21,7 +21,7 @@ from pydantic_settings import (
 from clerk_sync.database.url import InvalidDatabaseUrl, Target, mysql_target, target_of
 from clerk_sync.mapping.loader import PRESETS
 
-_FILE_LOOK_SECONDS: Final = 1.0
+_FILE_CHECK_SECONDS: Final = 1.0
 
 
 class InvalidSettings(Exception):
@@ -42,7 +42,7 @@ class Secret:
         # What is wrong with the file now, so that the last value from it stays; else empty.
         self.fault = ""
         self._stamp: tuple[int, int, int] | None = None
-        self._looked = 0.0
+        self._checked = 0.0
 
     def __repr__(self) -> str:
         return f"Secret({self.name})"
@@ -53,9 +53,9 @@ class Secret:
         Raises InvalidSettings when there has never been one.
         """
         now = time.monotonic()
-        if self.path is None or (self._value and now - self._looked < _FILE_LOOK_SECONDS):
+        if self.path is None or (self._value and now - self._checked < _FILE_CHECK_SECONDS):
             return self._value
-        self._looked = now
+        self._checked = now
         try:
             status = self.path.stat()
             stamp = (status.st_mtime_ns, status.st_ino, status.st_size)
@@ -197,8 +197,8 @@ class Settings(BaseSettings):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _told_by_source(cls, value: object) -> object:
-        """What a source found to be wrong is the field's fault, told along with all others."""
+    def _raise_source_error(cls, value: object) -> object:
+        """Make a source's error the field's, so that it is reported with all others."""
         if isinstance(value, ValueError):
             raise value
         return value
@@ -214,8 +214,8 @@ class Settings(BaseSettings):
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return init_settings, _Secrets(settings_cls), env_settings
 
-    def doubts(self, environ: Mapping[str, str]) -> list[str]:
-        """What in the environment is likely meant otherwise: a misspelt name, no database."""
+    def warnings(self, environ: Mapping[str, str]) -> list[str]:
+        """What in the environment is probably a mistake: a misspelt name, no database."""
         found = []
         known = {str(field.validation_alias) for field in type(self).model_fields.values()}
         known |= {f"{name}_FILE" for name in known}
@@ -292,8 +292,8 @@ def load() -> tuple[Settings, list[str]]:
     }
     faulty = {str(fault["loc"][0]) for fault in faults}
     settings = Settings(**{name: defaults[name] for name in faulty})
-    return settings, [f"{fault['loc'][0]}: {_told(str(fault['msg']))}" for fault in faults]
+    return settings, [f"{fault['loc'][0]}: {_readable(str(fault['msg']))}" for fault in faults]
 
 
-def _told(message: str) -> str:
+def _readable(message: str) -> str:
     return message.removeprefix("Value error, ").replace("Input should be", "must be")

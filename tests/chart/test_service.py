@@ -131,7 +131,7 @@ def test_the_service_takes_its_settings(
             loaded, faults = settings.load()
             assert faults == []
             needs = container.spec["command"][1]
-            doubts = loaded.doubts(
+            doubts = loaded.warnings(
                 {key: value for key, value in environment.items() if key not in extra}
             )
             if needs in {"trigger", "probe"}:

@@ -446,7 +446,7 @@ def test_check_and_migrate_try_a_row_and_leave_none() -> None:
 @pytest.mark.parametrize(
     ("receiver", "exit_code", "told"),
     [
-        (200, 0, "ok   clerk key Clerk takes it"),
+        (200, 0, "ok   clerk key Clerk accepts it"),
         (401, 1, "FAIL clerk key CLERK_SECRET_KEY: Clerk answers 401: copy the"),
         (500, 1, "FAIL clerk key CLERK_API_URL: Clerk answers 500"),
     ],

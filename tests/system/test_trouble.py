@@ -148,7 +148,7 @@ async def test_silent_connections_are_ended_and_make_room(
 ) -> None:
     monkeypatch.setattr(connections, "CONNECTION_LIMIT", 20)
     monkeypatch.setattr(connections, "SILENT_SECONDS", 0.5)
-    monkeypatch.setattr(connections, "LOOK_SECONDS", 0.1)
+    monkeypatch.setattr(connections, "CHECK_SECONDS", 0.1)
     async with served(f"sqlite:///{tmp_path}/x.db") as at:
         where = urlsplit(at.url)
         silent = [socket.create_connection((where.hostname, where.port)) for _ in range(20)]

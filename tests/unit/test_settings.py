@@ -48,7 +48,7 @@ def env(monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
 @pytest.fixture
 def every_look(monkeypatch: pytest.MonkeyPatch) -> None:
     """Look at files whenever they are asked for, instead of once a second."""
-    monkeypatch.setattr(settings_module, "_FILE_LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(settings_module, "_FILE_CHECK_SECONDS", 0.0)
 
 
 def loaded(env: pytest.MonkeyPatch, **variables: str) -> Settings:
@@ -519,4 +519,4 @@ def test_an_interval_that_is_none_is_said_to_be_so(
 def test_an_interval_without_a_key_is_doubted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CLERK_SYNC_RECONCILE_INTERVAL", "6h")
     settings, _ = load()
-    assert any("CLERK_SECRET_KEY is not" in doubt for doubt in settings.doubts(os.environ))
+    assert any("CLERK_SECRET_KEY is not" in doubt for doubt in settings.warnings(os.environ))

@@ -37,7 +37,7 @@ AT_ONCE: Final = 8
 _WORTH_SPLITTING: Final = 100 * PAGE_LIMIT
 _RANGES: Final = 32
 _SHORTEST_MS: Final = 1000
-# What Clerk answers where it does not take the limit: nobody has a smaller one.
+# What Clerk answers if it does not accept the limit: none is smaller.
 _SMALLEST_LIMIT: Final = 10
 # How often at most the same is read again, because its order does not hold.
 _SWEEPS: Final = 20
@@ -108,7 +108,7 @@ async def _split(
     if count <= most or to_ms - from_ms <= _SHORTEST_MS:
         return [(from_ms, to_ms)] if count else []
     middle = (from_ms + to_ms) // 2
-    # No more than there are: a count that does not look at the time would never be split.
+    # No more than there are: a count that ignores the time would never be split.
     lower = min(count, await clerk.count_users(from_ms, middle))
     halves = await asyncio.gather(
         _split(clerk, from_ms, middle, lower, most),
@@ -316,7 +316,7 @@ async def _swept(
     for sweep in range(_SWEEPS):
         before, longest, pages = len(met), _SMALLEST_LIMIT, 0
         after, offset = first, 0
-        # A way that leads back and forth brings nothing new, and ends here, too.
+        # Cursors that lead in a circle bring nothing new, and also end here.
         while pages <= len(met) // longest + 2:
             try:
                 read = await clerk.users(

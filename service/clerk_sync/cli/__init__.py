@@ -89,8 +89,8 @@ def cli() -> None:
 
 def main() -> None:
     """Run a command."""
-    # The kernel keeps from a container's first process each signal that it does not ask for. What
-    # has to tidy up first, such as `serve`, asks for it anew.
+    # The kernel delivers to a container's first process only signals that it handles. Commands
+    # that have to clean up first, such as `serve`, install their own handler.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     try:
         cli(prog_name="clerk-sync")

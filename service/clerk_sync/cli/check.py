@@ -34,7 +34,7 @@ async def check() -> int:
     """
     settings, faults = load()
     failed = False
-    async for finding in findings(settings, faults, settings.doubts(os.environ)):
+    async for finding in findings(settings, faults, settings.warnings(os.environ)):
         click.echo(finding)
         failed |= finding.verdict == "FAIL"
     return 1 if failed else 0
@@ -53,17 +53,17 @@ class Finding:
 
 
 async def findings(
-    settings: Settings, faults: Sequence[str], doubts: Sequence[str]
+    settings: Settings, faults: Sequence[str], warnings: Sequence[str]
 ) -> AsyncIterator[Finding]:
     """Check everything, one thing after the other.
 
-    `faults` are those of the settings, `doubts` what in them is probably a mistake.
+    `faults` are those of the settings, `warnings` what in them is probably a mistake.
     """
     listen = f"listen on {settings.port} and {settings.internal_port}"
     for finding in _failed_or("settings", faults, listen):
         yield finding
-    for doubt in doubts:
-        yield Finding("warn", "settings", doubt)
+    for warning in warnings:
+        yield Finding("warn", "settings", warning)
     for finding in _failed_or("secrets", signing_faults(settings), "the signing secret is one"):
         yield finding
     if settings.app_token is not None:
@@ -169,4 +169,4 @@ async def _of_clerk_key(settings: Settings) -> list[Finding]:
         faults = list(error.faults)
     except (aiohttp.ClientError, TimeoutError, ValueError) as error:
         faults = [f"CLERK_API_URL: not reachable: {type(error).__name__}"]
-    return list(_failed_or("clerk key", faults, "Clerk takes it"))
+    return list(_failed_or("clerk key", faults, "Clerk accepts it"))

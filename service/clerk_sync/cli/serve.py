@@ -29,7 +29,7 @@ async def serve() -> int:
     settings, mapping = load(signing=True, token=True)
     logs.configure(settings.log_level, settings.log_format)
     tracing, warnings = tracing_of(os.environ)
-    for warning in (*settings.doubts(os.environ), *mapping.warnings, *warnings):
+    for warning in (*settings.warnings(os.environ), *mapping.warnings, *warnings):
         structlog.get_logger().warning("config_warning", detail=warning)
     try:
         await app.serve(settings, mapping, tracing=tracing)

@@ -1,7 +1,7 @@
-"""Who may read people's data, and have it fetched: the app beside us, or who has the app's token.
+"""Who may read people's data: the app on this host, or a caller with the app token.
 
-Who is beside us is told by the connection alone. Nothing that a request says makes a peer local;
-some of what it may say takes that away.
+Only the connection shows that a caller is on this host. Nothing in a request makes it local, but
+some headers show that it is not.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _OF_PROXIES: Final = (
 
 
 class InvalidToken(ValueError):
-    """A token that is none. The message never repeats it."""
+    """An app token cannot be used. The message never repeats it."""
 
 
 def tokens(text: str) -> tuple[bytes, ...]:
@@ -56,7 +56,7 @@ def tokens(text: str) -> tuple[bytes, ...]:
 def refusal(
     headers: CIMultiDictProxy[str], *, peer: Any, own: Any, known: Sequence[bytes]
 ) -> str | None:
-    """Why this request may not be answered, in words for who made it; None if it may.
+    """Why this request is forbidden, in words for the caller; None if it is allowed.
 
     `peer` and `own` are the two addresses of its connection, as sockets have them, `known` are
     the tokens that open.
@@ -101,7 +101,7 @@ def _is_loopback(address: Any) -> bool:
 
 
 def _sign_of_others(headers: CIMultiDictProxy[str]) -> str | None:
-    """What in the request says that a proxy or a browser made it for somebody else."""
+    """The sign that a proxy or a browser made this request for another client, if any."""
     for name in _OF_PROXIES:
         if name in headers:
             return f"the request has the header {name}, which proxies add"

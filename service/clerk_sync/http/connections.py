@@ -1,4 +1,4 @@
-"""The connections of a listener: how many there may be, and what they may make it hold.
+"""The connections of a listener: limits on their number, and on the memory that they may use.
 
 Whoever has not signed anything is a stranger, and may be cut at any time. That is what makes
 every bound here hold: what is too much is not refused politely, it is cut, the oldest first.
@@ -41,7 +41,7 @@ SEND_BUFFER: Final = 64 * 1024
 # No whole request after so long: the connection is ended. Nothing read of an answer: the same.
 SILENT_SECONDS: Final = 15.0
 UNREAD_SECONDS: Final = 5.0
-LOOK_SECONDS: Final = 1.0
+CHECK_SECONDS: Final = 1.0
 TELL_SECONDS: Final = 60.0
 
 # What all connections of a listener may make it hold, in bytes of memory as estimated below.
@@ -70,7 +70,7 @@ CAUSES: Final = {
 
 
 class Rank(IntEnum):
-    """Who is cut first."""
+    """The order in which connections are closed, lowest first."""
 
     LEAVING = 0  # answered, and about to be closed
     STRANGER = 1  # nothing verified yet
@@ -137,7 +137,7 @@ class Peer(asyncio.Protocol):
 
 
 class Connections:
-    """All connections of one listener. `room` is how many there may be."""
+    """All connections of one listener; at most `room`."""
 
     def __init__(self, listener: str, *, room: int = CONNECTION_LIMIT) -> None:
         self._listener = listener
@@ -155,7 +155,7 @@ class Connections:
     async def listening(
         self, handlers: Callable[[], asyncio.Protocol], host: str, port: int
     ) -> AsyncIterator[tuple[str, int]]:
-        """Listen; each connection gets a protocol of these. Yields an address. Raises OSError."""
+        """Listen; `protocols` makes each connection's. Yields the address. Raises OSError."""
 
         def made() -> Peer:
             return Peer(self, handlers())
@@ -176,7 +176,7 @@ class Connections:
                 server.close()
 
     def peer(self, handler: object) -> Peer:
-        """The peer that aiohttp's protocol, `request.protocol`, talks to."""
+        """The peer of aiohttp's protocol, which is `request.protocol`."""
         found = self._peers.get(handler)
         if found is None:
             # It went while its request was waiting.
@@ -185,7 +185,7 @@ class Connections:
         return found
 
     def read(self, peer: Peer, request: web.BaseRequest, size: int) -> None:
-        """Note that of this peer a request's head is held, and so much of its body.
+        """Charge this peer for a request's head, and for so much of its body.
 
         And what came last: if it was no HTTP, an error that waits for its turn keeps it.
         """
@@ -194,15 +194,15 @@ class Connections:
         self._charge(peer, cost - peer.cost)
 
     def keep(self, peer: Peer) -> None:
-        """Cut this one no more: its request was read to its end."""
+        """Do not close this connection any more: its request was read to the end."""
         self._move(peer, None)
 
     def verified(self, peer: Peer) -> None:
-        """Charge what it sent no longer: that is an event's."""
+        """Stop charging for what it sent: the request is verified."""
         self._charge(peer, -peer.cost)
 
     def ranked(self, peer: Peer, rank: Rank) -> None:
-        """Note that it may be cut, as the last one of this rank."""
+        """Give the connection this rank, as the last of it to be closed."""
         self._move(peer, rank)
 
     @web.middleware
@@ -211,7 +211,7 @@ class Connections:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """Know whoever asks: for a listener where nobody signs. The longest asked is cut first."""
+        """A middleware for a listener without signatures: the least recently used closes first."""
         peer = self.peer(request.protocol)
         peer.heard = True
         self.ranked(peer, Rank.KNOWN)
@@ -223,7 +223,7 @@ class Connections:
     # --- What a Peer tells ---------------------------------------------------------------------
 
     def met(self, peer: Peer, handler: asyncio.Protocol) -> None:
-        """Take in a new one, and make room if there is none."""
+        """Add a connection, and make room for it if there is none."""
         self._peers[handler] = peer
         self._count += 1
         peer.since = asyncio.get_running_loop().time()
@@ -233,12 +233,12 @@ class Connections:
             self._cut(next(others, peer), "connections")
 
     def parted(self, peer: Peer, handler: asyncio.Protocol) -> None:
-        """Forget one that is gone."""
+        """Remove a connection that is closed."""
         del self._peers[handler]
         self._forget(peer)
 
     def takes(self, peer: Peer, data: bytes) -> bool:
-        """Whether there is room for what was received; charged, if so."""
+        """Whether there is room for what was received; it is charged if so."""
         if peer.gone:
             return False
         lines = min(data.count(b"\n"), LINES_LIMIT)
@@ -251,7 +251,7 @@ class Connections:
         return not peer.gone
 
     def unread(self, peer: Peer, size: int) -> None:
-        """Note how much of an answer the kernel has not taken, as it is not read."""
+        """Charge for what the kernel has not sent, because the peer does not read."""
         if not peer.gone:
             self._charge(peer, size - peer.unread)
             peer.unread = size
@@ -260,10 +260,10 @@ class Connections:
     # --- Who is cut ----------------------------------------------------------------------------
 
     async def watch(self) -> None:
-        """Cut who says nothing and who reads nothing, until cancelled."""
+        """Close connections that send nothing or read nothing, until cancelled."""
         try:
             while True:
-                await asyncio.sleep(LOOK_SECONDS)
+                await asyncio.sleep(CHECK_SECONDS)
                 self._look(asyncio.get_running_loop().time())
         finally:
             self._tell([*self._cuts])
@@ -302,7 +302,7 @@ class Connections:
             )
 
     def _cuttable(self, *, above: int = -1) -> Iterator[Peer]:
-        """Those who cost more, in the order in which they are to be cut."""
+        """The peers that cost more, in the order in which they are to be closed."""
         return (peer for rank in self._ranks for peer in rank if peer.cost > above)
 
     def _fit(self) -> None:
@@ -314,7 +314,7 @@ class Connections:
             self._cut(victim, "memory")
 
     def _cut(self, peer: Peer, cause: str | None) -> None:
-        """Abort it. `cause` is told in the log, once in a while."""
+        """Abort the connection. The log shows `cause`, at most once a minute."""
         self._forget(peer)
         # Not at once: its transport may be in the middle of a call.
         asyncio.get_running_loop().call_soon(peer.transport.abort)

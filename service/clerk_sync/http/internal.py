@@ -1,4 +1,4 @@
-"""The internal listener: probes, metrics, and the read side. An Ingress never reaches it.
+"""The internal listener: health probes, metrics, and the app's reads. Never publish it.
 
 People's data is for the app alone: see `access`.
 """
@@ -43,18 +43,18 @@ ENSURE_LIMIT: Final = 256
 
 
 class TooManyReaders(Exception):
-    """As many as may are being answered, or wait."""
+    """As many callers as allowed are being answered, or wait."""
 
 
 class _Places:
-    """How many may be answered or wait at once; who comes beyond is told to come again."""
+    """A limit on the callers that are answered or wait at the same time."""
 
     def __init__(self, limit: int) -> None:
         self._free = limit
 
     @contextlib.contextmanager
     def taken(self) -> Iterator[None]:
-        """Take a place while this lasts. Raises TooManyReaders."""
+        """Occupy a place within. Raises TooManyReaders."""
         if not self._free:
             raise TooManyReaders
         self._free -= 1
@@ -65,7 +65,7 @@ class _Places:
 
 
 class InternalListener:
-    """Answers from what the service knows already; /profiles asks the database, /ensure Clerk."""
+    """Answers from memory; only /profiles asks the database, and /ensure Clerk."""
 
     def __init__(
         self,
@@ -98,13 +98,13 @@ class InternalListener:
         return app
 
     def close(self) -> None:
-        """Say what the log left out."""
+        """Log how many lines were dropped."""
         self._ration.end()
 
     def _for_the_app(
         self, answer: Callable[[web.Request], Awaitable[web.Response]]
     ) -> Callable[[web.Request], Awaitable[web.Response]]:
-        """Answer the app alone; others are told what to set."""
+        """Answer only the app; other callers get 403, with the setting that lets them in."""
 
         async def answered(request: web.Request) -> web.Response:
             transport = request.transport
@@ -123,12 +123,12 @@ class InternalListener:
         return answered
 
     async def livez(self, request: web.Request) -> web.Response:
-        """The process runs its event loop. Nothing else: a restart mends no database."""
+        """200 while the event loop runs. Nothing else is checked: a restart repairs no database."""
         del request
         return web.json_response({"live": True})
 
     async def readyz(self, request: web.Request) -> web.Response:
-        """Deliveries are taken. The verdict is at most a few seconds old."""
+        """Whether deliveries are accepted, as found a few seconds ago at most."""
         del request
         readiness = self._readiness()
         if readiness.ready:
@@ -143,7 +143,7 @@ class InternalListener:
         )
 
     async def metrics(self, request: web.Request) -> web.Response:
-        """What Prometheus scrapes, in the format that it asks for."""
+        """The metrics, in the format that Prometheus asks for."""
         pool: Any = self._engine.pool
         if hasattr(pool, "checkedout"):
             self._metrics.pool_in_use.set(pool.checkedout())
@@ -175,7 +175,7 @@ class InternalListener:
             return _sorry("the database is not reachable")
 
     async def ensure(self, request: web.Request) -> web.Response:
-        """The row of a user whom Clerk knows, written first if need be; 404 if there is none."""
+        """The row of a user in Clerk, written first if necessary; 404 if there is none."""
         if self._ensure is None:
             return _json({"error": "CLERK_SECRET_KEY is not set"}, status=501)
         readiness = self._readiness()

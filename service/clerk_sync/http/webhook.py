@@ -45,7 +45,7 @@ _SPELLINGS: Final = tuple(
 
 @dataclass(slots=True)
 class _Seen:
-    """What is known of a delivery by the time it is answered, for its log line."""
+    """What is known of a delivery when it is answered, for its log line."""
 
     delivery: Delivery | None = None
     change: Change | None = None
@@ -81,7 +81,7 @@ class WebhookListener:
         self._ration = Ration()
 
     def server(self) -> web.Server:
-        """The plain server of aiohttp: there is nothing to route, and every answer is ours."""
+        """The plain server of aiohttp: there is one route, and every answer is a JSON of ours."""
         return web.Server(
             self.receive,
             access_log=None,
@@ -94,7 +94,7 @@ class WebhookListener:
         )
 
     async def receive(self, request: web.BaseRequest) -> web.Response:
-        """Answer one request. Nothing but a defect of ours makes this a 500."""
+        """Answer one request. Only a defect of clerk-sync makes this a 500."""
         peer = self._connections.peer(request.protocol)
         peer.heard = True
         seen = _Seen()
@@ -122,12 +122,12 @@ class WebhookListener:
             seen.delivery = seen.delivery or error.delivery
             answer = Answer(Outcome.REJECTED, error.reason)
         except (ConnectionError, web.RequestPayloadError):
-            # The sender went away, or its chunks are none: nobody hears the answer.
+            # The sender disconnected, or its chunks are malformed: the answer reaches nobody.
             answer = Answer(Outcome.REJECTED, Reason.MALFORMED)
         except Exception:
             log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
-        self._tell(answer, seen, time.perf_counter() - started)
+        self._report(answer, seen, time.perf_counter() - started)
         response = web.Response(
             body=answer.body,
             status=answer.status,
@@ -166,7 +166,7 @@ class WebhookListener:
         return await self._committer.commit(change, trace)
 
     async def _body(self, request: web.BaseRequest, peer: Peer) -> bytes:
-        """The raw body; from its end on, nobody cuts this connection."""
+        """The raw body. Once it is complete, the connection is not closed to make room."""
         content = request.content
         body = bytearray()
         try:
@@ -182,7 +182,7 @@ class WebhookListener:
             # What readany() raises is kept by the stream, and its traceback keeps this frame.
             body.clear()
 
-    def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
+    def _report(self, answer: Answer, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None
         outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
         # Anybody can be refused as often as they like: log and traces are not theirs to fill.
@@ -200,7 +200,7 @@ class WebhookListener:
             verified=seen.delivery is not None,
         )
         if shown:
-            # With nobody left to read the log, Clerk still gets its answer.
+            # If stdout is closed, Clerk still gets its answer.
             with contextlib.suppress(OSError, ValueError):
                 self._log(answer, seen, round(seconds * 1000, 1), exemplar)
 
@@ -222,7 +222,7 @@ class WebhookListener:
         )
 
     def close(self) -> None:
-        """Say what the log left out."""
+        """Log how many lines were dropped."""
         self._ration.end()
 
 

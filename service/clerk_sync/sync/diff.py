@@ -148,7 +148,7 @@ def _compare_one(
         ):
             return orphaned(change, target, stored, change.event_ms)
     places = target.differing(row, stored) if stored is not None else []
-    # Without a time of its own, an object's version is when it was asked for.
+    # An object without a time of its own has the time of the request as its version.
     dated = change.version_ms != change.event_ms
     behind = state is None or (state.version_ms < change.version_ms and (dated or bool(places)))
     # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.

@@ -83,7 +83,7 @@ class Ensure:
             self._requests[user_id] = request
         request.callers += 1
         try:
-            # One caller that goes away must not take the others' answer along.
+            # A caller that disconnects must not cancel the request of the others.
             return await asyncio.shield(request.task)
         finally:
             request.callers -= 1
