@@ -151,14 +151,17 @@ async def test_suspended_it_refuses_with_the_reason_until_resumed(
     clerk = Clerk(PEOPLE)
     async with Committing(database, store) as committing:
         committer = committing.committer
-        waiting = asyncio.create_task(committing.commit(clerk.user("user_1")))
+        waiting = asyncio.create_task(committer.commit(clerk.user("user_1")))
         await asyncio.sleep(0)
         committer.suspend(Reason.SCHEMA)
-        assert await waiting == ["unavailable: schema"]
+        assert told([await waiting]) == ["unavailable: schema"]
         assert await committing.commit(clerk.user("user_2")) == ["unavailable: schema"]
         committer.resume(store)
         assert await committing.commit(clerk.user("user_3")) == ["applied"]
+        waiting = asyncio.create_task(committer.commit(clerk.user("user_4")))
+        await asyncio.sleep(0)
         committer.suspend(Reason.DATABASE)
+        assert told([await waiting]) == DATABASE
         assert await committing.commit(clerk.user("user_4")) == DATABASE
         committer.resume(store)
         assert await committing.commit(clerk.user("user_5")) == ["applied"]

@@ -187,7 +187,7 @@ class Site:
         return {clerk_id for (clerk_id,) in await self.rows(f"SELECT clerk_id FROM {table}")}
 
     async def expires_ms(self) -> int:
-        query = "SELECT expires_ms FROM clerk_sync_leases WHERE name = 'walk'"
+        query = "SELECT expires_ms FROM clerk_sync_leases WHERE name = 'sync'"
         ((expires_ms,),) = await self.rows(query)
         return int(expires_ms)
 
