@@ -1,52 +1,25 @@
-"""Only Clerk gets in: a signed POST becomes a Delivery, or raises InvalidSignature.
+"""Verify a signed POST: it becomes a Delivery, or raises InvalidSignature.
 
-The signature is computed by Svix's own library over the raw bytes. Around it stand stricter
-checks than the library's: its `verify` raises plain ValueErrors on hostile headers, reads
-timestamps such as "1_0.5" with float(), gives up at the first malformed signature although a
-good one follows, and takes no clock. So `sign` is what is used of it, and anything that it
-raises is a rejection.
+`standardwebhooks` computes the signature over the raw bytes, as it does for Svix's own library.
+Only its `sign` is used. Its `verify` raises plain ValueErrors on hostile headers, reads timestamps
+such as "1_0.5" with float(), stops at the first malformed signature although a good one follows,
+and accepts no clock. The checks here are stricter, and whatever `sign` raises is a rejection.
 """
 
 from __future__ import annotations
 
 import hmac
-import importlib.util
 import re
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
+
+from standardwebhooks import Webhook
 
 from clerk_sync.outcomes import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from svix.webhooks import Webhook
-
-
-def _svix_webhook() -> type[Webhook]:
-    """Svix's `Webhook`, without the rest of its package.
-
-    `svix/__init__` imports the client of Svix's whole API: a quarter of the time to ready
-    and 10 MiB, for a service that only checks signatures.
-    """
-    package = importlib.util.find_spec("svix")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    spec = importlib.util.spec_from_file_location(
-        "clerk_sync._svix_webhooks", package.submodule_search_locations[0] + "/webhooks.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    webhook: type[Webhook] = module.Webhook
-    return webhook
-
-
-_Webhook = _svix_webhook()
 
 TOLERANCE_SECONDS: Final = 300
 # Svix's message ids are short; the ledger's key column holds 255. The specification forbids
@@ -107,7 +80,7 @@ def signers(secrets: str) -> tuple[Webhook, ...]:
         try:
             if not _SECRET.fullmatch(secret):
                 raise InvalidSecret
-            made.append(_Webhook(secret))
+            made.append(Webhook(secret))
         except ValueError:
             raise InvalidSecret(
                 f"secret {place} of {len(found)} is not `whsec_` and base64: "

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
 
 # Deliveries applied at once by a command: each may be a MiB.

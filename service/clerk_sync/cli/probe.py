@@ -27,7 +27,7 @@ from clerk_sync.outcomes import Outcome, Reason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
 # Svix waits 15 seconds, and clerk-sync answers well inside that.
 _ATTEMPT_SECONDS: Final = 10.0

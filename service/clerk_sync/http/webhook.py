@@ -22,7 +22,7 @@ from clerk_sync.telemetry.logs import Ration
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
     from clerk_sync.clerk.signature import Delivery
     from clerk_sync.http.connections import Connections, Peer
