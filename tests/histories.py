@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.database.connection import connect, engine_of
 from clerk_sync.database.errors import Contention, RejectedByDatabase, SchemaChanged
@@ -19,7 +20,6 @@ from clerk_sync.mapping.model import Change, change_of
 from clerk_sync.schema import checks
 from clerk_sync.store import tables
 from clerk_sync.store.committer import Committer
-from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -199,7 +199,7 @@ class Committing:
     """A real Committer on a database, with what it counts."""
 
     def __init__(self, database: Database, store: Store | None, **options: Any) -> None:
-        self.metrics = Metrics()
+        self.metrics = new_metrics()
         self.seconds = options.pop("seconds", 5)
         target = target_of(database.url)
         opened = options.pop("connect", lambda: connect(target, seconds=self.seconds))

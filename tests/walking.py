@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
-from clerk_sync.clerk.events import LISTED
+from clerk_sync.clerk.catalog import LISTED
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping.model import change_of
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.sync.report import Report
 from clerk_sync.sync.runs import Walks, clerk_of, quiet
-from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.deliveries import settings_of
 from tests.histories import OWN, Committing, Database, mapped
@@ -160,7 +160,7 @@ async def walking(
     async with clerk_api.running(key=KEY, **options) as api, Database.at(url) as database:
         await database.empty(*(one.table for one in mapping.tables.values()))
         store = store or await database.store(mapping)
-        settings, metrics = with_api(url, api), Metrics()
+        settings, metrics = with_api(url, api), new_metrics()
         async with clerk_of(settings, metrics) as clerk:
             # Nothing is on its way here that could be waited for.
             walks = Walks(settings, mapping, clerk, database.engine, store, metrics, (0.0,))

@@ -15,6 +15,7 @@ import structlog
 from aiohttp import web
 
 from clerk_sync import __version__
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import Connection, close_idle, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http.connections import Connections, listeners
@@ -234,7 +235,7 @@ async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Comm
 
     Raises SchemaMismatch, or DatabaseUnavailable.
     """
-    committer = database_committer(settings, Metrics())
+    committer = database_committer(settings, new_metrics())
     engine = engine_of(settings.locate, size=1)
     try:
         committer.store = await checks.bound(engine, mapping)
@@ -261,7 +262,7 @@ async def running(
     which leaves the database out to see what the rest costs. `tracing` is closed at the end.
     """
     secrets = Rotation(settings)
-    metrics = Metrics()
+    metrics = new_metrics()
     looks = engine_of(settings.locate, size=1)
     engine = engine_of(settings.locate, size=max(1, settings.pool_size - 1))
 

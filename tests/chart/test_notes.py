@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clerk_sync.clerk.events import ACTIONS
+from clerk_sync.clerk.catalog import ACTIONS
 from clerk_sync.cli import cli
 from tests.chart import rules
 from tests.chart.helm import (

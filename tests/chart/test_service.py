@@ -15,7 +15,7 @@ import yaml
 from annotated_types import Ge, Gt, Le
 
 from clerk_sync import settings
-from clerk_sync.clerk.events import ACTIONS
+from clerk_sync.clerk.catalog import ACTIONS
 from clerk_sync.cli import cli
 from clerk_sync.http import access
 from clerk_sync.http.access import InvalidToken

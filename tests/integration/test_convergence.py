@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync.clerk.events import Action
+from clerk_sync.clerk.catalog import Action
 from clerk_sync.schema import checks
 from tests.histories import Clerk, Committing, Database, mapped
 

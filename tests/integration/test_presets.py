@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import ACTIONS, KINDS, SECRET_TYPES, Action
+from clerk_sync.clerk import catalog, samples
+from clerk_sync.clerk.catalog import ACTIONS, KINDS, SECRET_TYPES, Action
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import change_of
@@ -26,7 +26,7 @@ TEXT: Final = Path(loader.__file__).with_name("presets").joinpath("mirror.yaml")
 # Only what the file comments out is indented behind its `# `.
 UNCOMMENTED: Final = re.sub(r"^# (?=  )", "", TEXT, flags=re.MULTILINE)
 WHOLE: Final = loader.read(UNCOMMENTED, source="m")
-TYPES: Final = [type_ for type_ in samples.TYPES if type_ not in SECRET_TYPES]
+TYPES: Final = [type_ for type_ in catalog.TYPES if type_ not in SECRET_TYPES]
 # What Clerk's samples leave empty: nobody is both kinds of payer, and nothing failed.
 EMPTY: Final = {
     *("canceled_at", "ended_at", "failed_at", "failed_reason"),

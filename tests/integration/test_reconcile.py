@@ -12,6 +12,7 @@ import pytest
 import stamina
 
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import connect
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import target_of
@@ -23,7 +24,6 @@ from clerk_sync.sync.reconcile import Reconcile
 from clerk_sync.sync.repair import Mending
 from clerk_sync.sync.report import Report, SafetyStop
 from clerk_sync.sync.runs import LEASE, quiet
-from clerk_sync.telemetry.metrics import Metrics
 from tests.clerk_api import failing
 from tests.histories import Database, mapped
 from tests.walking import MARKING, PURGING, REMOVING, Walking, prepare, walking
@@ -934,7 +934,9 @@ async def reconciled(world: Walking, lease: Any) -> None:
     def opened(seconds: float = 5) -> Any:
         return connect(target_of(world.database.url), seconds=seconds)
 
-    committer = Committer(opened, metrics=Metrics(), writers=1, batch_limit=500, queue_limit=500)
+    committer = Committer(
+        opened, metrics=new_metrics(), writers=1, batch_limit=500, queue_limit=500
+    )
     committer.store = store = world.store.fenced(lease.name, lease.token)
     committer.start()
     mending = Mending(world.mapping, store, opened, committer=committer, lost=lease.lost)

@@ -19,13 +19,13 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics
 from prometheus_client.parser import text_string_to_metric_families as plain
 
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.cli import cli
 from clerk_sync.database.connection import close_idle, engine_of, open_mysql
 from clerk_sync.database.url import target_of
 from clerk_sync.http import internal
 from clerk_sync.http.access import InvalidToken, refusal, tokens
 from clerk_sync.settings import InvalidSettings, Secret
-from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api, deliveries
 from tests.deliveries import SECRET, At, event, served
 from tests.system.test_hostile import Target, fuzzing
@@ -630,7 +630,7 @@ def test_metrics_are_told_whatever_is_accepted(accept: str) -> None:
     assert any(family.name == "clerk_sync_received" for family in read(text.decode()))
 
 
-METRICS: Final = Metrics()
+METRICS: Final = new_metrics()
 
 
 @pytest.fixture(scope="module")

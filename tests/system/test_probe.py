@@ -19,7 +19,7 @@ import pytest
 from aiohttp import web
 
 from clerk_sync.clerk import signature
-from clerk_sync.clerk.events import PROBE
+from clerk_sync.clerk.catalog import PROBE
 from clerk_sync.cli.probe import Found, address, probe, shown
 from clerk_sync.database.connection import engine_of
 from clerk_sync.mapping import loader

@@ -12,8 +12,9 @@ from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
-from clerk_sync.clerk import events, samples
-from clerk_sync.clerk.events import Action, Event, InvalidEvent, parse
+from clerk_sync.clerk import catalog, samples
+from clerk_sync.clerk.catalog import Action
+from clerk_sync.clerk.events import Event, InvalidEvent, parse
 from clerk_sync.clerk.signature import Delivery, InvalidSignature
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Change, change_of
@@ -26,7 +27,7 @@ patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.
 NOW_MS = 1_767_612_345_678
 SENT_AT = 1_767_612_999
 MAPPINGS = [loader.load(name) for name in loader.PRESETS]
-MAPPED = tuple(events.ACTIONS)
+MAPPED = tuple(catalog.ACTIONS)
 
 
 def delivery(body: str | dict[str, Any]) -> Delivery:
@@ -88,7 +89,7 @@ def test_the_type_says_what_to_do_with_what(type_: str) -> None:
     assert event.clerk_id == "user_1"
 
 
-@pytest.mark.parametrize("type_", sorted({*samples.TYPES} - {*MAPPED}))
+@pytest.mark.parametrize("type_", sorted({*catalog.TYPES} - {*MAPPED}))
 def test_other_types_of_clerks_are_read_and_ignored(type_: str) -> None:
     event = parse(delivery(envelope(type_)))
     assert (event.kind, event.action, event.clerk_id, event.data) == (None, None, None, {})
@@ -508,7 +509,7 @@ def settled(body: dict[str, Any], *, instance_id: str | None) -> None:
             assert (found.row is None) == (found.action is Action.DELETE)
 
 
-@pytest.mark.parametrize("type_", samples.TYPES)
+@pytest.mark.parametrize("type_", catalog.TYPES)
 def test_any_field_may_hold_anything(type_: str) -> None:
     event = envelope(type_)
     for path in paths(event):
@@ -537,7 +538,7 @@ _json = st.recursive(
     lambda inner: (
         st.lists(inner, max_size=4)
         | st.dictionaries(
-            st.sampled_from(sorted(samples.FIELDS["user"])) | st.text(max_size=5),
+            st.sampled_from(sorted(samples.fields_of("user"))) | st.text(max_size=5),
             inner,
             max_size=5,
         )
@@ -549,7 +550,7 @@ _json = st.recursive(
 @patient
 @given(
     st.fixed_dictionaries(
-        {"type": st.sampled_from(samples.TYPES) | _json},
+        {"type": st.sampled_from(catalog.TYPES) | _json},
         optional={"data": _json, "timestamp": _json, "instance_id": _json, "object": _json},
     )
 )

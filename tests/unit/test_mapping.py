@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, Action, parse
+from clerk_sync.clerk.catalog import KINDS, Action
+from clerk_sync.clerk.events import parse
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping.expressions import InvalidExpression, names_in, row_of
 from clerk_sync.mapping.loader import PRESETS, InvalidMapping, load, nearest, read
@@ -702,7 +703,7 @@ def test_computed_names_go_before_fields_of_the_same_name() -> None:
 @patient
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(samples.FIELDS["user"])) | st.text(max_size=6),
+        st.sampled_from(sorted(samples.fields_of("user"))) | st.text(max_size=6),
         st.none() | st.integers() | st.text(max_size=9) | st.lists(st.none() | st.text(max_size=3)),
     )
 )

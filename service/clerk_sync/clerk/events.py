@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 from typing import Any, Final
 
+from clerk_sync.clerk.catalog import ACTIONS, Action
 from clerk_sync.clerk.decoding import InvalidJson, decoded
 from clerk_sync.clerk.signature import Delivery, InvalidSignature
 from clerk_sync.outcomes import Reason
@@ -24,71 +24,8 @@ _LATEST_MS: Final = 253_402_300_799_999
 CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
 _TYPE: Final = re.compile(r"[\x21-\x7e]{1,128}")
 
-# One-time codes and whole mails: never stored, never mapped.
-SECRET_KINDS: Final = frozenset({"email", "sms"})
-SECRET_TYPES: Final = frozenset({f"{kind}.created" for kind in SECRET_KINDS})
-
-
-class Action(Enum):
-    """What an event asks of the tables."""
-
-    SAVE = "save"
-    DELETE = "delete"
-
-
-# What ends, is revoked or removed stays an object of Clerk's with a status, sent whole: a save.
-# Only `deleted` says that it is no more
-# (https://github.com/clerk/openapi-specs/blob/main/webhooks/2025-04-15.yml).
-_SAVES: Final = {
-    "user": ("created", "updated"),
-    "organization": ("created", "updated"),
-    "organizationMembership": ("created", "updated"),
-    "organizationInvitation": ("created", "accepted", "revoked"),
-    "organizationDomain": ("created", "updated"),
-    "role": ("created", "updated"),
-    "permission": ("created", "updated"),
-    "session": ("created", "pending", "ended", "removed", "revoked"),
-    "waitlistEntry": ("created", "updated"),
-    "subscription": ("created", "updated", "active", "pastDue"),
-    "subscriptionItem": (
-        *("created", "updated", "active", "abandoned", "canceled", "ended"),
-        *("freeTrialEnding", "incomplete", "pastDue", "upcoming"),
-    ),
-    "paymentAttempt": ("created", "updated"),
-}
-# A deleted membership is a full object, whose updated_at is the last update's, and so may
-# roles and permissions be: only the id of what is deleted may be trusted.
-_DELETED: Final = (
-    *("user", "organization", "organizationMembership"),
-    *("organizationDomain", "role", "permission"),
-)
-KINDS: Final = tuple(_SAVES)
-ACTIONS: Final[dict[str, tuple[str, Action]]] = {
-    f"{kind}.{what}": (kind, Action.SAVE) for kind, saves in _SAVES.items() for what in saves
-} | {f"{kind}.deleted": (kind, Action.DELETE) for kind in _DELETED}
-
-# Where an object says whose it is: the member, who accepted, who signed in, who pays. Who only
-# made or sent something (`created_by`, `inviter_id`) is not asked, and a waitlist entry knows
-# an e-mail address, but no user
-# (https://github.com/clerk/openapi-specs/blob/main/webhooks/2025-04-15.yml).
-USER_PATHS: Final[dict[str, tuple[str, ...]]] = {
-    "organizationMembership": ("public_user_data.user_id",),
-    "organizationInvitation": ("user_id",),
-    "session": ("user_id", "user.id"),
-    "subscription": ("payer.user_id",),
-    "subscriptionItem": ("payer.user_id",),
-    "paymentAttempt": ("payer.user_id",),
-}
-
-
-# The kinds that Clerk's API can list by itself, those that others belong to first.
-LISTED: Final = ("user", "organization", "organizationMembership")
-# What stands for the type of an event where Clerk's API was asked instead.
 READ: Final = "api.read"
-# What `clerk-sync probe` sends. It is no type of Clerk's, so that no mapping can name it.
-PROBE: Final = "clerk-sync.probe"
-# With what its svix-ids begin, so that its rows are found by the ledger's key. Svix's: `msg_`.
-PROBE_IDS: Final = "probe_"
+"""What stands for the event type of an object that was read from Clerk's API."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ import yarl
 from pydantic_core import from_json
 
 from clerk_sync.clerk import signature
-from clerk_sync.clerk.events import PROBE, PROBE_IDS
+from clerk_sync.clerk.catalog import PROBE, PROBE_IDS
 from clerk_sync.outcomes import Outcome, Reason
 
 if TYPE_CHECKING:

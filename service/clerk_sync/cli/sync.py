@@ -41,19 +41,19 @@ def _walked(work: Callable[[Walks], Coroutine[Any, Any, int]]) -> None:
 
     async def opened(settings: Settings, mapping: Mapping) -> int:
         from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable  # noqa: PLC0415 -- see `serve`
+        from clerk_sync.clerk.metrics import new_metrics  # noqa: PLC0415
         from clerk_sync.schema.checks import SchemaMismatch  # noqa: PLC0415
         from clerk_sync.settings import InvalidSettings  # noqa: PLC0415
         from clerk_sync.store.lease import LeaseHeld, LeaseLost  # noqa: PLC0415
         from clerk_sync.sync.report import SafetyStop  # noqa: PLC0415
         from clerk_sync.sync.runs import walks  # noqa: PLC0415
-        from clerk_sync.telemetry.metrics import Metrics  # noqa: PLC0415
 
         # A pod that is told to stop gives its lease back first.
         task = asyncio.current_task()
         assert task is not None
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
         try:
-            async with walks(settings, mapping, Metrics()) as open_:
+            async with walks(settings, mapping, new_metrics()) as open_:
                 # Pages make hundreds of thousands of objects and no cycles: looking for some
                 # among them took a third of the time.
                 gc.freeze()

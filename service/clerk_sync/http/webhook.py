@@ -189,7 +189,14 @@ class WebhookListener:
         strange = answer.outcome is Outcome.REJECTED or seen.delivery is None
         shown = not strange or self._ration.allows(outcome=outcome, reason=reason)
         if seen.trace is not None and shown:
-            seen.trace.answered(answer, seen.delivery, change)
+            seen.trace.answered(
+                answer.status,
+                outcome,
+                reason,
+                svix_id=seen.delivery.id if seen.delivery else None,
+                type_=change.type if change else None,
+                clerk_id=change.clerk_id if change else None,
+            )
             exemplar = seen.trace.exemplar
         self._metrics.answered(
             answer,

@@ -14,7 +14,7 @@ from typing import Final
 import yaml
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, SECRET_KINDS, USER_PATHS
+from clerk_sync.clerk.catalog import KINDS, SECRET_KINDS, USER_PATHS
 from clerk_sync.mapping.expressions import COMPUTED, InvalidExpression, names_in, row_of
 from clerk_sync.mapping.model import Column, Constant, Mapping, Owned, Place, TableMapping
 
@@ -241,7 +241,7 @@ class _Reader:
             except InvalidExpression as error:
                 self.fault(source, f"`{name}`: `{expression}` is not an expression: {error}")
                 continue
-            known = samples.FIELDS[kind] | COMPUTED.keys()
+            known = samples.fields_of(kind) | COMPUTED.keys()
             for unknown in sorted(names - known):
                 self.warnings.append(
                     f"{self.place(source)}: `{unknown}` is no field of Clerk's {kind} known to "

@@ -8,7 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clerk_sync.clerk.events import ACTIONS, SECRET_TYPES, Action, Event, InvalidEvent, parse
+from clerk_sync.clerk.catalog import ACTIONS, SECRET_TYPES, Action
+from clerk_sync.clerk.events import Event, InvalidEvent, parse
 from clerk_sync.outcomes import Reason
 
 if TYPE_CHECKING:

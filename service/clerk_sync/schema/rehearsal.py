@@ -21,7 +21,8 @@ import stamina
 from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, PROBE_IDS, Action, read
+from clerk_sync.clerk.catalog import KINDS, PROBE_IDS, TYPES, Action
+from clerk_sync.clerk.events import read
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step, shared
 from clerk_sync.database.errors import (
     Contention,
@@ -251,7 +252,7 @@ class _Rehearsal:
     def _change(self, table: TableMapping, what: str, now_ms: int) -> Change:
         """What Clerk's event makes of the row, with values that no other row has."""
         type_ = f"{table.kind}.{what}"
-        if type_ not in samples.TYPES:
+        if type_ not in TYPES:
             type_ = f"{table.kind}.created"
         data, other = (samples.data_of(type_, ids, now_ms=now_ms) for ids in (self._ids, _ids()))
         row = {column.name: self._value(table, column, data) for column in table.columns}

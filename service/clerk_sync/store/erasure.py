@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import sqlalchemy as sa
 import stamina
 
-from clerk_sync.clerk.events import CLERK_ID, USER_PATHS
+from clerk_sync.clerk.catalog import USER_PATHS
+from clerk_sync.clerk.events import CLERK_ID
 from clerk_sync.database.errors import Contention, LockWaitTimeout, translate_engine_errors
 from clerk_sync.store.store import REMOVED, Key, Store
 from clerk_sync.store.tables import entities, events, quarantine

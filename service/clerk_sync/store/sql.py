@@ -15,7 +15,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, sqlite
 
-from clerk_sync.clerk.events import KINDS
+from clerk_sync.clerk.catalog import KINDS
 from clerk_sync.database.connection import Statement
 from clerk_sync.store.tables import cursors, entities, events, leases, quarantine
 

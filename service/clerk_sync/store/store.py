@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from clerk_sync.clerk.events import Action
+from clerk_sync.clerk.catalog import Action
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step
 from clerk_sync.database.errors import DatabaseUnavailable, RejectedByDatabase, SchemaChanged
 from clerk_sync.outcomes import Answer, Outcome, Reason

@@ -9,7 +9,7 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from clerk_sync.clerk.events import Action
+from clerk_sync.clerk.catalog import Action
 from clerk_sync.database.connection import COMMIT
 from clerk_sync.outcomes import Verdict
 from clerk_sync.store.sql import union

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from clerk_sync.clerk.api import DeletionUnconfirmed, Read
-from clerk_sync.clerk.events import READ, Action
+from clerk_sync.clerk.catalog import Action
+from clerk_sync.clerk.events import READ
 from clerk_sync.clerk.listing import AT_ONCE, Met, Page, parts_of, walk
 from clerk_sync.database.connection import COMMIT
 from clerk_sync.mapping.model import Change

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync.clerk.api import ClerkRefused
-from clerk_sync.clerk.events import LISTED
+from clerk_sync.clerk.catalog import LISTED
 from clerk_sync.outcomes import Ending
 
 if TYPE_CHECKING:

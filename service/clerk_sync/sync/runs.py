@@ -15,6 +15,7 @@ from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk.api import PATIENCE_SECONDS, Clerk, ClerkUnavailable
 from clerk_sync.clerk.listing import AT_ONCE
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import Connection, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Ending
@@ -305,7 +306,7 @@ class Walks:
         sqlite = self.settings.locate().path is not None
         committer = Committer(
             connecting(self.settings, _STATEMENT_SECONDS),
-            metrics=Metrics(),
+            metrics=new_metrics(),
             writers=1 if sqlite else _WRITERS,
             batch_limit=_BATCH,
             queue_limit=100 * _BATCH,
