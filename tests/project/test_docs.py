@@ -16,6 +16,7 @@ from clerk_sync import __version__
 from clerk_sync.clerk.catalog import ACTIONS, KINDS, Action
 from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.cli import cli
+from clerk_sync.http.responses import response_to
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.expressions import COMPUTED
 from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
@@ -105,7 +106,7 @@ def test_answers_are_those_of_the_code() -> None:
         *(Answer(Outcome.UNAVAILABLE, reason) for reason in UNAVAILABILITIES),
         Answer(Outcome.ERROR, Reason.INTERNAL),
     ]
-    wanted = sorted((str(a.status), f"`{a.outcome}`", a.reason or "") for a in answers)
+    wanted = sorted((str(response_to(a).status), f"`{a.outcome}`", a.reason or "") for a in answers)
     rows = table("answers")
     said = sorted((row[0], row[1], code(row[2]) if row[2] else "") for row in rows)
     assert wanted == said

@@ -17,7 +17,8 @@ from aiohttp import web
 from clerk_sync.clerk.api import ClerkRateLimited, ClerkRefused, ClerkUnavailable
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http import access
-from clerk_sync.outcomes import RETRY_AFTER_SECONDS, Outcome, Reason
+from clerk_sync.http.responses import RETRY_AFTER_SECONDS
+from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.store import profiles
 from clerk_sync.sync.ensure import NotMapped, TooManyWaiting
 from clerk_sync.telemetry.logs import Ration

@@ -15,6 +15,7 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from clerk_sync.clerk import signature
 from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.http.connections import Rank
+from clerk_sync.http.responses import response_to
 from clerk_sync.mapping.model import change_of
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.telemetry.logs import Ration
@@ -128,10 +129,11 @@ class WebhookListener:
             log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
         self._tell(answer, seen, time.perf_counter() - started)
+        given = response_to(answer)
         response = web.Response(
-            body=answer.body,
-            status=answer.status,
-            headers=CIMultiDict(answer.headers, Server="clerk-sync"),
+            body=given.body,
+            status=given.status,
+            headers=CIMultiDict(given.headers, Server="clerk-sync"),
         )
         if self.draining or answer.reason in (Reason.TOO_LARGE, Reason.DEADLINE):
             response.force_close()
@@ -190,7 +192,7 @@ class WebhookListener:
         shown = not strange or self._ration.allows(outcome=outcome, reason=reason)
         if seen.trace is not None and shown:
             seen.trace.answered(
-                answer.status,
+                response_to(answer).status,
                 outcome,
                 reason,
                 svix_id=seen.delivery.id if seen.delivery else None,
@@ -223,7 +225,7 @@ class WebhookListener:
             clerk_id=change.clerk_id if change else None,
             outcome=answer.outcome.value,
             reason=answer.reason.value if answer.reason else None,
-            status=answer.status,
+            status=response_to(answer).status,
             ms=ms,
             **(exemplar or {}),
         )
