@@ -16,7 +16,8 @@ from clerk_sync.database.connection import connect, engine_of
 from clerk_sync.database.errors import Contention, RejectedByDatabase, SchemaChanged
 from clerk_sync.database.url import target_of
 from clerk_sync.mapping import loader
-from clerk_sync.mapping.model import Change, change_of
+from clerk_sync.mapping.change import Change, Upsert
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.schema import checks
 from clerk_sync.store import tables
 from clerk_sync.store.committer import Committer
@@ -89,6 +90,11 @@ class Clerk:
     ) -> Change:
         data = {"id": clerk_id, "deleted": True}
         return self.event(f"{kind}.deleted", data, event=event, svix_id=svix_id)
+
+
+def upsert_of(change: Change) -> Upsert:
+    assert isinstance(change.effect, Upsert)
+    return change.effect
 
 
 def told(answers: Iterable[Answer]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 from clerk_sync.clerk.catalog import LISTED
 from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.sync.report import Report
@@ -23,7 +23,8 @@ from tests.histories import OWN, Committing, Database, mapped
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Ending
     from clerk_sync.store.store import Store
     from clerk_sync.sync.diff import Compared

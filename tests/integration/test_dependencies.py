@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     from clerk_sync.database.connection import Connection, Result, Step
     from clerk_sync.database.errors import RejectedByDatabase, SchemaChanged
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from tests.deliveries import At
     from tools.servers import Managed
 

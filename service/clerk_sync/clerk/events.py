@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from clerk_sync.clerk.catalog import ACTIONS, Action
 from clerk_sync.clerk.decoding import InvalidJson, decoded
@@ -28,24 +28,30 @@ READ: Final = "api.read"
 """What stands for the event type of an object that was read from Clerk's API."""
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One Clerk event.
+class Event(NamedTuple):
+    """An event about an object of a kind that a mapping can name.
 
-    `kind`, `action`, `clerk_id` are None for types that no mapping can name. `version_ms` is
-    `data.updated_at`, `event_ms` the envelope's time, both unix milliseconds. `delivery_id` is
-    None for an object that was read from Clerk's API: `event_ms` is then when it was asked for.
+    `version_ms` is `data.updated_at`, and the event's time where it has none, or deletes.
+    `event_ms` is the envelope's time; for an object that was read from Clerk's API, the time when
+    the request began. Both are unix milliseconds.
+
+    One is made for every delivery: a frozen dataclass of as many fields costs three times as much.
     """
 
-    delivery_id: str | None
     type: str
-    instance_id: str | None
-    kind: str | None
-    action: Action | None
-    clerk_id: str | None
+    kind: str
+    action: Action
+    clerk_id: str
     version_ms: int
     event_ms: int
     data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class OtherEvent:
+    """An event of a type that no mapping can name. Nothing but its type is read."""
+
+    type: str
 
 
 class InvalidEvent(Exception):
@@ -65,7 +71,7 @@ class InvalidEvent(Exception):
         self.detail = detail
 
 
-def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
+def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event | OtherEvent:
     """Read Clerk's envelope. Raises InvalidEvent, or InvalidSignature for another instance's event.
 
     An event that names no instance passes: Clerk's older ones do not.
@@ -80,12 +86,10 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
     if not isinstance(type_, str) or not _TYPE.fullmatch(type_):
         raise InvalidEvent(Reason.BAD_ENVELOPE)
     instance = envelope.get("instance_id")
-    if not isinstance(instance, str):
-        instance = None
-    if instance_id and instance not in (None, instance_id):
+    if instance_id and isinstance(instance, str) and instance != instance_id:
         raise InvalidSignature(Reason.INSTANCE)
     if type_ not in ACTIONS:
-        return Event(delivery.id, type_, instance, None, None, None, 0, 0, {})
+        return OtherEvent(type_)
     kind, action = ACTIONS[type_]
     data = envelope.get("data")
     if not isinstance(data, dict):
@@ -103,9 +107,7 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event:
     elif event_ms < _SECONDS_BELOW:
         event_ms *= 1000
     return Event(
-        delivery.id,
         type_,
-        instance,
         kind,
         action,
         clerk_id,
@@ -125,7 +127,7 @@ def read(kind: str, data: dict[str, Any], *, at_ms: int) -> Event:
     except ValueError:
         raise InvalidEvent(Reason.BAD_VERSION, READ, clerk_id) from None
     version_ms = at_ms if version_ms is None else version_ms
-    return Event(None, READ, None, kind, Action.SAVE, clerk_id, version_ms, at_ms, data)
+    return Event(READ, kind, Action.SAVE, clerk_id, version_ms, at_ms, data)
 
 
 def _milliseconds(value: object) -> int | None:

@@ -21,7 +21,8 @@ from clerk_sync.clerk import samples, signature
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.cli.common import cli, command, fail, run, settled, text
 from clerk_sync.database.connection import engine_of
-from clerk_sync.mapping.model import Mapping, change_of
+from clerk_sync.mapping.ingest import change_of
+from clerk_sync.mapping.model import Mapping
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.schema import checks
 from clerk_sync.settings import Settings

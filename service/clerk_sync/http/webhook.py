@@ -16,7 +16,7 @@ from clerk_sync.clerk import signature
 from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.http.connections import Rank
 from clerk_sync.http.responses import response_to
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.telemetry.logs import Ration
 
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
     from clerk_sync.clerk.signature import Delivery
     from clerk_sync.http.connections import Connections, Peer
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.committer import Committer
     from clerk_sync.telemetry.metrics import Metrics
     from clerk_sync.telemetry.tracing import Trace, Tracing

@@ -18,7 +18,7 @@ from clerk_sync.store.writer import AWAY, Connect, Status, Writer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from clerk_sync.store.store import Store
     from clerk_sync.telemetry.metrics import Metrics
     from clerk_sync.telemetry.tracing import Trace
@@ -126,7 +126,7 @@ class Committer:
         """
         if (refusal := self._refusal()) is not None:
             return refusal
-        characters = len(change.payload or "")
+        characters = change.characters
         if (
             self._queue.qsize() + len(self._held) >= self._queue_limit
             or self._characters + characters > QUEUE_CHARACTERS
@@ -205,7 +205,7 @@ class Committer:
         while entry is not None:
             if not entry.answer.done():
                 batch.append(entry)
-                characters += len(entry.change.payload or "")
+                characters += entry.change.characters
             if (
                 self._queue.empty()
                 or len(batch) >= self._batch_limit

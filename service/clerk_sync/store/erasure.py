@@ -19,13 +19,14 @@ import stamina
 from clerk_sync.clerk.catalog import USER_PATHS
 from clerk_sync.clerk.events import CLERK_ID
 from clerk_sync.database.errors import Contention, LockWaitTimeout, translate_engine_errors
-from clerk_sync.store.store import REMOVED, Key, Store
+from clerk_sync.store.store import REMOVED, Store
 from clerk_sync.store.tables import entities, events, quarantine
 from clerk_sync.store.values import time_text
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+    from clerk_sync.mapping.change import Key
     from clerk_sync.mapping.model import Owned
     from clerk_sync.store.target import Target
 

@@ -11,7 +11,8 @@ import structlog
 
 from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.change import Delete, Upsert
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Outcome
 from clerk_sync.store import quarantine
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Answer
     from clerk_sync.store.committer import Committer
     from clerk_sync.store.quarantine import Quarantined
@@ -99,7 +101,7 @@ class Retries:
             change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         except InvalidSignature:
             return None
-        return change if change.action is not None else None
+        return change if isinstance(change.effect, Upsert | Delete) else None
 
     async def _note(self, one: Quarantined, change: Change, answer: Answer) -> None:
         if answer.outcome is Outcome.QUARANTINED:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, TypeVar
 
 import stamina
@@ -23,9 +23,10 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     SchemaChanged,
 )
+from clerk_sync.mapping.change import Change, Delivered, Quarantine, quarantined, without_payload
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.quarantine import first_retry
-from clerk_sync.store.store import FencedOff, quarantined
+from clerk_sync.store.store import FencedOff
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -229,7 +230,7 @@ class Writer:
         """Deal with a change that failed by itself; False when its place is the quarantine now."""
         change = entry.change
         about = {
-            "svix_id": change.delivery_id,
+            "svix_id": change.svix_id,
             "type": change.type,
             "clerk_id": change.clerk_id,
             "error": str(error),
@@ -239,25 +240,27 @@ class Writer:
             self._status.doubt()
             entry.resolve(Answer(Outcome.UNAVAILABLE, Reason.SCHEMA))
         elif not isinstance(error, RejectedByDatabase):
-            log.error("internal_error", svix_id=change.delivery_id, exc_info=error)
+            log.error("internal_error", svix_id=change.svix_id, exc_info=error)
             entry.resolve(Answer(Outcome.ERROR, Reason.INTERNAL))
         elif error.reason is None:
             log.error("rejected_by_database", **about)
             entry.resolve(AWAY)
         elif entry.parked:
             entry.resolve(Answer(Outcome.QUARANTINED, error.reason))
-        elif change.reason is not None and change.payload is None:
-            raise error  # not even the quarantine takes it
-        elif change.reason is not None:
+        elif isinstance(change.effect, Quarantine):
             # Larger than the server takes, perhaps: then without the payload.
-            entry.change = replace(change, payload=None, retry_at_ms=None)
+            smaller = without_payload(change)
+            if smaller is None:
+                raise error  # not even the quarantine takes it
+            entry.change = smaller
             return False
         elif not error.depends or not self._held.hold(entry):
             log.warning("rejected_by_database", reason=error.reason.value, **about)
             again = first_retry(_now_ms()) if error.depends else None
             if again is not None:
                 self._status.parked.set()
-            entry.change = quarantined(change, error.reason, str(error), retry_at_ms=again)
+            effect = quarantined(change.effect, error.reason, str(error), retry_at_ms=again)
+            entry.change = Change(change.source, effect)
             return False
         return True
 
@@ -293,7 +296,7 @@ class Writer:
         return [entry for place, entry in enumerate(batch) if place not in locked]
 
     def _give_up(self, entry: Entry, error: LockWaitTimeout) -> None:
-        log.warning("row_locked", svix_id=entry.change.delivery_id, error=str(error))
+        log.warning("row_locked", svix_id=entry.change.svix_id, error=str(error))
         entry.resolve(AWAY)
 
     # What was held
@@ -379,12 +382,12 @@ class Writer:
             self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
             committed_ms = _now_ms()
             for entry, answer in zip(batch, answers, strict=True):
-                change = entry.change
+                source = entry.change.source
                 # One that is sent again, by Svix or by hand, had its effect before; and how long
                 # one was in quarantine says nothing of how late events are.
                 known = entry.parked or answer.outcome is Outcome.DUPLICATE
-                if change.event_ms and change.delivery_id is not None and not known:
-                    self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
+                if isinstance(source, Delivered) and source.event_ms and not known:
+                    self._metrics.event_age.observe(max(0, committed_ms - source.event_ms) / 1000)
             return answers
 
         return await self._persistently(apply)

@@ -10,11 +10,9 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from clerk_sync.clerk.api import DeletionUnconfirmed, Read
-from clerk_sync.clerk.catalog import Action
-from clerk_sync.clerk.events import READ
 from clerk_sync.clerk.listing import AT_ONCE, Met, Page, parts_of, walk
 from clerk_sync.database.connection import COMMIT
-from clerk_sync.mapping.model import Change
+from clerk_sync.mapping.change import ApiRead, Delete
 from clerk_sync.store import erasure
 from clerk_sync.store.target import IDS_LIMIT
 from clerk_sync.store.values import as_text
@@ -272,9 +270,9 @@ class Reconcile:
         """What deletes a row whose object is gone, by Clerk's own word; None when it is not."""
         kind, clerk_id = target.mapping.kind, as_text(row[0])
         now_ms = _now_ms()
-        delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now_ms)
+        asked = ApiRead(now_ms)
         if state is not None and state.deleted_ms is not None:
-            return lingering(delete, target, row, state.deleted_ms)
+            return lingering(Delete((kind, clerk_id), state.deleted_ms), asked, target, row)
 
         def value(expression: str) -> object:
             name = target.mapping.column_of(expression)
@@ -302,7 +300,7 @@ class Reconcile:
                 if read is not None:
                     await self._mending.take(kind, [read.json], began_ms=read.began_ms)
                     return None
-        return lingering(delete, target, row, now_ms)
+        return lingering(Delete((kind, clerk_id), now_ms), asked, target, row)
 
 
 def _now_ms() -> int:

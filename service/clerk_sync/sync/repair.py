@@ -22,7 +22,8 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     SchemaChanged,
 )
-from clerk_sync.mapping.model import change_for
+from clerk_sync.mapping.change import ApiRead, Upsert
+from clerk_sync.mapping.ingest import upsert_of
 from clerk_sync.outcomes import DRIFTS, Outcome, Reason, Verdict
 from clerk_sync.store.lease import LeaseLost
 from clerk_sync.store.store import FencedOff
@@ -33,7 +34,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from clerk_sync.database.connection import Connection, Step
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Answer
     from clerk_sync.store.committer import Committer
     from clerk_sync.store.store import Store
@@ -131,15 +133,16 @@ class Mending:
             tally.found[Verdict.UNFIT] -= len(objects)
         else:
             tally.read += len(objects)
-        changes = self._changes(kind, objects, began_ms, tally)
-        if not changes:
+        upserts = self._upserts(kind, objects, began_ms, tally)
+        if not upserts:
             return []
-        if kind in self._new and await self._inserted(kind, list(changes.values())):
-            tally.found[Verdict.MISSING] += len(changes)
-            tally.written += len(changes)
+        if kind in self._new and await self._inserted(kind, upserts):
+            tally.found[Verdict.MISSING] += len(upserts)
+            tally.written += len(upserts)
             return []
+        read = ApiRead(began_ms)
         found = await self.reading(
-            lambda connection: compared(connection, self.store, kind, list(changes.values()))
+            lambda connection: compared(connection, self.store, kind, upserts, read)
         )
         for one in found:
             if one.verdict is Verdict.UNFIT:
@@ -173,7 +176,7 @@ class Mending:
         else:
             self._new.discard(kind)
 
-    async def _inserted(self, kind: str, changes: Sequence[Change]) -> bool:
+    async def _inserted(self, kind: str, upserts: Sequence[Upsert]) -> bool:
         """Write all of these as new; False, and nothing is written, where one is not.
 
         Then each has to be looked at. Raises LeaseLost.
@@ -182,7 +185,7 @@ class Mending:
         async def insert(connection: Connection) -> bool:
             try:
                 now_ms = time.time_ns() // 1_000_000
-                await self.store.insert(connection, kind, changes, now_ms=now_ms)
+                await self.store.insert(connection, kind, upserts, now_ms=now_ms)
             except FencedOff as error:
                 raise LeaseLost(str(error)) from None
             except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
@@ -192,13 +195,14 @@ class Mending:
 
         return await self.reading(insert)
 
-    def _changes(
+    def _upserts(
         self, kind: str, objects: Sequence[dict[str, Any]], began_ms: int, tally: Tally
-    ) -> dict[str, Change]:
-        changes = {}
+    ) -> list[Upsert]:
+        table = self._mapping.tables[kind]
+        upserts: dict[str, Upsert] = {}
         for data in objects:
             try:
-                change = change_for(events.read(kind, data, at_ms=began_ms), self._mapping)
+                upsert = upsert_of(events.read(kind, data, at_ms=began_ms), table)
             except InvalidEvent as error:
                 log.warning(
                     "invalid_value",
@@ -209,16 +213,18 @@ class Mending:
                 )
                 tally.found[Verdict.UNFIT] += 1
                 continue
-            changes[change.clerk_id or ""] = change
-        return changes
+            upserts[upsert.entity[1]] = upsert
+        return [*upserts.values()]
 
     async def lower(self, kind: str, one: Compared) -> None:
         """Take back the version of a row that is ahead, so that Clerk's word is newer again."""
         if self._committer is None or one.ahead is None or one.mend is None:
             return
-        seen = (one.ahead.version_ms, one.ahead.event_ms)
-        # With no event's time, so that the mend, which has one, is newer.
-        await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.mend.version_ms))
+        match one.mend.effect:
+            case Upsert(version=(version_ms, _, _)):
+                seen = (one.ahead.version_ms, one.ahead.event_ms)
+                # With no event's time, so that the repair, which has one, is newer.
+                await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=version_ms))
 
     async def mend(self, kind: str, found: Sequence[Compared]) -> list[str]:
         """Write these mends, and count what they came to.
