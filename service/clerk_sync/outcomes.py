@@ -95,18 +95,18 @@ UNREADINESSES: Final = (Reason.DATABASE, Reason.SCHEMA, Reason.DRAINING)
 
 
 class Verdict(StrEnum):
-    """How an object in Clerk and its row stand to each other."""
+    """The result of comparing an object in Clerk with its row."""
 
     SAME = "same"
-    # In step by what is known here: the row is newer than what was read, or was deleted.
+    # In sync by the state: the row is newer than what was read, or was deleted.
     NEWER = "newer"
     MISSING = "missing"
     OUTDATED = "outdated"
     # The versions agree, or ours is ahead of Clerk's for no reason; the content does not.
     DRIFTED = "drifted"
-    # The row is there, although it or what it belongs to is deleted.
+    # The row exists, although its entity or an owner of it is deleted.
     DELETED = "deleted"
-    # The values do not fit the columns.
+    # A value is invalid for its column.
     UNFIT = "unfit"
 
 
@@ -117,11 +117,11 @@ class Ending(StrEnum):
     """How a backfill or a reconcile ended."""
 
     IN_STEP = "in_step"
-    # There was drift, and it is gone.
+    # There was drift, and it was repaired.
     MENDED = "mended"
-    # Some of it could not be.
+    # Some of it could not be repaired.
     UNMENDED = "unmended"
-    # The breaker kept it from deleting.
+    # The deletion guard stopped it.
     STOPPED = "stopped"
     FAILED = "failed"
 

@@ -1,4 +1,4 @@
-"""Clerk's envelope, typed: exact about the few fields that matter, blind to the rest.
+"""Parse Clerk's envelope: strict about the few fields that are used, blind to the rest.
 
 Clerk's payloads have one version that keeps gaining fields, and its own examples do not
 validate against its own schema, so nothing here asks for more than it uses
@@ -18,7 +18,7 @@ from clerk_sync.outcomes import Reason
 
 # Live deliveries carry milliseconds; the examples that Clerk's dashboard sends carry seconds.
 _SECONDS_BELOW: Final = 100_000_000_000
-# The end of the year 9999: what a DATETIME, and Python's own, can hold.
+# The end of the year 9999, the latest that a DATETIME and Python's own can hold.
 _LATEST_MS: Final = 253_402_300_799_999
 # Printable and without spaces: MySQL's utf8mb4_bin pads, so "a" and "a " would be one key.
 CLERK_ID: Final = re.compile(r"[\x21-\x7e]{1,128}")
@@ -55,7 +55,7 @@ class OtherEvent:
 
 
 class InvalidEvent(Exception):
-    """A verified event that cannot be applied; `reason` says why, `type` where it is known."""
+    """A verified event that cannot be used: `reason` says why; the rest is None if not known."""
 
     def __init__(
         self,
@@ -118,7 +118,7 @@ def parse(delivery: Delivery, *, instance_id: str | None = None) -> Event | Othe
 
 
 def read(kind: str, data: dict[str, Any], *, at_ms: int) -> Event:
-    """An object as Clerk's API gave it when it was asked at this time. Raises InvalidEvent."""
+    """Return a save of an object from Clerk's API, read at this time. Raises InvalidEvent."""
     clerk_id = data.get("id")
     if not isinstance(clerk_id, str) or not CLERK_ID.fullmatch(clerk_id):
         raise InvalidEvent(Reason.BAD_ID, READ)
@@ -131,7 +131,7 @@ def read(kind: str, data: dict[str, Any], *, at_ms: int) -> Event:
 
 
 def _milliseconds(value: object) -> int | None:
-    """A time as Clerk writes it; null is absent. Raises ValueError for what is no whole number."""
+    """Return a time as Clerk writes it, or None. Raises ValueError if it is no whole number."""
     if value is None:
         return None
     if isinstance(value, float) and value.is_integer():

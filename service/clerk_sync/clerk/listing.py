@@ -1,12 +1,11 @@
-"""Walking over all that Clerk lists, page by page, from where it was left off.
+"""List all objects of a kind, page by page, resuming where an earlier listing stopped.
 
-Users come by their time of creation, in windows of it, several of which are walked at once.
-Organizations and memberships know offsets only, under which a page moves when something before
-it is deleted: so pages overlap, and one that does not hold on to the page before it is asked for
-again, further up.
+Users are listed by creation time, in ranges of it, several at once. Organizations and memberships
+have only offsets, which shift when an earlier object is deleted. So pages overlap, and one that
+does not overlap the page before it is requested again at a lower offset.
 
-A walk always ends: every step brings something new or leads on, or the walk says why not. That
-all was met is not its word: whoever walks compares with what Clerk counts.
+A listing always ends: every step brings something new, advances, or raises an error. It does not
+guarantee that it is complete: the caller compares it with Clerk's count.
 """
 
 from __future__ import annotations
@@ -30,21 +29,21 @@ if TYPE_CHECKING:
 
 OVERLAP: Final = 20
 AHEAD: Final = 4
-"""Pages of a list that are asked for before they are needed."""
+"""How many pages of a list are requested ahead."""
 AT_ONCE: Final = 8
-"""Parts walked at the same time."""
-# Below this, counting costs more requests than walking in parallel saves.
+"""How many parts are listed at the same time."""
+# For fewer objects, counting costs more requests than parallel listing saves.
 _WORTH_SPLITTING: Final = 100 * PAGE_LIMIT
 _PARTS: Final = 32
 _SHORTEST_MS: Final = 1000
-# What Clerk answers where it does not take the limit: nobody has a smaller one.
+# How many Clerk returns when it ignores the limit: no page limit is smaller.
 _SMALLEST_LIMIT: Final = 10
-# How often at most the same is walked again, because its order does not hold.
+# How often a listing whose order is not stable is repeated at most.
 _SWEEPS: Final = 20
-# How often in a row that may bring nothing new, by chance: each finds one that is left with some
-# 60 %.
+# How many repeats in a row may find nothing new by chance. Each finds a remaining object with a
+# probability of some 60 %.
 _IDLE: Final = 5
-# What a list that moves up may cost, beside eight times its pages.
+# How many pages a shifting list may cost, in addition to eight times its own.
 _SPARE_PAGES: Final = 32
 _LOST_CURSOR: Final = (400, 404, 422)
 _BUCKETS: Final = 4096
@@ -56,11 +55,11 @@ _ENDLESS: Final = (
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A stretch of one kind, and how far it has been walked.
+    """A range of one kind's listing, and how far it was processed.
 
-    Users that were created in [from_ms, to_ms), None being open; other kinds have one part.
-    `after` is the last id that was taken, `reached_ms` when that user was created, `seen` how
-    many came up to it.
+    For users it is those created in [from_ms, to_ms), in unix milliseconds, where None is open.
+    Other kinds have one part. `after` is the last id that was processed, `reached_ms` the creation
+    time of that user, and `seen` how many were listed up to it.
     """
 
     kind: str
@@ -75,7 +74,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Objects of one kind, and the part as it is once they are taken."""
+    """Objects of one kind, and the part as it is once they are processed."""
 
     objects: Sequence[dict[str, Any]]
     began_ms: int
@@ -83,7 +82,7 @@ class Page:
 
 
 async def parts_of(clerk: Clerk, kind: str, *, count: int) -> list[Part]:
-    """What to walk for one kind, of which Clerk counts so many objects."""
+    """Divide the listing of a kind, of which Clerk counts so many objects, into parts."""
     if kind != "user" or count < _WORTH_SPLITTING:
         return [Part(kind)]
     read = await clerk.users(from_ms=None, to_ms=None, limit=1)
@@ -92,7 +91,7 @@ async def parts_of(clerk: Clerk, kind: str, *, count: int) -> list[Part]:
         return [Part(kind)]
     born = first[0]["created_at"]
     windows = await _split(clerk, born, read.began_ms, count, max(10 * PAGE_LIMIT, count // _PARTS))
-    # Open at both ends: whoever comes while the windows are walked is in the last.
+    # Open at both ends: users who are created during the listing are in the last part.
     bounds = [None, *(start for start, _ in windows[1:]), None]
     return [
         Part(kind, number, from_ms, to_ms)
@@ -103,11 +102,11 @@ async def parts_of(clerk: Clerk, kind: str, *, count: int) -> list[Part]:
 async def _split(
     clerk: Clerk, from_ms: int, to_ms: int, count: int, most: int
 ) -> list[tuple[int, int]]:
-    """Windows with users in them, halved until each has few enough; in order."""
+    """Halve a range of time until each has at most `most` users; return the ranges in order."""
     if count <= most or to_ms - from_ms <= _SHORTEST_MS:
         return [(from_ms, to_ms)] if count else []
     middle = (from_ms + to_ms) // 2
-    # No more than there are: a count that does not look at the time would never be split.
+    # At most `count`: with a count that ignores the time, the halving would never end.
     lower = min(count, await clerk.count_users(from_ms, middle))
     halves = await asyncio.gather(
         _split(clerk, from_ms, middle, lower, most),
@@ -123,9 +122,9 @@ async def walk(
     *,
     at_once: int = AT_ONCE,
 ) -> None:
-    """Take every page of these parts, each part's in order; the first failure ends it all.
+    """Process every page of these parts, each part's pages in order; the first failure ends it.
 
-    While a page is taken, the next ones are on their way.
+    The next pages are requested while a page is processed.
     """
     slots = asyncio.Semaphore(at_once)
 
@@ -148,10 +147,10 @@ def _pages(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
 
 
 class Met:
-    """The ids that a walk met, in eight bytes each: a few MiB for a million.
+    """A set of ids in eight bytes each: a few MiB for a million.
 
-    Python's hash of a text has 64 bits, salted by process. Were two ids to share one, the next
-    run, whose salt is another, would find what this one missed.
+    It stores Python's hash of a text, which has 64 bits and is salted by process. If two ids had
+    the same hash, the next run, with another salt, would find the one that this run missed.
     """
 
     def __init__(self) -> None:
@@ -159,7 +158,7 @@ class Met:
         self._size = 0
 
     def add(self, clerk_id: str) -> bool:
-        """Note this id; whether it is new."""
+        """Add an id, and return whether it is new."""
         number = hash(clerk_id)
         bucket = self._buckets[number % _BUCKETS]
         place = bisect_left(bucket, number)
@@ -180,14 +179,14 @@ class Met:
 
 
 async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
-    """Pages that each begin at the moment which the one before reached.
+    """Yield pages of users, each from the creation time that the page before it reached.
 
-    So all of that moment come again, in whatever order, and nothing hangs on a user who may be
-    deleted meanwhile. Every step reaches a later moment, or ends the walk: where a page is full
-    and all of one moment, or not in order, what is there is swept. The end is a page that is not
-    full and brings nothing new: whoever answers may have a smaller limit than was asked for.
+    So all users of that moment are listed again, in any order, and it does not matter if one of
+    them is deleted meanwhile. Every step reaches a later moment or ends the listing. A page that
+    is full and all of one moment, or not in order, is swept. The end is a page that is not full
+    and brings nothing new, as the server may have a smaller limit than was requested.
     """
-    # All that were met of the moment reached; and those without one, who may come on any page.
+    # All users seen of the moment reached, and those without one, who may be on any page.
     known = {part.after} if part.after is not None else set[str]()
     undated = set[str]()
     longest = _SMALLEST_LIMIT
@@ -207,7 +206,7 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             longest = max(longest, len(read.json))
             moment = _last_moment(read.json, since=part.reached_ms)
             if not new and not full:
-                # Those of the moment reached have to be on it, unless they are gone.
+                # The users of the moment reached have to be on it, unless they were deleted.
                 if read.json or lost or part.reached_ms is None:
                     yield Page([], read.began_ms, replace(part, finished=True))
                     return
@@ -216,7 +215,7 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
                 continue
             lost = False
             if moment is None or (full and moment == part.reached_ms):
-                # All of the one moment; or, where time tells nothing, all that is left.
+                # All users of the one moment; or all that are left, where time gives no order.
                 to_ms = part.to_ms if moment is None else moment + 1
                 async with aclosing(_swept(clerk, part, known, to_ms, moment)) as pages:
                     async for page in pages:
@@ -244,7 +243,7 @@ async def _users(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
 
 
 def _at_the_end(objects: Sequence[dict[str, Any]], moment: int | None) -> set[str]:
-    """The ids of those at the end of a page that were created at this moment."""
+    """Return the ids at the end of a page that were created at this moment."""
     last = itertools.takewhile(lambda one: _created(one) in (moment, None), reversed(objects))
     return {*map(_id, last)}
 
@@ -254,7 +253,7 @@ def _reached(part: Part) -> int | None:
 
 
 def _last_moment(objects: Sequence[dict[str, Any]], *, since: int | None) -> int | None:
-    """When the last of these was created; None where they are not in that order from `since` on."""
+    """Return when the last was created; None where they are not in that order from `since` on."""
     times = [time for time in map(_created, objects) if time is not None]
     if since is not None:
         times.insert(0, since)
@@ -266,11 +265,11 @@ def _last_moment(objects: Sequence[dict[str, Any]], *, since: int | None) -> int
 async def _swept(
     clerk: Clerk, part: Part, known: set[str], to_ms: int | None, moment: int | None
 ) -> AsyncGenerator[Page]:
-    """All from the moment that a part has reached until this one, when time cannot tell them apart.
+    """Yield all users from the moment a part has reached until `to_ms`, where time gives no order.
 
-    By cursor and by offset in turn, again and again: those of one moment have no order that
-    holds from one page to the next. It ends once there are as many as Clerk counts, or when
-    neither way brings anything new.
+    It lists them by cursor and by offset in turn, repeatedly, as users of one moment have no
+    stable order from page to page. It ends once there are as many as Clerk counts, or when neither
+    way brings anything new.
     """
     met, from_ms, since = {*known}, _reached(part), part.reached_ms or 0
     first = part.after if moment is None else None
@@ -278,7 +277,7 @@ async def _swept(
     for sweep in range(_SWEEPS):
         before, longest, pages = len(met), _SMALLEST_LIMIT, 0
         after, offset = first, 0
-        # A way that leads back and forth brings nothing new, and ends here, too.
+        # The limit on pages also ends a cursor that leads in circles.
         while pages <= len(met) // longest + 2:
             try:
                 read = await clerk.users(
@@ -289,7 +288,7 @@ async def _swept(
                 )
             except ClerkRefused as error:
                 if after is not None and error.status in _LOST_CURSOR:
-                    break  # whose user is gone
+                    break  # the cursor's user was deleted
                 raise
             if not read.json:
                 break
@@ -307,7 +306,7 @@ async def _swept(
 
 @dataclass(slots=True)
 class _Sweeps:
-    """How often a list is walked from its beginning, because its order does not hold."""
+    """The repeats of a list whose order is not stable."""
 
     number: int = 1
     found: int = 0
@@ -315,7 +314,7 @@ class _Sweeps:
     unordered: bool = False
 
     def again(self) -> bool:
-        """Whether to walk it once more, as it lists fewer than Clerk counts."""
+        """Return whether to repeat a list that has fewer objects than Clerk counts."""
         self.idle = 0 if self.found else self.idle + 1
         if not self.unordered or self.idle >= _IDLE or self.number >= _SWEEPS:
             return False
@@ -324,16 +323,16 @@ class _Sweeps:
 
 
 async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
-    """A list's pages, several on their way at once.
+    """Yield a list's pages, several of which are requested at once.
 
-    One that shares nothing with the end of the page before it has moved up. The end is a page
-    that is not full and brings nothing new, whatever Clerk counts. Where more are of one moment
-    than pages share, and so perhaps in another order each time, the list is walked again until
-    there are as many as Clerk counts, or nothing is new for a while.
+    A page that shares nothing with the end of the page before it has shifted. The end is a page
+    that is not full and brings nothing new, whatever Clerk counts. Where more objects are of one
+    moment than pages share, their order may change. Then the list is repeated until there are as
+    many as Clerk counts, or some repeats bring nothing new.
     """
     asked: deque[tuple[int, asyncio.Task[tuple[Read, int]]]] = deque()
     offset = taken = max(0, part.seen - OVERLAP)
-    total = offset + 1  # nothing is asked for ahead before it is known
+    total = offset + 1  # no page is requested ahead before it is known
     tail = {part.after} if part.after else set[str]()
     met = Met()
     longest, pages, sweeps = _SMALLEST_LIMIT, 0, _Sweeps()
@@ -364,7 +363,7 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             overlap = min(OVERLAP, len(ids) // 2)
             sweeps.unordered = sweeps.unordered or _is_cut(read.json, overlap)
             end = at + len(ids)
-            # Nobody has so small a limit that this page could be full.
+            # No server has so small a limit that this page could be full.
             small = len(ids) < _SMALLEST_LIMIT and end >= total
             ended = small or (not full and not new)
             again = ended and len(met) + taken < total and sweeps.again()
@@ -374,7 +373,7 @@ async def _listed(clerk: Clerk, part: Part) -> AsyncGenerator[Page]:
             if again:
                 await dropped()
                 offset, taken, tail = 0, 0, set()
-            elif not ended and len(ids) < PAGE_LIMIT:  # the end, or a smaller limit than asked
+            elif not ended and len(ids) < PAGE_LIMIT:  # the end, or a smaller limit
                 await dropped()
                 offset = max(at + 1, end - overlap)
             yield Page(new, read.began_ms, part)
@@ -390,12 +389,12 @@ def _not_before(one: dict[str, Any], since: int) -> bool:
 
 
 def _step(longest: int) -> int:
-    """How far a page of this length leads."""
+    """Return by how much a page of this length advances the offset."""
     return max(1, longest - min(OVERLAP, longest // 2))
 
 
 def _is_cut(objects: Sequence[dict[str, Any]], overlap: int) -> bool:
-    """Whether the end of a page lies among more of one moment than it shares with the next."""
+    """Return whether a page ends among more objects of one moment than it shares with the next."""
     times = [_created(one) for one in objects]
     if not times:
         return False
@@ -403,7 +402,7 @@ def _is_cut(objects: Sequence[dict[str, Any]], overlap: int) -> bool:
 
 
 async def later(clerk: Clerk, part: Part) -> Read:
-    """What Clerk lists by now behind the end of a part that was walked: a page of it at most."""
+    """Return what Clerk lists now after the end of a part, at most a page of it."""
     if part.kind == "user":
         read = await clerk.users(from_ms=_reached(part), to_ms=part.to_ms)
     else:
@@ -416,7 +415,7 @@ async def later(clerk: Clerk, part: Part) -> Read:
 
 
 async def _cancel(asked: Iterable[asyncio.Task[Any]]) -> None:
-    """End these requests; that one has failed is no news where nobody needs it any more."""
+    """Cancel these requests, and ignore their failures."""
     for task in asked:
         task.cancel()
     await asyncio.gather(*asked, return_exceptions=True)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 _NOW: Final = 1_767_612_345_678
 _HOUR: Final = 3_600_000
 _DAY: Final = 24 * _HOUR
-# Live deliveries leave 12 to 18 ms after the change that they tell of.
+# Live deliveries leave 12 to 18 ms after the change that they report.
 _LAG: Final = 15
 _BASE62: Final = string.digits + string.ascii_letters
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)(?:\.(id|tail))?\}")
@@ -151,7 +151,7 @@ def event(
     now_ms: int,
     instance_id: str = _INSTANCE_ID,
 ) -> dict[str, Any]:
-    """Clerk's whole envelope for an event that happens now. Raises UnknownEventType.
+    """Return Clerk's whole envelope for an event that happens now. Raises UnknownEventType.
 
     Without a `clerk_id` it is about a new object, with a random one. With one, everything
     that is not a time is the same on each call.
@@ -184,7 +184,7 @@ def data_of(
     now_ms: int,
     instance_id: str = _INSTANCE_ID,
 ) -> dict[str, Any]:
-    """The object of an event of this type; it and all that it mentions have these ids, by kind."""
+    """Return the object of an event of this type. `ids` has an id for each kind it mentions."""
     kind = _kind(type)
     age = 9 * _DAY if type in _DELETED_WHOLE else 0
     scene = _Scene(
@@ -202,7 +202,7 @@ def data_of(
 
 
 def _changed(value: Any, change: Any) -> Any:
-    """`value` with `change` merged in; a list becomes as long as its change."""
+    """Merge `change` into `value`; a list becomes as long as its change."""
     if isinstance(value, dict) and isinstance(change, dict):
         return value | {name: _changed(value.get(name), new) for name, new in change.items()}
     if isinstance(value, list) and isinstance(change, list) and len(change) <= len(value):
@@ -223,8 +223,8 @@ def _tail(clerk_id: str) -> str:
 class _Scene:
     """Who and when an event is about.
 
-    `shift` moves the day of the files to today. `born` is the file's `created_at` where the
-    object is to be new: what the file tells of its life since then is drawn together to now.
+    `shift` moves the day of the files to today, in milliseconds. `born` is the file's `created_at`
+    where the object is to be new: all later times in the file are then moved to now.
     """
 
     ids: Mapping[str, str]

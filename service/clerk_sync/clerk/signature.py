@@ -47,7 +47,7 @@ class Delivery:
 def signed(
     body: str, *, svix_id: str, sent_at: datetime, signers: Sequence[Webhook]
 ) -> dict[str, str]:
-    """The headers of a delivery of our own, signed with every secret, as Svix rotates them."""
+    """Return the headers of a delivery of our own, signed with every secret."""
     return {
         "Content-Type": "application/json",
         "svix-id": svix_id,
@@ -62,7 +62,7 @@ class InvalidSignature(Exception):
     def __init__(self, reason: Reason, delivery: Delivery | None = None) -> None:
         super().__init__(reason.value)
         self.reason = reason
-        # Where only its age is wrong: a clock that is off shows in nothing else.
+        # Set where only its age is wrong, as nothing else reveals a wrong clock.
         self.delivery = delivery
 
 
@@ -71,7 +71,10 @@ class InvalidSecret(ValueError):
 
 
 def signers(secrets: str) -> tuple[Webhook, ...]:
-    """The signers of one or more `whsec_…` secrets, separated by spaces or commas."""
+    """Return the signers of `whsec_…` secrets, separated by spaces or commas.
+
+    Raises InvalidSecret.
+    """
     found = [word for word in re.split(r"[\s,]+", secrets) if word]
     if not found:
         raise InvalidSecret("is empty: paste the endpoint's Signing Secret from Clerk (whsec_…)")
@@ -92,7 +95,7 @@ def signers(secrets: str) -> tuple[Webhook, ...]:
 def verify(
     headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webhook], now: float
 ) -> Delivery:
-    """Check one POST against every secret.
+    """Verify one POST against every secret, and return its Delivery.
 
     `headers` has lower-case names, `svix-*` or the standard's `webhook-*`; `now` is unix
     seconds. Raises InvalidSignature, and nothing else, whatever the bytes.
@@ -104,7 +107,7 @@ def verify(
 
 
 def recorded(headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webhook]) -> Delivery:
-    """As `verify`, for a POST recorded at some earlier time: its age does not matter."""
+    """Verify a POST that was recorded earlier, whatever its age. Raises InvalidSignature."""
     svix_id = headers.get("svix-id") or headers.get("webhook-id")
     timestamp = headers.get("svix-timestamp") or headers.get("webhook-timestamp")
     signature = headers.get("svix-signature") or headers.get("webhook-signature")

@@ -37,7 +37,7 @@ def cli() -> None:
     Settings come from the environment: DATABASE_URL, CLERK_WEBHOOK_SIGNING_SECRET and others;
     `clerk-sync check` says what is wrong with them.
     """
-    logs.hush()
+    logs.silence_noisy_loggers()
 
 
 def command(example: str, **options: Any) -> Callable[[Callable[..., None]], click.Command]:

@@ -21,7 +21,7 @@ from clerk_sync.http.responses import RETRY_AFTER_SECONDS
 from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.store import profiles
 from clerk_sync.sync.ensure import NotMapped, TooManyWaiting
-from clerk_sync.telemetry.logs import Ration
+from clerk_sync.telemetry.logs import LogRateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -95,7 +95,7 @@ class InternalListener:
         self._tokens = tokens
         self._reads = _Places(READ_LIMIT)
         self._ensures = _Places(ENSURE_LIMIT)
-        self._ration = Ration()
+        self._log_limiter = LogRateLimiter()
 
     def app(self) -> web.Application:
         """The aiohttp application."""
@@ -108,8 +108,8 @@ class InternalListener:
         return app
 
     def close(self) -> None:
-        """Say what the log left out."""
-        self._ration.end()
+        """Log how many lines were dropped."""
+        self._log_limiter.end()
 
     def _for_the_app(
         self, answer: Callable[[web.Request], Awaitable[web.Response]]
@@ -126,7 +126,7 @@ class InternalListener:
             )
             if refusal is None:
                 return await answer(request)
-            if self._ration.allows(reason="forbidden"):
+            if self._log_limiter.allows(reason="forbidden"):
                 log.warning("forbidden", peer=request.remote, error=refusal)
             return _json({"error": refusal}, status=403)
 

@@ -18,7 +18,7 @@ from clerk_sync.http.connections import Rank
 from clerk_sync.http.responses import response_to
 from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Answer, Outcome, Reason
-from clerk_sync.telemetry.logs import Ration
+from clerk_sync.telemetry.logs import LogRateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,7 +80,7 @@ class WebhookListener:
         self._deadline = deadline_seconds
         self._tracing = tracing
         self._connections = connections
-        self._ration = Ration()
+        self._log_limiter = LogRateLimiter()
 
     def server(self) -> web.Server:
         """The plain server of aiohttp: there is nothing to route, and every answer is ours."""
@@ -129,7 +129,7 @@ class WebhookListener:
         except Exception:
             log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
-        self._tell(answer, seen, time.perf_counter() - started)
+        self._report(answer, seen, time.perf_counter() - started)
         given = response_to(answer)
         response = web.Response(
             body=given.body,
@@ -185,12 +185,12 @@ class WebhookListener:
             # What readany() raises is kept by the stream, and its traceback keeps this frame.
             body.clear()
 
-    def _tell(self, answer: Answer, seen: _Seen, seconds: float) -> None:
+    def _report(self, answer: Answer, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None
         outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
         # Anybody can be refused as often as they like: log and traces are not theirs to fill.
         strange = answer.outcome is Outcome.REJECTED or seen.delivery is None
-        shown = not strange or self._ration.allows(outcome=outcome, reason=reason)
+        shown = not strange or self._log_limiter.allows(outcome=outcome, reason=reason)
         if seen.trace is not None and shown:
             seen.trace.answered(
                 response_to(answer).status,
@@ -232,8 +232,8 @@ class WebhookListener:
         )
 
     def close(self) -> None:
-        """Say what the log left out."""
-        self._ration.end()
+        """Log how many lines were dropped."""
+        self._log_limiter.end()
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:

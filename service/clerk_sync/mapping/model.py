@@ -40,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """Rows of another table that go with the row: `column` there equals `references` here."""
+    """Rows of another table that are deleted with the row: `column` there is `references` here."""
 
     table: str
     column: str
@@ -50,7 +50,7 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A column, mapped or not, and what a delete that marks the row writes to it."""
+    """A column, mapped or not, and the value that a soft delete writes to it."""
 
     name: str
     value: str | float | bool | None
@@ -61,9 +61,10 @@ class Constant:
 class TableMapping:
     """One Clerk object's table.
 
-    `mark` is the column that a delete stamps, None where a delete removes the row; `sets` are
-    further columns that it writes then. `purge_after_ms` is how long a marked row may stay, None
-    for ever. `adopt` pairs columns with expressions. `create` says that `migrate` makes the table.
+    `mark` is the column that a soft delete fills, None where a delete removes the row; `sets` are
+    further columns that it writes. A soft-deleted row is purged after `purge_after_ms`, or never if
+    that is None. `adopt` pairs columns with expressions. `create` says that `migrate` creates the
+    table.
     """
 
     kind: str
@@ -82,7 +83,7 @@ class TableMapping:
     claims: Callable[[abc.Mapping[str, Any]], dict[str, Any]] = field(repr=False)
 
     def column_of(self, expression: str) -> str | None:
-        """The column that holds exactly this Clerk field, if one does."""
+        """Return the column that holds exactly this Clerk field, or None."""
         return next((c.name for c in self.columns if c.expression == expression), None)
 
 

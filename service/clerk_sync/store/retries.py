@@ -1,4 +1,4 @@
-"""Trying again what is in quarantine only because another event is not here yet."""
+"""Retry quarantined events that wait for another event."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _SHORTEST_SECONDS: Final = 0.2
 
 
 class Retries:
-    """One replica's part in it: what is due is tried by whoever claims it first."""
+    """Retry the events that this replica claims. Each is claimed by one replica at a time."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Retries:
         self._ready = ready
 
     async def keep(self) -> None:
-        """Try what is due, until cancelled."""
+        """Retry events when they are due, until cancelled."""
         while True:
             pause = LOOK_SECONDS
             self._committer.status.parked.clear()
@@ -74,7 +74,10 @@ class Retries:
                 pass
 
     async def due(self) -> float:
-        """Try what is due now; in how many seconds to look again. Raises DatabaseUnavailable."""
+        """Retry the events that are due, and return the seconds until the next check.
+
+        Raises DatabaseUnavailable.
+        """
         while due := await quarantine.claim(self._engine, AT_ONCE):
             tried: list[tuple[Quarantined, Change]] = []
             for one in due:
@@ -94,7 +97,7 @@ class Retries:
         return min(max(wait, _SHORTEST_SECONDS), LOOK_SECONDS)
 
     def _change(self, one: Quarantined) -> Change | None:
-        """What the event changes by the mapping as it is now; None when it changes nothing."""
+        """Return the event's change by the current mapping; None when it changes no table."""
         if (delivery := one.delivery) is None:
             return None
         try:
@@ -121,7 +124,7 @@ class Retries:
         )
 
     async def _postpone(self, one: Quarantined, reason: str) -> bool:
-        """Have it tried later; False when its time is over."""
+        """Schedule the next retry; False when its time is over."""
         again = quarantine.next_retry(time.time_ns() // 1_000_000, one.since_ms)
         await quarantine.postpone(self._engine, one.svix_id, reason, again)
         return again is not None

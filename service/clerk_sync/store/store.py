@@ -1,9 +1,9 @@
-"""Changes become rows: state, ledger and target tables in one transaction.
+"""Apply changes: state, ledger and mapped tables in one transaction.
 
 `apply` takes two round trips for a batch of any size. The first advances the state rows of all
-entities in it, in key order, which locks them and decides who is newest; and reads back what
-was decided and which deliveries are known. The second writes target rows for those that won,
-the ledger, and COMMIT.
+entities in it, in key order, which locks them and decides which version is newest. It also reads
+back that decision, and which deliveries the ledger knows. The second writes the mapped rows of
+the changes that won, the ledger, and COMMIT.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from clerk_sync.store.target import Target
 
 REMOVED: Final[Version] = (2**63 - 1, 0, "")
-"""The version of what is removed for good: no event's is newer."""
+"""The version of an entity that was removed for good: no event has a newer one."""
 
 APPLIED: Final = Answer(Outcome.APPLIED)
 STALE: Final = Answer(Outcome.STALE)
@@ -66,7 +66,7 @@ _Effect = Encoded | Delete | Ignore | Quarantine
 
 @dataclass(slots=True)
 class _Entity:
-    """What one batch knows of one entity, and then what the database said."""
+    """One entity in a batch: the newest version and earliest deletion in it, then its state."""
 
     version: Version = (0, 0, "")
     deleted_at: str | None = None
@@ -86,7 +86,7 @@ class _Batch:
     references: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
 
     def learn_settled(self, result: Result) -> None:
-        """Where entities stand, and, under no kind, which deliveries are in the ledger."""
+        """Read the states of entities, and, under no kind, the deliveries in the ledger."""
         for kind, name, version_ms, event_ms, source, deleted_at, synced_at in result.rows:
             if kind:
                 entity = self.entities[kind, name]
@@ -104,20 +104,20 @@ class _Batch:
 
 
 class _Probes:
-    """Which values are in a column, and which of their rows nobody has locked."""
+    """Queries for the rows with some values, and for those of them that nobody has locked."""
 
     def __init__(self) -> None:
         self._asked: dict[tuple[ForIds, ForIds], dict[Any, list[int]]] = {}
 
     def add(self, there: ForIds, free: ForIds, value: object, place: int) -> None:
-        """The change at this place needs the row with this value."""
+        """Ask about this value, whose row the change at this place needs."""
         self._asked.setdefault((there, free), {}).setdefault(value, []).append(place)
 
     def steps(self) -> list[Step]:
         return [one.of(list(values)) for pair, values in self._asked.items() for one in pair]
 
     def locked(self, results: Sequence[Result]) -> set[int]:
-        """The places of the changes whose rows are there and not free."""
+        """Return the places of the changes whose rows exist and are locked."""
         found = [Counter(_folded(value) for (value,) in result.rows) for result in results]
         locked: set[int] = set()
         for values, there, free in zip(self._asked.values(), found[::2], found[1::2], strict=False):
@@ -129,16 +129,16 @@ class _Probes:
 
 
 def _folded(value: object) -> str:
-    """A value for comparison with what the database found, whose collation may ignore case."""
+    """Return a value as a collation that ignores case compares it."""
     return as_text(value).casefold()
 
 
 class FencedOff(DatabaseUnavailable):
-    """The lease under which this was to be written is somebody else's now."""
+    """The write carried an old fencing token: another process holds the lease now."""
 
 
 class Store:
-    """The tables of one mapping in one database, for any number of connections to it."""
+    """Apply changes to the tables of one mapping, over any number of connections."""
 
     def __init__(self, targets: Mapping[str, Target], compiler: Compiler) -> None:
         self.targets = targets
@@ -150,9 +150,10 @@ class Store:
         self._tables = {target.table.name for target in targets.values()}
 
     def fenced(self, lease: str, token: int) -> Store:
-        """The same store, whose transactions fail once the lease has another token.
+        """Return the same store, fenced: its transactions carry this token of the lease.
 
-        Raises FencedOff then, also while its holder does not know yet that it lost it.
+        They raise FencedOff once the lease has another token, even before its former holder
+        notices that it has lost the lease.
         """
         store = copy(self)
         store._fence = (lease, token)  # noqa: SLF001 -- our own kind
@@ -166,11 +167,12 @@ class Store:
         now_ms: int,
         vacating: Sequence[Change] = (),
     ) -> list[Answer]:
-        """Commit all changes in one transaction; their answers, in order.
+        """Commit all changes in one transaction, and return their answers in order.
 
         The rows of those in `vacating` give up their unique values before they get the new ones,
-        so that two may swap them. Raises RejectedByDatabase when the database refuses some of the
-        data, DatabaseUnavailable when it cannot take it now; nothing is kept then.
+        so that two rows may swap them. `now_ms` is unix milliseconds. Raises RejectedByDatabase
+        when the database rejects some of the data, and DatabaseUnavailable when it cannot write
+        now. Then nothing is kept.
         """
         now = time_text(now_ms)
         effects = [self._encoded(change.effect) for change in changes]
@@ -193,11 +195,11 @@ class Store:
         now_ms: int,
         vacating: Sequence[Change] = (),
     ) -> dict[int, RejectedByDatabase | SchemaChanged]:
-        """Which of these changes the database refuses, by their place, and why. Nothing is kept.
+        """Find the changes that the database rejects: return the errors by their places.
 
-        It costs a round trip for each refusal, and one for some changes: halving a batch until
-        each refused change stands alone would cost a transaction for nearly each change where
-        half of them are refused.
+        Everything is rolled back. It costs a round trip for each rejection. Halving the batch
+        until each rejected change stands alone would cost a transaction for nearly every change
+        where half of them are rejected.
         """
         effects = [self._encoded(change.effect) for change in changes]
         batch = self._reduced(effects, time_text(now_ms))
@@ -221,10 +223,10 @@ class Store:
         return refused | {places[step]: error for step, error in tried.items()}
 
     async def locked(self, connection: Connection, changes: Sequence[Change]) -> set[int]:
-        """The places of those changes whose rows are locked by somebody else's transaction.
+        """Return the places of the changes whose rows another transaction has locked.
 
-        It waits for no lock, and holds none afterwards: one that is taken a moment later is met
-        by `apply`. Not seen are locks on what is in no mapped table, and on unique values.
+        It waits for no lock and keeps none, so `apply` may still meet one that was acquired a
+        moment later. It does not see locks on unmapped tables, nor on unique values.
         """
         if not self._locks_rows:
             return set()
@@ -249,7 +251,7 @@ class Store:
         return probes.locked(results)
 
     def _turn(self, effect: _Effect) -> tuple[int, int]:
-        """When this effect is written, in the order of `_writes`."""
+        """Return a sort key for the order in which `_writes` writes effects."""
         kind, _ = entity_of(effect)
         depth = self._parents_first.index(kind) if kind else 0
         return (0, -depth) if isinstance(effect, Delete) else (1, depth)
@@ -257,12 +259,12 @@ class Store:
     async def insert(
         self, connection: Connection, kind: str, upserts: Sequence[Upsert], *, now_ms: int
     ) -> None:
-        """Commit rows of one kind that are all new, and their state with them.
+        """Insert rows of one kind that are all new, with their states, and commit.
 
-        Whether they are is told by the keys: nothing is read, which saves half of what `apply`
-        takes. Raises RejectedByDatabase where one is known here, or does not fit, and
-        DatabaseUnavailable; nothing is kept then. Not for rows that belong to others, whose state
-        would have to be locked.
+        Nothing is read first, which saves half of the time that `apply` takes. Raises
+        RejectedByDatabase when a key exists already or a value is invalid, and
+        DatabaseUnavailable. Then nothing is kept. Kinds with owners need `apply`, which locks the
+        states of their owners.
         """
         target, now = self.targets[kind], time_text(now_ms)
         upserts = sorted(upserts, key=lambda one: one.entity)  # the order of all locks
@@ -280,7 +282,7 @@ class Store:
         await connection.run([COMMIT])
 
     def _encoded(self, effect: Effect) -> _Effect:
-        """The effect with its row encoded, or the quarantine of a value that is invalid."""
+        """Encode an upsert's row; return a quarantine where one of its values is invalid."""
         match effect:
             case Encoded():
                 return effect
@@ -293,7 +295,7 @@ class Store:
                 return effect
 
     def _reduced(self, effects: Iterable[_Effect], now: str) -> _Batch:
-        """At most one upsert and one deletion per entity: the newest, and the earliest."""
+        """Reduce a batch to the newest version and the earliest deletion of each entity."""
         batch = _Batch(now)
         for effect in effects:
             match effect:
@@ -314,7 +316,7 @@ class Store:
     async def _decide(
         self, connection: Connection, batch: _Batch, changes: Sequence[Change]
     ) -> None:
-        """The first round trip: advance the state, read back who is newest and what is known."""
+        """Advance the states, and read back the newest versions and the known deliveries."""
         steps: list[Step] = self._fence_steps()
         learn: list[Callable[[Result], None]] = [self._check_fence] * len(steps)
         settled: list[Read] = []
@@ -350,17 +352,17 @@ class Store:
                 learned(result)
 
     def lower(self, clerk_id: str, kind: str, *, seen: tuple[int, int], to: int) -> Step:
-        """Take back a version that was ahead of Clerk's, if it is still the one that was seen.
+        """Return the step that rewinds a version which is ahead of Clerk's, if it is still `seen`.
 
-        The only statement by which a version goes down: what follows has to write the row anew.
+        No other statement lowers a version. The caller has to write the row again afterwards.
         """
         lease, token = self._fence or ("", 0)
         return (self.own.lower, [[to, kind, clerk_id, *seen, lease, token]])
 
     def moved(self, kind: str, part: int, *, to: Sequence[object]) -> Step:
-        """Note how far a part of a backfill has come, in the order of `statements.MOVED`.
+        """Return the step that advances a checkpoint, with values in the order of `sql.MOVED`.
 
-        Under a lease that is somebody else's it changes nothing.
+        It changes nothing when another process holds the lease.
         """
         lease, token = self._fence or ("", 0)
         return (self.own.move, [[*to, kind, part, lease, token]])
@@ -375,7 +377,7 @@ class Store:
     def _answers(
         self, batch: _Batch, changes: Sequence[Change], effects: Sequence[_Effect]
     ) -> list[Answer]:
-        """Each change's answer, as if they had come one by one."""
+        """Return each change's answer, as if they had arrived one by one."""
         answers = []
         seen = set()
         deleted: set[Key] = set()
@@ -409,8 +411,8 @@ class Store:
             case Delete(entity=key, deleted_ms=deleted_ms):
                 entity = batch.entities[key]
                 settles = entity.settled_deleted_at == time_text(deleted_ms)
-                # A second delivery may tell of the same deletion, at the same time. What is no
-                # delivery is here to remove a row that should be gone.
+                # A second delivery may report the same deletion, with the same time. A change
+                # without a delivery is there to remove an orphaned row.
                 return APPLIED if settles and (entity.moved or not delivered) else STALE
             case Quarantine(reason=reason):
                 return Answer(Outcome.QUARANTINED, reason)
@@ -423,13 +425,13 @@ class Store:
         return self.has_no_row(key[0], entity.settled[0], deleted=deleted)
 
     def has_no_row(self, kind: str, version_ms: int, *, deleted: bool) -> bool:
-        """Whether an entity in this state has no row, nor those that belong to it."""
+        """Return whether an entity in this state has no row, nor do those that it owns."""
         return version_ms == REMOVED[0] or (deleted and self.targets[kind].mapping.mark is None)
 
     async def _writes(
         self, connection: Connection, batch: _Batch, won: Sequence[_Effect]
     ) -> list[Step]:
-        """The target rows of the effects that won."""
+        """Return the steps that write the mapped rows of the effects that won."""
         upserts: dict[str, list[Encoded]] = defaultdict(list)
         deletes: dict[str, list[str]] = defaultdict(list)
         for effect in won:
@@ -451,7 +453,7 @@ class Store:
         return steps
 
     def _vacated(self, changes: Sequence[Change]) -> list[Step]:
-        """Statements that clear the unique values of the rows that will get others."""
+        """Return the steps that clear the unique values of rows which are about to get others."""
         ids: dict[str, list[str]] = defaultdict(list)
         for change in changes:
             match change.effect:
@@ -489,7 +491,7 @@ class Store:
         target: Target,
         missing: Sequence[tuple[Upsert, Sequence[Any]]],
     ) -> set[str]:
-        """Claim rows that the app had before it had Clerk ids; the ids that got one."""
+        """Adopt rows that have no Clerk id yet; return the Clerk ids that got one."""
         wanted = [
             (row, claims)
             for upsert, row in missing
@@ -502,7 +504,7 @@ class Store:
         for (row, claims), result in zip(wanted, found, strict=True):
             taken = {claim[-1] for claim in claimed}
             for primary, *values in result.rows:
-                # The column's collation may hold "jose" and "josé" for equal. We do not.
+                # The column's collation may consider "jose" and "josé" equal. We do not.
                 same = [as_text(v).casefold() for v in values] == [
                     as_text(v).casefold() for v in claims
                 ]
@@ -533,7 +535,7 @@ class Store:
         return [*steps, target.delete.of(ids)]
 
     def _set_late(self, batch: _Batch, target: Target, upserts: Sequence[Encoded]) -> list[Step]:
-        """Columns of the app's that a delete sets: once more, as the row may be here only now."""
+        """Return the steps that set the columns of `set` again, for rows that exist only now."""
         if not target.mapping.sets:
             return []
         keys = [one.entity for one in upserts]
@@ -575,7 +577,7 @@ class Store:
 
 
 def _parents_first(targets: Mapping[str, Target]) -> tuple[str, ...]:
-    """The kinds in an order in which each comes after those that its foreign keys lead to."""
+    """Sort the kinds so that each comes after those that its foreign keys refer to."""
     kinds = {target.table.name: kind for kind, target in targets.items()}
     order: dict[str, None] = {}
     under_way: set[str] = set()
@@ -594,7 +596,7 @@ def _parents_first(targets: Mapping[str, Target]) -> tuple[str, ...]:
 
 
 def _time_read(value: object) -> str | None:
-    """A time as the driver gives it, in the text that `time_text` writes."""
+    """Return a time from the driver as the text that `time_text` writes."""
     if isinstance(value, datetime):
         return value.isoformat(" ", "microseconds")
     return None if value is None else str(value)

@@ -103,7 +103,7 @@ class Metrics:
         )
         self.unread = self._counter(
             "unread",
-            "Requests answered 503 before their signature was looked at. Anybody can make such.",
+            "Requests answered 503 before their signature was verified. Anybody can send them.",
             "requests",
         )
         self.errors = self._counter(

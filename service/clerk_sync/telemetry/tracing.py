@@ -1,4 +1,4 @@
-"""A delivery's way in spans: the request, and in it verify, queue and apply.
+"""Trace a delivery in spans: the request, and in it verify, queue and apply.
 
 Imported only where traces are asked for. While it is under way a delivery only notes times;
 spans are made once it is known who sent it, so that a stranger's `traceparent` is never
@@ -99,30 +99,30 @@ class Trace:
         self._span: Span | None = None
 
     def verifying(self) -> None:
-        """The body is read, its signature is looked at."""
+        """Note that the body is read, and its signature is being verified."""
         self._verifying = time.time_ns()
 
     def verified(self, headers: Mapping[str, str]) -> None:
-        """It is Clerk's: whoever began a trace on its way is followed."""
+        """Note that the signature is valid, and continue the trace that the headers name."""
         self._verified = time.time_ns()
         self._span = self._request(_PROPAGATOR.extract(headers, Context()))
 
     def queued(self) -> None:
-        """It waits for a writer."""
+        """Note that it waits for a writer."""
         self._queued = time.time_ns()
 
     def taken(self) -> None:
-        """A writer has it. On a second connection it has it still."""
+        """Note that a writer has it. A second attempt changes nothing."""
         self._taken = self._taken or time.time_ns()
 
     def settled(self, events: int) -> None:
-        """Its transaction is over, with so many events in it, whatever became of them."""
+        """Note that its transaction, with so many events, is over."""
         self._settled = time.time_ns()
         self._batch = events
 
     @property
     def exemplar(self) -> dict[str, str] | None:
-        """What leads from a metric to this trace, if it is kept."""
+        """The labels that lead from a metric to this trace; None if it is not sampled."""
         context = self._span.get_span_context() if self._span is not None else None
         if context is None or not context.trace_flags.sampled:
             return None
