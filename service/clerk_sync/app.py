@@ -403,7 +403,7 @@ async def _listen(
     stack: contextlib.AsyncExitStack,
     runner: web.BaseRunner,
     connections: Connections,
-    host: str,
+    host: str | None,
     port: int,
 ) -> str:
     await runner.setup()

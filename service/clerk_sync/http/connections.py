@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import itertools
 import math
@@ -36,6 +37,10 @@ BACKLOG: Final = 1024
 # uvloop 0.23 accepts one connection for each socket and turn of its loop. With one socket, a
 # thousand that are opened as fast as they are cut keep a delivery waiting for a thousand turns.
 ACCEPTS: Final = 4
+# Each has a socket of its own: one for both would tell IPv4 peers as `::ffff:10.0.0.1`.
+EVERY_ADDRESS: Final = ("0.0.0.0", "::")  # noqa: S104 -- of a pod
+# What a kernel says that has one of the two families only.
+NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
 # The kernel's memory for answers counts as the container's.
 SEND_BUFFER: Final = 64 * 1024
 # No whole request after so long: the connection is ended. Nothing read of an answer: the same.
@@ -153,24 +158,41 @@ class Connections:
 
     @contextlib.asynccontextmanager
     async def listening(
-        self, handlers: Callable[[], asyncio.Protocol], host: str, port: int
+        self, handlers: Callable[[], asyncio.Protocol], host: str | None, port: int
     ) -> AsyncIterator[tuple[str, int]]:
-        """Listen; each connection gets a protocol of these. Yields an address. Raises OSError."""
+        """Listen; each connection gets a protocol of these. Yields an address. Raises OSError.
+
+        Without a host, on every address of both families, at the same port.
+        """
 
         def made() -> Peer:
             return Peer(self, handlers())
 
         loop = asyncio.get_running_loop()
-        first = await loop.create_server(made, host, port, backlog=BACKLOG, reuse_address=True)
-        servers = [first]
+        servers: list[asyncio.Server] = []
+        sockets: list[socket.socket] = []
         try:
-            for one in first.sockets:
+            for address in (host,) if host else EVERY_ADDRESS:
+                try:
+                    server = await loop.create_server(
+                        made, address, port, backlog=BACKLOG, reuse_address=True
+                    )
+                except OSError as error:
+                    if host or error.errno not in NO_SUCH_FAMILY:
+                        raise
+                    continue
+                servers.append(server)
+                sockets.extend(server.sockets)  # none, where there is no such family
+                port = sockets[0].getsockname()[1] if sockets else port
+            if not sockets:
+                raise OSError(errno.EADDRNOTAVAIL, f"no address {host or 'of any family'}")
+            for one in sockets:
                 # Connections inherit it.
                 one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
                 for _ in range(ACCEPTS - 1):
                     again = socket.socket(one.family, one.type, one.proto, os.dup(one.fileno()))
                     servers.append(await loop.create_server(made, sock=again, backlog=BACKLOG))
-            yield first.sockets[0].getsockname()[:2]
+            yield sockets[0].getsockname()[:2]
         finally:
             for server in servers:
                 server.close()
