@@ -118,7 +118,7 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
 
 {{/*
 Variables of a container, as a YAML list in the order of their names: each once. Takes a dict: root,
-needs, before, and perhaps settings (a dict of more).
+needs, before, and perhaps settings (a dict of more) and own, as clerk-sync.pod.metadata does.
 */}}
 {{- define "clerk-sync.env" -}}
 {{- $root := .root -}}
@@ -172,7 +172,8 @@ needs, before, and perhaps settings (a dict of more).
       key: {{ .key | quote }}
 {{- end }}
 {{- end }}
-{{- range $name, $value := $values.extraEnv }}
+{{- $own := .own | default dict }}
+{{- range $name, $value := merge (dict) ($own.extraEnv | default dict) $values.extraEnv }}
 - name: {{ $name }}
   {{- if kindIs "map" $value }}
   valueFrom:
