@@ -48,7 +48,7 @@ def pods(values: dict[str, Any], **more: Any) -> dict[str, rules.Pod]:
 
 @pytest.mark.parametrize("mode", MODES)
 def test_what_is_for_all_pods_is_in_each(mode: str) -> None:
-    given = {
+    given: dict[str, Any] = {
         "extraEnv": {"A": "b"},
         "extraEnvFrom": [{"configMapRef": {"name": "c"}}],
         "extraVolumes": [{"name": "d", "emptyDir": {}}],

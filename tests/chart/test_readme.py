@@ -345,3 +345,36 @@ def test_links_lead_somewhere() -> None:
             )
             text = README
         assert anchor in anchors(text) | {"", "readme"}, link
+
+
+def test_pods_that_end_stay_out_of_a_mesh_and_fill_files_once() -> None:
+    """And no other pod does: the service's own is in the mesh, and its agent goes on."""
+    on: dict[str, Any] = {
+        "reconcile": {"mode": "cronJob"},
+        "probe": {"enabled": True, "url": "https://hooks.example.com/webhooks/clerk"},
+    }
+    (mesh,) = [text for text in files() if "sidecar.istio.io/inject" in text]
+    (vault,) = [text for text in files() if "vault.hashicorp.com" in text]
+    key = {"clerk": {"secretKey": {"existingSecret": "clerk"}}}
+    for text, more in ((mesh, key), (vault, {})):
+        given = merged(merged(LEAST, yaml.safe_load(text)), merged(on, more))
+        pods = list(rules.pods(_render(given, ("--kube-version=1.37",))))
+        assert len(pods) == 5
+        for pod in pods:
+            ends = pod.labels["app.kubernetes.io/component"] != "webhook"
+            annotations = pod.metadata.get("annotations", {})
+            if text == mesh:
+                assert (pod.labels.get("sidecar.istio.io/inject") == "false") == ends
+            else:
+                once = annotations.get("vault.hashicorp.com/agent-pre-populate-only")
+                assert (once == "true") == ends
+                assert annotations["vault.hashicorp.com/agent-inject"] == "true"
+                assert pod.spec["automountServiceAccountToken"]
+                files_of = {
+                    f"/vault/secrets/{name.rpartition('inject-secret-')[2]}"
+                    for name in annotations
+                    if "inject-secret-" in name
+                }
+                (container,) = pod.containers
+                read = {one["value"] for one in container["env"] if one["name"].endswith("_FILE")}
+                assert read <= files_of
