@@ -242,3 +242,17 @@ def test_releases_of_the_example_are_apart() -> None:
             labels = other["spec"]["template"]["metadata"]["labels"]
             selector = own["spec"]["selector"]["matchLabels"]
             assert rules.matches(selector, labels) == (own is other)
+
+
+def test_what_is_kept_in_one_namespace_for_all_is_apart() -> None:
+    """Two releases of the same name, in two namespaces, with their monitors in a third."""
+    there = {name: {"namespace": "monitoring"} for name in ("monitor", "alerts", "dashboard")}
+    each = [
+        render(owned(name, there, {"namespaceOverride": name}), ON, release="clerk-sync")
+        for name in ("eu", "us")
+    ]
+    both = (*each[0], *each[1])
+    shared = [one for one in both if one["metadata"].get("namespace") == "monitoring"]
+    assert len(shared) == 6
+    assert list(rules.objects_twice(both)) == []
+    assert list(over_limits(both)) == []

@@ -56,8 +56,12 @@ component, labels, annotations, namespace.
 */}}
 {{- define "clerk-sync.metadata" -}}
 {{- $root := .root -}}
-name: {{ list (include "clerk-sync.fullname" $root) .name | compact | join "-" | quote }}
-namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) | quote }}
+{{- $own := include "clerk-sync.namespace" $root -}}
+{{- $namespace := .namespace | default $own -}}
+{{- $name := list (include "clerk-sync.fullname" $root) .name | compact | join "-" -}}
+{{- /* Elsewhere, as among Prometheus' objects, releases of several namespaces meet. */ -}}
+name: {{ eq $namespace $own | ternary $name (printf "%s.%s" $name $own) | quote }}
+namespace: {{ $namespace | quote }}
 {{ include "clerk-sync.metadata.labels" . }}
 {{- end -}}
 
