@@ -78,7 +78,7 @@ async def test_with_a_host_it_is_there_alone(tmp_path: Path, host: str, reached:
 
 async def test_a_host_of_a_family_that_is_not_there_is_an_error(tmp_path: Path) -> None:
     async with running(tmp_path, host="::", prefix=WITHOUT_IPV6) as process:
-        assert await process.ended(seconds=20) == 1
+        assert await process.ended(seconds=60) == 1
         assert "cannot listen" in process.log
 
 
@@ -91,5 +91,5 @@ async def test_a_port_that_one_family_has_given_away_is_an_error(
         taken.bind((HOSTS[family], 0))
         taken.listen()
         async with running(tmp_path, port=taken.getsockname()[1]) as process:
-            assert await process.ended(seconds=20) == 1
+            assert await process.ended(seconds=60) == 1
             assert "address already in use" in process.log
