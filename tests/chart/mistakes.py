@@ -333,6 +333,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"alerts": {"rules": {"ClerkSyncReconcileOld": {"for": 10}}}},
     ),
     (
+        "`extraEnv.OTEL_EXPORTER_OTLP_ENDPOINT` comes from elsewhere",
+        {
+            "extraEnv": {"OTEL_EXPORTER_OTLP_ENDPOINT": {"configMapKeyRef": {"name": "otel"}}},
+            "networkPolicy": {"enabled": True},
+        },
+    ),
+    (
+        "`networkPolicy.egress.collector` has no port",
+        {"networkPolicy": {"enabled": True, "egress": {"collector": [{"podSelector": {}}]}}},
+    ),
+    (
         "`probe.enabled` needs the URL that Clerk posts to",
         {"probe": {"enabled": True}},
     ),

@@ -163,10 +163,15 @@ RARELY: list[dict[str, Any]] = [
             "annotations": {"a": "b"},
             "egress": {
                 "clerk": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "collector": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "collectorPorts": [4318],
+                "probe": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "probePorts": [8443],
                 "extra": [{"ports": [{"port": 1}]}],
             },
             "enabled": True,
-        }
+        },
+        "probe": {"enabled": True, "url": "https://hooks.example.com/webhooks/clerk"},
     },
     {"networkPolicy": {"egress": {"enabled": False}, "enabled": True}},
     {"monitor": {"enabled": True, "renderMode": "skipIfMissing"}},

@@ -169,10 +169,22 @@ What a parent chart includes. Its scope is this chart's: (index .Subcharts "cler
 {{- include "clerk-sync.volumes" (merge (dict "root" .) (include "clerk-sync.serving" . | fromYaml)) | trim -}}
 {{- end -}}
 
-{{/* A pod that has read another mapping has to start anew. */}}
 {{- define "clerk-sync.sidecar.podAnnotations" -}}
 {{- include "clerk-sync.values" . -}}
-clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" . }}
+{{- include "clerk-sync.checksums" (merge (dict "root" . "secrets" (eq .Values.secretsAs "env")) (include "clerk-sync.serving" . | fromYaml)) -}}
+{{- end -}}
+
+{{/*
+Annotations that change with what a running pod does not see: another mapping, and secrets that it has as
+variables. Takes what clerk-sync.secrets takes, and `secrets`: whether those count.
+*/}}
+{{- define "clerk-sync.checksums" -}}
+clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" .root }}
+{{- if .secrets }}
+{{- with include "clerk-sync.secretsChecksum" . }}
+clerk-sync.dev/secrets: {{ . }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "clerk-sync.mappingChecksum" -}}

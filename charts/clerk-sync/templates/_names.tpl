@@ -117,11 +117,11 @@ not where the upgrade makes it. Never in `helm template`, which asks no cluster.
 {{- if lookup "v1" "ServiceAccount" (include "clerk-sync.namespace" .) (include "clerk-sync.serviceAccountName" .) }}true{{ end -}}
 {{- end -}}
 
-{{/* Whose account the migration has, which runs before the release's own is made. */}}
+{{/* Whose account the migration has, which as a hook runs before the release's own is made. */}}
 {{- define "clerk-sync.migrationAccountName" -}}
 {{- if .Values.migrations.serviceAccountName -}}
 {{- .Values.migrations.serviceAccountName -}}
-{{- else if or (not .Values.serviceAccount.create) (include "clerk-sync.accountIsThere" .) -}}
+{{- else if or (not .Values.serviceAccount.create) (not .Values.hooks.enabled) (include "clerk-sync.accountIsThere" .) -}}
 {{- include "clerk-sync.serviceAccountName" . -}}
 {{- else -}}
 default
@@ -204,6 +204,11 @@ off
 {{- define "clerk-sync.alerts" -}}
 {{- $known := .Capabilities.APIVersions.Has "monitoring.coreos.com/v1/PrometheusRule" -}}
 {{- if and .Values.alerts.enabled (or $known (ne .Values.alerts.renderMode "skipIfMissing")) -}}true{{- end -}}
+{{- end -}}
+
+{{/* Whether there is a test pod: it is a hook, and without hooks it would run at once. */}}
+{{- define "clerk-sync.tested" -}}
+{{- if and .Values.tests.enabled .Values.hooks.enabled -}}true{{- end -}}
 {{- end -}}
 
 {{- define "clerk-sync.atLeastTwoPods" -}}

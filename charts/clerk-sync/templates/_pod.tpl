@@ -1,3 +1,9 @@
+{{/* Annotations of what is there before the rest of the release, and goes when it has succeeded. */}}
+{{- define "clerk-sync.hook.before" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
+
 {{/*
 `template` of what makes the chart's own pods. Takes a dict: root, component, annotations,
 serviceAccountName, and perhaps own: the part of the values that is for these pods alone.
