@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 import re
 import subprocess
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync import schema
+from clerk_sync.schema.checks import migrate
 from tests.chart import rules
 from tests.chart.helm import CHART, FULLNAME, HELMS, LEAST, PARENT, Object, merged, render
 
@@ -115,7 +116,8 @@ CONTENT: Final = {"mapping.yaml": "tables: {user: {table: users, key: clerk_id}}
 def test_the_migration_is_given_up_after_itself_and_before_helm() -> None:
     """So that its log says what is wrong, and Helm says that it is the Job's end."""
     spec = rules.the(render(LEAST), "Job")["spec"]
-    assert schema._PATIENCE_SECONDS + 30 < spec["activeDeadlineSeconds"] < HELM_SECONDS - 60  # noqa: SLF001
+    patience = inspect.signature(migrate).parameters["patience_seconds"].default
+    assert patience + 30 < spec["activeDeadlineSeconds"] < HELM_SECONDS - 60
     assert spec["backoffLimit"] <= 1
     # A failed pod stays, with its log; the kubelet's restart would hide it.
     for component, pod in pods(ALL).items():

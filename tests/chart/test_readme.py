@@ -18,8 +18,8 @@ import click
 import pytest
 import yaml
 
-from clerk_sync import address
 from clerk_sync.cli import cli
+from clerk_sync.database.url import target_of
 from tests.chart import rules, values
 from tests.chart.helm import (
     CHART,
@@ -436,7 +436,7 @@ def test_a_password_is_encoded_as_the_service_decodes_it() -> None:
         start_new_session=True,  # without a terminal it reads what is piped
     )
     encoded = done.stdout.split()[-1]
-    found = address.target_of(f"mysql://user:{encoded}@mysql.example.com:3306/app")
+    found = target_of(f"mysql://user:{encoded}@mysql.example.com:3306/app")
     assert (found.username, found.password, found.host) == ("user", typed, "mysql.example.com")
 
 
