@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from tests import tools
 from tests.chart.helm import CHART, FULLNAME, HELMS, merged
 from tests.cluster.access import RefusedError
 from tests.cluster.test_injection import INJECTING
 from tests.cluster.test_sidecar import VALUES as SIDECAR
 from tests.deliveries import SECRET
+from tools import programs
 
 if TYPE_CHECKING:
     from tests.chart.helm import Object
@@ -197,7 +197,7 @@ def test_a_first_install_that_was_killed_is_uninstalled(
     where = "install", "events", str(CHART), f"--namespace={space.name}", "--values=-"
     values = space.values({"nodeSelector": {"example.com/none": "such"}})
     with subprocess.Popen(
-        [tools.need(by), *where, f"--kubeconfig={space.cluster.kubeconfig}"],
+        [programs.need(by), *where, f"--kubeconfig={space.cluster.kubeconfig}"],
         stdin=subprocess.PIPE,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
