@@ -129,8 +129,8 @@ class WebhookListener:
         except Exception:
             log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
-        self._report(answer, seen, time.perf_counter() - started)
         given = response_to(answer)
+        self._report(answer, given.status, seen, time.perf_counter() - started)
         response = web.Response(
             body=given.body,
             status=given.status,
@@ -185,7 +185,7 @@ class WebhookListener:
             # What readany() raises is kept by the stream, and its traceback keeps this frame.
             body.clear()
 
-    def _report(self, answer: Answer, seen: _Seen, seconds: float) -> None:
+    def _report(self, answer: Answer, status: int, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None
         outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
         # Anybody can be refused as often as they like: log and traces are not theirs to fill.
@@ -193,7 +193,7 @@ class WebhookListener:
         shown = not strange or self._log_limiter.allows(outcome=outcome, reason=reason)
         if seen.trace is not None and shown:
             seen.trace.answered(
-                response_to(answer).status,
+                status,
                 outcome,
                 reason,
                 svix_id=seen.delivery.id if seen.delivery else None,
@@ -212,9 +212,16 @@ class WebhookListener:
         if shown:
             # With nobody left to read the log, Clerk still gets its answer.
             with contextlib.suppress(OSError, ValueError):
-                self._log(answer, seen, round(seconds * 1000, 1), exemplar)
+                self._log(answer, status, seen, round(seconds * 1000, 1), exemplar)
 
-    def _log(self, answer: Answer, seen: _Seen, ms: float, exemplar: dict[str, str] | None) -> None:
+    def _log(
+        self,
+        answer: Answer,
+        status: int,
+        seen: _Seen,
+        ms: float,
+        exemplar: dict[str, str] | None,
+    ) -> None:
         delivery, change = seen.delivery, seen.change
         if answer.reason is Reason.EXPIRED and delivery is not None:
             age = round(time.time()) - delivery.sent_at
@@ -226,7 +233,7 @@ class WebhookListener:
             clerk_id=change.clerk_id if change else None,
             outcome=answer.outcome.value,
             reason=answer.reason.value if answer.reason else None,
-            status=response_to(answer).status,
+            status=status,
             ms=ms,
             **(exemplar or {}),
         )
