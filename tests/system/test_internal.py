@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import socket
 from collections import Counter
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlsplit
 
@@ -606,6 +607,19 @@ async def test_so_many_callers_wait_and_no_more(
 
 
 # --- Odd requests ------------------------------------------------------------------------------
+
+
+async def test_a_client_that_ends_its_side_gets_its_answer(embedded_url: str) -> None:
+    async with served(embedded_url) as at:
+        for path in FOR_ALL:
+            async with deliveries.raw(replace(at, url=at.internal_url)) as client:
+                client.writer.write(f"GET {path} HTTP/1.1\r\nhost: test\r\n\r\n".encode())
+                client.writer.write_eof()
+                reply = await client.reply()
+                assert reply is not None
+                assert reply.status == 200
+                assert await client.rest(seconds=1) == b""
+
 
 pieces = st.sampled_from(
     [

@@ -63,8 +63,9 @@ LINES_LIMIT: Final = 4096
 # Connections that broke off leave reference cycles with their buffers: aiohttp keeps errors,
 # whose tracebacks keep its frames. Beyond this the collector runs: it counts objects, not bytes.
 COLLECT_LIMIT: Final = 8 * 1024 * 1024
-# So many turns of the loop after it was cut, nothing runs any more for a connection.
-COLLECT_TURNS: Final = 8
+# After so many turns of the event loop, nothing runs any more for a connection that was cut, and
+# the handler has read all that one sent before it ended its side.
+TURNS: Final = 8
 
 CAUSES: Final = {
     "connections": "all places are taken: the oldest went that had nothing verified under way",
@@ -89,6 +90,7 @@ class Peer(asyncio.Protocol):
         "_connections",
         "_handler",
         "cost",
+        "ended",
         "gone",
         "heard",
         "last",
@@ -104,6 +106,7 @@ class Peer(asyncio.Protocol):
         self._handler = handler
         self.transport: asyncio.Transport
         self.cost = 0
+        self.ended = False
         self.gone = False
         self.heard = False
         self.last = 0
@@ -124,8 +127,9 @@ class Peer(asyncio.Protocol):
         if self.rank is not Rank.LEAVING and self._connections.takes(self, data):
             self._handler.data_received(data)
 
-    def eof_received(self) -> bool | None:
-        return self._handler.eof_received()
+    def eof_received(self) -> bool:
+        # aiohttp closes the connection here: https://github.com/aio-libs/aiohttp/issues/3659
+        return self._connections.ended(self)
 
     def pause_writing(self) -> None:
         self._handler.pause_writing()
@@ -226,6 +230,8 @@ class Connections:
     def ranked(self, peer: Peer, rank: Rank) -> None:
         """Note that it may be cut, as the last one of this rank."""
         self._move(peer, rank)
+        if peer.ended:
+            self._close_soon(peer)
 
     @web.middleware
     async def answering(
@@ -271,6 +277,19 @@ class Connections:
         if wasteful and peer.rank is not None:
             self._cut(peer, "memory")
         return not peer.gone
+
+    def ended(self, peer: Peer) -> bool:
+        """Whether a connection whose client sends no more stays open for an answer.
+
+        A client that half-closes after its request waits for the answer, but looks the same as
+        one that is gone. So only a request that was read to its end is waited for; others have
+        the next few turns of the event loop.
+        """
+        if peer.gone or peer.rank is Rank.LEAVING or not (peer.cost or peer.rank is None):
+            return False
+        peer.ended = True
+        self._close_soon(peer)
+        return True
 
     def unread(self, peer: Peer, size: int) -> None:
         """Note how much of an answer the kernel has not taken, as it is not read."""
@@ -343,6 +362,13 @@ class Connections:
         if cause is not None:
             self._cuts[cause] += 1
 
+    def _close_soon(self, peer: Peer, turns: int = TURNS) -> None:
+        """Close it, unless a request is read to its end by then."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._close_soon, peer, turns - 1)
+        elif peer.rank is not None:
+            peer.transport.close()
+
     def _forget(self, peer: Peer) -> None:
         if peer.gone:
             return
@@ -356,7 +382,7 @@ class Connections:
     def _collect_soon(self) -> None:
         if self._lost > COLLECT_LIMIT and not self._collecting:
             self._collecting = True
-            asyncio.get_running_loop().call_soon(self._collect, COLLECT_TURNS, self._lost)
+            asyncio.get_running_loop().call_soon(self._collect, TURNS, self._lost)
 
     def _collect(self, turns: int, lost: int) -> None:
         if turns:
