@@ -21,6 +21,7 @@ from clerk_sync.clerk import samples, signature
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.cli.common import cli, command, fail, run, settled, text
 from clerk_sync.database.connection import engine_of
+from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.mapping.ingest import change_of
 from clerk_sync.mapping.model import Mapping
 from clerk_sync.outcomes import Answer, Outcome, Reason
@@ -195,8 +196,13 @@ async def _applied(
     settings: Settings,
     mapping: Mapping,
     groups: AsyncIterator[Group],
+    *,
+    kept: bool = False,
 ) -> int:
-    """Apply deliveries as the service would, group by group; 1 if any was not taken."""
+    """Apply deliveries as the service would, group by group; 1 if any was not taken.
+
+    `kept` ones are from the quarantine.
+    """
     from clerk_sync import app  # noqa: PLC0415
 
     logs.configure(settings.log_level, settings.log_format)
@@ -211,9 +217,8 @@ async def _applied(
 
     async def taken(delivery: Delivery) -> Answer:
         try:
-            return await committer.commit(
-                change_of(delivery, mapping, instance_id=settings.instance_id)
-            )
+            change = change_of(delivery, mapping, instance_id=settings.instance_id)
+            return await committer.commit(from_quarantine(change) if kept else change)
         except signature.InvalidSignature as error:
             return Answer(Outcome.REJECTED, error.reason)
 
@@ -294,7 +299,7 @@ def quarantine_replay(svix_ids: tuple[str, ...], *, everything: bool) -> None:
             for svix_id in sorted(missing):
                 click.echo(f"{svix_id}: is not in quarantine")
             ids = [one.svix_id for one in kept]
-            failed = await _applied(settings, mapping, _kept(engine, ids))
+            failed = await _applied(settings, mapping, _kept(engine, ids), kept=True)
             left = ids and await dead_letters.listed(engine, ids, payloads=False)
             return 1 if failed or missing or left else 0
         finally:

@@ -27,13 +27,14 @@ class Delivered:
 
     `type` is the event's, or `unknown`. `event_ms` is the event's time in unix milliseconds, None
     where it was not read. `payload` is stored if the event ends in quarantine, None where the body
-    must not be.
+    must not be. `kept` deliveries come from the quarantine: what is gone from it stays away.
     """
 
     svix_id: str
     type: str
     event_ms: int | None = None
     payload: str | None = None
+    kept: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +135,12 @@ def quarantined(
 ) -> Quarantine:
     """Return the quarantine of what was to have this effect."""
     return Quarantine(reason, detail, *entity_of(effect), retry_at_ms)
+
+
+def from_quarantine(change: Change) -> Change:
+    """Return the same change, as one whose delivery is in quarantine already."""
+    assert isinstance(change.source, Delivered)
+    return Change(replace(change.source, kept=True), change.effect)
 
 
 def without_payload(change: Change) -> Change | None:

@@ -11,6 +11,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.held import HOLD_SECONDS, Entry, Held
 from clerk_sync.store.writer import AWAY, Connect, Status, Writer
@@ -164,7 +165,7 @@ class Committer:
             return [refusal or AWAY] * len(changes)
         answers = _Answers(len(changes))
         self._held.put(
-            Entry(change, _Together(answers, place), until=0.0, parked=True)
+            Entry(from_quarantine(change), _Together(answers, place), until=0.0, parked=True)
             for place, change in enumerate(changes)
         )
         return await answers.given()

@@ -552,7 +552,7 @@ class Store:
         known: Mapping[str, str],
         now: str,
     ) -> list[Step]:
-        recorded, detained, released = [], [], []
+        recorded, detained, kept, released = [], [], [], []
         for change, effect, answer in zip(changes, effects, answers, strict=True):
             source = change.source
             if not isinstance(source, Delivered) or answer is DUPLICATE:
@@ -560,17 +560,23 @@ class Store:
             about = (source.svix_id, source.type, *entity_of(effect))
             reason = answer.reason.value if answer.reason else None
             event_at = time_text(source.event_ms) if source.event_ms else None
-            recorded.append((*about, answer.outcome.value, reason, event_at, now))
             if isinstance(effect, Quarantine):
                 again = time_text(effect.retry_at_ms) if effect.retry_at_ms else None
+                if source.kept:
+                    # An update alone: its person may have been erased since it was read.
+                    kept.append((reason, effect.detail, again, source.svix_id))
+                    continue
                 detained.append((*about, reason, effect.detail, source.payload, now, again))
             elif known.get(source.svix_id) == Outcome.QUARANTINED:
                 released.append(source.svix_id)
+            recorded.append((*about, answer.outcome.value, reason, event_at, now))
         steps: list[Step] = []
         if recorded:
             steps.append((self.own.record, recorded))
         if detained:
             steps.append((self.own.detain, detained))
+        if kept:
+            steps.append((self.own.keep, kept))
         if released:
             steps.append(self.own.release.of(released))
         return steps
