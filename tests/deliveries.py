@@ -338,7 +338,7 @@ class Process:
             whole = self.log.rpartition("\n")[0].splitlines()
             return [line for line in map(json.loads, whole) if line["event"] == "listening"]
 
-        found = await until(look, bool, seconds=20)
+        found = await until(look, bool, seconds=60)
         return found[-1]["url"], found[-1]["internal_url"]
 
     async def ended(self, *, seconds: float) -> int:

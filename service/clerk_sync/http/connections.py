@@ -34,13 +34,12 @@ CONNECTION_LIMIT: Final = 1000
 # What the process opens itself: its database, files, Clerk's API, and what it listens with.
 OWN_DESCRIPTORS: Final = 64
 BACKLOG: Final = 1024
-# uvloop 0.23 accepts one connection for each socket and turn of its loop. With one socket, a
-# thousand that are opened as fast as they are cut keep a delivery waiting for a thousand turns.
-ACCEPTS: Final = 4
 # Each has a socket of its own: one for both would tell IPv4 peers as `::ffff:10.0.0.1`.
 EVERY_ADDRESS: Final = ("0.0.0.0", "::")  # noqa: S104 -- of a pod
 # What a kernel says that has one of the two families only.
 NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+# At most, in each turn of the event loop.
+ACCEPTS: Final = 64
 # The kernel's memory for answers counts as the container's.
 SEND_BUFFER: Final = 64 * 1024
 # No whole request after so long: the connection is ended. Nothing read of an answer: the same.
@@ -145,6 +144,63 @@ class Peer(asyncio.Protocol):
         self._handler.connection_lost(exc)
 
 
+class _Listening:
+    """A listening socket, from which many are accepted at once.
+
+    uvloop 0.23 accepts one in each turn of its event loop: behind a full backlog, a delivery
+    would wait for a thousand turns.
+    """
+
+    def __init__(self, bound: socket.socket, made: Callable[[], Peer], at_once: int) -> None:
+        self._made = made
+        self._at_once = at_once
+        self._loop = asyncio.get_running_loop()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._paused: asyncio.TimerHandle | None = None
+        self._socket = socket.socket(bound.family, bound.type, bound.proto, os.dup(bound.fileno()))
+        # Connections inherit it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._socket.settimeout(0)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port, *_ = self._socket.getsockname()
+        return host, port
+
+    def start(self) -> None:
+        self._socket.listen(BACKLOG)
+        self._resume()
+
+    def _resume(self) -> None:
+        self._loop.add_reader(self._socket, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(self._at_once):
+            try:
+                accepted, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:  # no descriptor is left: `watch` makes room
+                self._loop.remove_reader(self._socket)
+                self._paused = self._loop.call_later(LOOK_SECONDS, self._resume)
+                return
+            accepted.settimeout(0)
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            await self._loop.connect_accepted_socket(self._made, accepted)
+
+    async def close(self) -> None:
+        if self._paused is not None:
+            self._paused.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        await asyncio.gather(*self._connecting)
+
+
 class Connections:
     """All connections of one listener. `room` is how many there may be."""
 
@@ -174,32 +230,32 @@ class Connections:
 
         loop = asyncio.get_running_loop()
         servers: list[asyncio.Server] = []
-        sockets: list[socket.socket] = []
+        listening: list[_Listening] = []
+        # Each can be read to its end before those behind it have filled all places.
+        at_once = max(1, min(ACCEPTS, self._room // TURNS))
         try:
             for address in (host,) if host else EVERY_ADDRESS:
                 try:
                     server = await loop.create_server(
-                        made, address, port, backlog=BACKLOG, reuse_address=True
+                        made, address, port, start_serving=False, reuse_address=True
                     )
                 except OSError as error:
                     if host or error.errno not in NO_SUCH_FAMILY:
                         raise
                     continue
                 servers.append(server)
-                sockets.extend(server.sockets)  # none, where there is no such family
-                port = sockets[0].getsockname()[1] if sockets else port
-            if not sockets:
+                listening += (_Listening(one, made, at_once) for one in server.sockets)
+                port = listening[0].address[1] if listening else port
+            if not listening:
                 raise OSError(errno.EADDRNOTAVAIL, f"no address {host or 'of any family'}")
-            for one in sockets:
-                # Connections inherit it.
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-                for _ in range(ACCEPTS - 1):
-                    again = socket.socket(one.family, one.type, one.proto, os.dup(one.fileno()))
-                    servers.append(await loop.create_server(made, sock=again, backlog=BACKLOG))
-            yield sockets[0].getsockname()[:2]
+            for one in listening:
+                one.start()
+            yield listening[0].address
         finally:
             for server in servers:
                 server.close()
+            for one in listening:
+                await one.close()
 
     def peer(self, handler: object) -> Peer:
         """The peer that aiohttp's protocol, `request.protocol`, talks to."""
