@@ -315,6 +315,7 @@ async def running(
             users=lambda: watch.users,
             ensure=ensure,
             tokens=secrets.tokens,
+            connections=inside,
         )
         stack.callback(internal.close)
         committer.start()
@@ -342,10 +343,8 @@ async def running(
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)
         # Probes and metrics are answered until the very end.
-        app = internal.app()
-        app.middlewares.append(inside.answering)
         probes = web.AppRunner(
-            app,
+            internal.app(),
             access_log=None,
             shutdown_timeout=1.0,
             # What is asked for /ensure, and for /profiles, ends with who asked.

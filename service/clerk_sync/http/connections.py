@@ -295,10 +295,13 @@ class Connections:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """Know whoever asks: for a listener where nobody signs. The longest asked is cut first."""
+        """For a listener where nobody signs: who has come, or asked, the longest ago is cut first.
+
+        Whoever has asked is no better than who comes to ask, such as a probe.
+        """
         peer = self.peer(request.protocol)
         peer.heard = True
-        self.ranked(peer, Rank.KNOWN)
+        self.ranked(peer, Rank.STRANGER)
         try:
             return await handler(request)
         finally:

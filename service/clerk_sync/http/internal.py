@@ -17,6 +17,7 @@ from aiohttp import web
 from clerk_sync.clerk.api import ClerkRateLimited, ClerkRefused, ClerkUnavailable
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http import access
+from clerk_sync.http.connections import Rank
 from clerk_sync.http.responses import RETRY_AFTER_SECONDS
 from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.store import profiles
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
+    from clerk_sync.http.connections import Connections
     from clerk_sync.store.target import Target
     from clerk_sync.sync.ensure import Ensure
     from clerk_sync.telemetry.metrics import Metrics
@@ -86,6 +88,7 @@ class InternalListener:
         users: Callable[[], Target | None],
         ensure: Ensure | None,
         tokens: Callable[[], Sequence[bytes]],
+        connections: Connections,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
@@ -93,13 +96,14 @@ class InternalListener:
         self._users = users
         self._ensure = ensure
         self._tokens = tokens
+        self._connections = connections
         self._reads = _Places(READ_LIMIT)
         self._ensures = _Places(ENSURE_LIMIT)
         self._log_limiter = LogRateLimiter()
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application()
+        app = web.Application(middlewares=[self._connections.answering])
         app.router.add_get("/livez", self.livez)
         app.router.add_get("/readyz", self.readyz)
         app.router.add_get("/metrics", self.metrics)
@@ -125,6 +129,7 @@ class InternalListener:
                 known=self._tokens(),
             )
             if refusal is None:
+                self._connections.ranked(self._connections.peer(request.protocol), Rank.KNOWN)
                 return await answer(request)
             if self._log_limiter.allows(reason="forbidden"):
                 log.warning("forbidden", peer=request.remote, error=refusal)
