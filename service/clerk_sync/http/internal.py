@@ -104,11 +104,17 @@ class InternalListener:
     def app(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(middlewares=[self._connections.answering])
-        app.router.add_get("/livez", self.livez)
-        app.router.add_get("/readyz", self.readyz)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_get("/profiles", self._for_the_app(self.profiles))
-        app.router.add_post("/ensure/{user_id}", self._for_the_app(self.ensure))
+        handlers = {
+            "/livez": self.livez,
+            "/readyz": self.readyz,
+            "/metrics": self.metrics,
+            "/profiles": self._for_the_app(self.profiles),
+        }
+        for path, handler in handlers.items():
+            app.router.add_get(path, handler, expect_handler=_expected)
+        app.router.add_post(
+            "/ensure/{user_id}", self._for_the_app(self.ensure), expect_handler=_expected
+        )
         return app
 
     def close(self) -> None:
@@ -217,6 +223,14 @@ class InternalListener:
         if ensured.outcome is Outcome.UNAVAILABLE:
             return _sorry(ensured.reason or "unavailable")
         return _json({"error": "the row cannot be written", "reason": ensured.reason}, status=422)
+
+
+async def _expected(request: web.Request) -> None:
+    """Tell a client to go on. aiohttp's own answer quotes the header, and fails on odd bytes."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
 
 
 def _json(value: object, status: int = 200) -> web.Response:
