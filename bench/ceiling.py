@@ -14,7 +14,7 @@ from clerk_sync.store.committer import Committer
 from clerk_sync.telemetry import logs
 
 if TYPE_CHECKING:
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from clerk_sync.settings import Settings
     from clerk_sync.telemetry.metrics import Metrics
     from clerk_sync.telemetry.tracing import Trace

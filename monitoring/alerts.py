@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clerk_sync.clerk.events import PROBE
+from clerk_sync.clerk.catalog import PROBE
 from monitoring import recordings, thresholds
 from monitoring.recordings import failures_ratio
 from monitoring.rules import INSTALLATION as BY

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from clerk_sync.clerk.events import PROBE
+from clerk_sync.clerk.catalog import PROBE
 from monitoring import recordings, thresholds
 from monitoring.panel import (
     PAGE,

@@ -290,9 +290,14 @@ async def ledger(database_url: str) -> dict[str, str]:
 
 
 class Process:
-    """`clerk-sync serve` as a process of its own, with its log in a file."""
+    """`clerk-sync serve` as a process of its own, with its log in a file.
 
-    def __init__(self, log: Path, environment: Mapping[str, str]) -> None:
+    `prefix` is a program, with arguments, that becomes the one behind it.
+    """
+
+    def __init__(
+        self, log: Path, environment: Mapping[str, str], *, prefix: Sequence[str] = ()
+    ) -> None:
         kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
         self._log = log
         self._environment = {
@@ -309,7 +314,7 @@ class Process:
             del self._environment[name]
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "clerk_sync", "serve"],
+                [*prefix, sys.executable, "-m", "clerk_sync", "serve"],
                 env=self._environment,
                 stdin=subprocess.DEVNULL,
                 stdout=out,
@@ -333,7 +338,7 @@ class Process:
             whole = self.log.rpartition("\n")[0].splitlines()
             return [line for line in map(json.loads, whole) if line["event"] == "listening"]
 
-        found = await until(look, bool, seconds=20)
+        found = await until(look, bool, seconds=60)
         return found[-1]["url"], found[-1]["internal_url"]
 
     async def ended(self, *, seconds: float) -> int:

@@ -10,16 +10,17 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final, Self
 
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.database.connection import connect, engine_of
 from clerk_sync.database.errors import Contention, RejectedByDatabase, SchemaChanged
 from clerk_sync.database.url import target_of
 from clerk_sync.mapping import loader
-from clerk_sync.mapping.model import Change, change_of
+from clerk_sync.mapping.change import Change, Upsert
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.schema import checks
 from clerk_sync.store import tables
 from clerk_sync.store.committer import Committer
-from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterable, Sequence
@@ -89,6 +90,11 @@ class Clerk:
     ) -> Change:
         data = {"id": clerk_id, "deleted": True}
         return self.event(f"{kind}.deleted", data, event=event, svix_id=svix_id)
+
+
+def upsert_of(change: Change) -> Upsert:
+    assert isinstance(change.effect, Upsert)
+    return change.effect
 
 
 def told(answers: Iterable[Answer]) -> list[str]:
@@ -199,7 +205,7 @@ class Committing:
     """A real Committer on a database, with what it counts."""
 
     def __init__(self, database: Database, store: Store | None, **options: Any) -> None:
-        self.metrics = Metrics()
+        self.metrics = new_metrics()
         self.seconds = options.pop("seconds", 5)
         target = target_of(database.url)
         opened = options.pop("connect", lambda: connect(target, seconds=self.seconds))

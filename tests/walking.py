@@ -9,13 +9,13 @@ from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
 from clerk_sync import app
-from clerk_sync.clerk.events import LISTED
+from clerk_sync.clerk.catalog import LISTED
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.schema import checks
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.sync.report import Report
-from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api
 from tests.deliveries import settings_of
 from tests.histories import OWN, Committing, Database, mapped
@@ -23,7 +23,8 @@ from tests.histories import OWN, Committing, Database, mapped
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Iterator
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Ending
     from clerk_sync.store.store import Store
     from clerk_sync.sync.diff import Comparison
@@ -158,7 +159,7 @@ async def walking(
     async with clerk_api.running(key=KEY, **options) as api, Database.at(url) as database:
         await database.empty(*(one.table for one in mapping.tables.values()))
         store = store or await database.store(mapping)
-        settings, metrics = with_api(url, api), Metrics()
+        settings, metrics = with_api(url, api), new_metrics()
         async with app.open_clerk(settings, metrics) as clerk:
             # Nothing is on its way here that could be waited for.
             runs = app.runs_of(

@@ -10,6 +10,7 @@ from typing import Final
 from prometheus_client import Metric
 
 from clerk_sync import __version__
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.telemetry.metrics import Metrics
 from monitoring.alerts import ALERTS
 from monitoring.panels import PANELS
@@ -110,7 +111,7 @@ def _section(metric: Metric, unit: str) -> str:
 
 def text() -> str:
     """The whole page."""
-    metrics = Metrics()
+    metrics = new_metrics()
     found = own(metrics)
     series = sum(len(_exposed(metric)) for metric in found)
     sections = [_section(metric, metrics.units[metric.name]) for metric in found]

@@ -18,6 +18,7 @@ from aiohttp import web
 from clerk_sync import __version__
 from clerk_sync.clerk.api import PATIENCE_SECONDS as CLERK_PATIENCE_SECONDS
 from clerk_sync.clerk.api import Clerk, ClerkUnavailable
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import Connection, close_idle, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.health import READY_SECONDS, STARTING, Health, Readiness
@@ -189,7 +190,7 @@ async def open_committer(settings: Settings, mapping: Mapping) -> AsyncIterator[
     """
     async with open_engine(settings, size=1) as engine:
         store = await checks.bound(engine, mapping)
-    async with _started(database_committer(settings, Metrics()), store) as committer:
+    async with _started(database_committer(settings, new_metrics()), store) as committer:
         yield committer
 
 
@@ -201,10 +202,10 @@ async def open_ensure(settings: Settings, mapping: Mapping) -> AsyncIterator[Ens
     """
     async with (
         open_engine(settings, size=1) as engine,
-        open_clerk(settings, Metrics()) as clerk,
+        open_clerk(settings, new_metrics()) as clerk,
     ):
         store = await wait_for_database(lambda: checks.bound(engine, mapping))
-        async with _started(database_committer(settings, Metrics()), store) as committer:
+        async with _started(database_committer(settings, new_metrics()), store) as committer:
             yield Ensure(clerk, mapping, committer, engine, lambda: store.targets.get("user"))
 
 
@@ -224,7 +225,7 @@ def runs_of(
     def open_committer(store: Store) -> contextlib.AbstractAsyncContextManager[Committer]:
         committer = Committer(
             connect,
-            metrics=Metrics(),
+            metrics=new_metrics(),
             writers=_writers(settings, RUN_WRITERS),
             batch_limit=RUN_BATCH,
             queue_limit=100 * RUN_BATCH,
@@ -278,7 +279,7 @@ async def running(
     which leaves the database out to see what the rest costs. `tracing` is closed at the end.
     """
     secrets = Rotation(settings)
-    metrics = Metrics()
+    metrics = new_metrics()
     checking = engine_of(settings.locate, size=1)
     engine = engine_of(settings.locate, size=max(1, settings.pool_size - 1))
 
@@ -337,6 +338,7 @@ async def running(
             users=lambda: health.users,
             ensure=ensure,
             tokens=secrets.tokens,
+            connections=inside,
         )
         stack.callback(internal.close)
         committer.start()
@@ -364,10 +366,8 @@ async def running(
         stack.push_async_callback(committer.close)
         stack.push_async_callback(_ended, tasks)
         # Probes and metrics are answered until the very end.
-        app = internal.app()
-        app.middlewares.append(inside.answering)
         probes = web.AppRunner(
-            app,
+            internal.app(),
             access_log=None,
             shutdown_timeout=1.0,
             # What is asked for /ensure, and for /profiles, ends with who asked.
@@ -425,7 +425,7 @@ async def _listen(
     stack: contextlib.AsyncExitStack,
     runner: web.BaseRunner,
     connections: Connections,
-    host: str,
+    host: str | None,
     port: int,
 ) -> str:
     await runner.setup()

@@ -1,8 +1,6 @@
-"""What became of a delivery, why, and what the sender is told; and of a comparison with Clerk.
+"""Name what became of a delivery, of a comparison with Clerk, and of a run, and why.
 
-One closed vocabulary: these words are the answer's body, the metric labels and the log
-fields. The statuses decide what Svix does next: only a 2xx ends its retries, and a 4xx or
-5xx is retried for about 28 hours (https://docs.svix.com/retries).
+One closed vocabulary: responses, metrics, logs and tables use these words and no others.
 """
 
 from __future__ import annotations
@@ -10,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
-
-RETRY_AFTER_SECONDS: Final = "5"
 
 
 class Outcome(StrEnum):
@@ -99,18 +95,18 @@ UNREADINESSES: Final = (Reason.DATABASE, Reason.SCHEMA, Reason.DRAINING)
 
 
 class Verdict(StrEnum):
-    """How an object in Clerk and its row stand to each other."""
+    """The result of comparing an object in Clerk with its row."""
 
     SAME = "same"
-    # In step by what is known here: the row is newer than what was read, or was deleted.
+    # In sync by the state: the row is newer than what was read, or was deleted.
     NEWER = "newer"
     MISSING = "missing"
     OUTDATED = "outdated"
     # The versions agree, or ours is ahead of Clerk's for no reason; the content does not.
     DRIFTED = "drifted"
-    # The row is there, although it or what it belongs to is deleted.
+    # The row exists, although its entity or an owner of it is deleted.
     DELETED = "deleted"
-    # The values do not fit the columns.
+    # A value is invalid for its column.
     UNFIT = "unfit"
 
 
@@ -121,32 +117,13 @@ class Ending(StrEnum):
     """How a backfill or a reconcile ended."""
 
     IN_STEP = "in_step"
-    # There was drift, and it is gone.
+    # There was drift, and it was repaired.
     MENDED = "mended"
-    # Some of it could not be.
+    # Some of it could not be repaired.
     UNMENDED = "unmended"
-    # The breaker kept it from deleting.
+    # The deletion guard stopped it.
     STOPPED = "stopped"
     FAILED = "failed"
-
-
-STATUS: Final[dict[Outcome | Reason, int]] = {
-    Outcome.APPLIED: 200,
-    Outcome.STALE: 200,
-    Outcome.DUPLICATE: 200,
-    Outcome.IGNORED: 200,
-    Outcome.QUARANTINED: 200,
-    Outcome.UNAVAILABLE: 503,
-    Outcome.ERROR: 500,
-    Reason.MISSING: 401,
-    Reason.MALFORMED: 401,
-    Reason.WRONG: 401,
-    Reason.EXPIRED: 401,
-    Reason.INSTANCE: 403,
-    Reason.TOO_LARGE: 413,
-    Reason.METHOD: 405,
-    Reason.PATH: 404,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,30 +132,3 @@ class Answer:
 
     outcome: Outcome
     reason: Reason | None = None
-
-    @property
-    def status(self) -> int:
-        """The HTTP status: by the reason where that is a rejection, else by the outcome."""
-        if self.outcome is Outcome.REJECTED and self.reason is not None:
-            return STATUS[self.reason]
-        return STATUS[self.outcome]
-
-    @property
-    def body(self) -> bytes:
-        """A short JSON object; Svix keeps it and shows it in Clerk's dashboard."""
-        if self.reason is None:
-            return b'{"outcome": "%b"}' % self.outcome.encode()
-        return b'{"outcome": "%b", "reason": "%b"}' % (self.outcome.encode(), self.reason.encode())
-
-    @property
-    def headers(self) -> dict[str, str]:
-        """`Retry-After` where a retry helps; Svix's stop header where it never will."""
-        headers = {"Content-Type": "application/json"}
-        if self.outcome is Outcome.UNAVAILABLE:
-            headers["Retry-After"] = RETRY_AFTER_SECONDS
-        elif self.reason is Reason.INSTANCE:
-            # https://docs.svix.com/receiving/delivery-control: ends this message's retries.
-            headers["webhook-delivery"] = "abort-message"
-        elif self.reason is Reason.METHOD:
-            headers["Allow"] = "POST"
-        return headers

@@ -14,7 +14,7 @@ from clerk_sync.http import access
 from clerk_sync.settings import InvalidSettings
 
 if TYPE_CHECKING:
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
     from clerk_sync.settings import Secret, Settings
     from clerk_sync.telemetry.metrics import Metrics

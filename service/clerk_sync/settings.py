@@ -154,7 +154,8 @@ class Settings(BaseSettings):
     api_url: str = Field(default="https://api.clerk.com/v1", validation_alias="CLERK_API_URL")
     instance_id: str | None = Field(default=None, validation_alias="CLERK_INSTANCE_ID")
     config: str = Field(default=PRESETS[0], validation_alias="CLERK_SYNC_CONFIG")
-    host: str = Field(default="0.0.0.0", validation_alias="CLERK_SYNC_HOST")  # noqa: S104 -- a pod's
+    host: str | None = Field(default=None, validation_alias="CLERK_SYNC_HOST")
+    """Where both listeners are. None, or empty: on every address, of IPv4 and of IPv6."""
     port: Annotated[Port, _without_service_link(8080)] = Field(
         default=8080, validation_alias="CLERK_SYNC_PORT"
     )

@@ -333,6 +333,17 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"alerts": {"rules": {"ClerkSyncReconcileOld": {"for": 10}}}},
     ),
     (
+        "`extraEnv.OTEL_EXPORTER_OTLP_ENDPOINT` comes from elsewhere",
+        {
+            "extraEnv": {"OTEL_EXPORTER_OTLP_ENDPOINT": {"configMapKeyRef": {"name": "otel"}}},
+            "networkPolicy": {"enabled": True},
+        },
+    ),
+    (
+        "`networkPolicy.egress.collector` has no port",
+        {"networkPolicy": {"enabled": True, "egress": {"collector": [{"podSelector": {}}]}}},
+    ),
+    (
         "`probe.enabled` needs the URL that Clerk posts to",
         {"probe": {"enabled": True}},
     ),
@@ -340,10 +351,24 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`probe.url` is no URL",
         {"probe": {"enabled": True, "url": "https://user:secret@hooks.example.com"}},
     ),
+    # Pods and Services
+    (
+        "`progressDeadlineSeconds` has to be more than `minReadySeconds`",
+        {"minReadySeconds": 60, "progressDeadlineSeconds": 60},
+    ),
+    ("`dnsPolicy: None` leaves pods without DNS", {"dnsPolicy": "None"}),
+    (
+        "`internalService.ipFamilies` names two families",
+        {"internalService": {"ipFamilies": ["IPv4", "IPv6"]}},
+    ),
     # Labels, extras
     (
         "`podLabels` sets app.kubernetes.io/name",
         {"podLabels": {"app.kubernetes.io/name": "x"}},
+    ),
+    (
+        "`tests.podLabels` sets clerk-sync.dev/instance",
+        {"tests": {"podLabels": {"clerk-sync.dev/instance": "x"}}},
     ),
     (
         "`probe.podLabels` sets app.kubernetes.io/component",
@@ -355,6 +380,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"extraEnv": {"DATABASE_URL_FILE": "/x"}},
     ),
     ("`extraEnv.A B` is no name of a variable", {"extraEnv": {"A B": "c"}}),
+    (
+        "`migrations.extraEnv.DATABASE_URL` is a setting of clerk-sync",
+        {"migrations": {"extraEnv": {"DATABASE_URL": "mysql://u:p@db/app"}}},
+    ),
+    (
+        "`reconcile.cronJob.extraEnv.A B` is no name of a variable",
+        {"reconcile": {"cronJob": {"extraEnv": {"A B": "c"}}}},
+    ),
     (
         "`extraVolumes` has the volume `clerk-sync-secrets`, which is there already",
         {"extraVolumes": [{"name": "clerk-sync-secrets", "emptyDir": {}}]},

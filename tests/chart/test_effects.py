@@ -12,6 +12,16 @@ from tests.chart.values import Value
 
 READ: tuple[Value, ...] = values.read((CHART / "values.yaml").read_text("utf-8"))
 
+# What the pods of a Job, of a CronJob and of the test may have of their own.
+OWN: dict[str, Any] = {
+    "extraEnv": {"A": "b"},
+    "nodeSelector": {"a": "b"},
+    "podAnnotations": {"a": "b"},
+    "podLabels": {"a": "b"},
+    "resources": {"limits": {"memory": "64Mi"}},
+    "tolerations": [{"operator": "Exists"}],
+}
+
 # What no scenario sets, as nobody needs it often.
 RARELY: list[dict[str, Any]] = [
     {
@@ -24,12 +34,11 @@ RARELY: list[dict[str, Any]] = [
         "listen": {"host": "::", "internalPort": 9001, "webhookPort": 9000},
         "log": {"format": "console", "level": "debug"},
         "migrations": {
+            **OWN,
             "activeDeadlineSeconds": 60,
+            "annotations": {"a": "b"},
             "backoffLimit": 0,
-            "podAnnotations": {"a": "b"},
-            "podLabels": {"a": "b"},
             "probeRows": False,
-            "resources": {"limits": {"memory": "64Mi"}},
             "serviceAccountName": "migrator",
         },
         "podSecurityContext": {"fsGroup": 1},
@@ -50,6 +59,26 @@ RARELY: list[dict[str, Any]] = [
         "tests": {"enabled": False},
     },
     {"nameOverride": "hooks"},
+    {
+        "clerk": {"signingSecret": {"existingSecret": "", "externalSecret": {"key": "clerk"}}},
+        "externalSecrets": {
+            "apiVersion": "external-secrets.io/v1beta1",
+            "store": {"name": "vault"},
+        },
+    },
+    {"global": {"imageRegistry": "registry.example.com", "imagePullSecrets": ["registry"]}},
+    {
+        "dnsConfig": {"options": [{"name": "ndots", "value": "1"}]},
+        "dnsPolicy": "Default",
+        "hostAliases": [{"ip": "10.0.0.1", "hostnames": ["db.internal"]}],
+        "internalService": {"ipFamilies": ["IPv6"], "ipFamilyPolicy": "SingleStack"},
+        "minReadySeconds": 3,
+        "progressDeadlineSeconds": 120,
+        "runtimeClassName": "gvisor",
+        "schedulerName": "mine",
+        "service": {"ipFamilies": ["IPv6", "IPv4"], "ipFamilyPolicy": "PreferDualStack"},
+        "tests": OWN,
+    },
     {"enabled": False},
     {"openshift": {"adaptSecurityContext": "force"}, "podSecurityContext": {"runAsUser": 1}},
     {
@@ -82,12 +111,11 @@ RARELY: list[dict[str, Any]] = [
         "reconcile": {
             "mode": "cronJob",
             "cronJob": {
+                **OWN,
                 "activeDeadlineSeconds": 60,
+                "annotations": {"a": "b"},
                 "backoffLimit": 0,
                 "failedJobsHistoryLimit": 1,
-                "podAnnotations": {"a": "b"},
-                "podLabels": {"a": "b"},
-                "resources": {"limits": {"memory": "64Mi"}},
                 "startingDeadlineSeconds": 60,
                 "successfulJobsHistoryLimit": 0,
                 "suspend": True,
@@ -135,10 +163,15 @@ RARELY: list[dict[str, Any]] = [
             "annotations": {"a": "b"},
             "egress": {
                 "clerk": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "collector": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "collectorPorts": [4318],
+                "probe": [{"ipBlock": {"cidr": "10.0.0.0/8"}}],
+                "probePorts": [8443],
                 "extra": [{"ports": [{"port": 1}]}],
             },
             "enabled": True,
-        }
+        },
+        "probe": {"enabled": True, "url": "https://hooks.example.com/webhooks/clerk"},
     },
     {"networkPolicy": {"egress": {"enabled": False}, "enabled": True}},
     {"monitor": {"enabled": True, "renderMode": "skipIfMissing"}},
@@ -155,11 +188,10 @@ RARELY: list[dict[str, Any]] = [
     {"dashboard": {"enabled": True, "labels": {"grafana_dashboard": "yes"}}},
     {
         "probe": {
+            **OWN,
+            "annotations": {"a": "b"},
             "enabled": True,
             "failedJobsHistoryLimit": 1,
-            "podAnnotations": {"a": "b"},
-            "podLabels": {"a": "b"},
-            "resources": {"limits": {"memory": "64Mi"}},
             "schedule": "*/10 * * * *",
             "seconds": 20,
             "successfulJobsHistoryLimit": 0,
@@ -175,9 +207,7 @@ GIVEN = [
 ]
 
 
-@pytest.mark.parametrize(
-    "root", [one for one in READ if one.name != "global"], ids=lambda one: one.name
-)
+@pytest.mark.parametrize("root", READ, ids=lambda one: one.name)
 def test_every_value_has_an_effect(root: Value) -> None:
     """Taken out of values that hold it, it changes what is rendered: in one of them at least."""
     never, idle = [], []

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from tests.chart import rules
-from tests.chart.helm import HELMS, LEAST, merged, render, scenarios, umbrella
+from tests.chart.helm import HELMS, LEAST, PARENT, merged, render, scenarios, umbrella
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping
@@ -228,3 +228,31 @@ def test_no_name_is_put_together_in_two_ways() -> None:
         for first, second in combinations(sorted(known), 2):
             assert not first.endswith(second), kind
             assert not second.endswith(first), kind
+
+
+def test_releases_of_the_example_are_apart() -> None:
+    """Its Deployments choose their own pods; clerk-sync's are apart by the tests above."""
+    values = {"clerk-sync": merged(LEAST, {"mode": "sidecar"})}
+    made = [
+        rules.the(render(values, ON, chart=PARENT, release=name), "Deployment")
+        for name in ("shop-eu", "shop-us")
+    ]
+    for own in made:
+        for other in made:
+            labels = other["spec"]["template"]["metadata"]["labels"]
+            selector = own["spec"]["selector"]["matchLabels"]
+            assert rules.matches(selector, labels) == (own is other)
+
+
+def test_what_is_kept_in_one_namespace_for_all_is_apart() -> None:
+    """Two releases of the same name, in two namespaces, with their monitors in a third."""
+    there = {name: {"namespace": "monitoring"} for name in ("monitor", "alerts", "dashboard")}
+    each = [
+        render(owned(name, there, {"namespaceOverride": name}), ON, release="clerk-sync")
+        for name in ("eu", "us")
+    ]
+    both = (*each[0], *each[1])
+    shared = [one for one in both if one["metadata"].get("namespace") == "monitoring"]
+    assert len(shared) == 6
+    assert list(rules.objects_twice(both)) == []
+    assert list(over_limits(both)) == []

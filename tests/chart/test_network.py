@@ -44,6 +44,15 @@ def open_to(found: list[Object], pod: rules.Pod, kind: str) -> dict[int, list[An
     }
 
 
+def beforehand(objects: list[Object]) -> list[Object]:
+    """Return what is there before the release: what Helm has not made when its Jobs run."""
+    return [
+        one
+        for one in objects
+        if "pre-install" in (one["metadata"].get("annotations") or {}).get("helm.sh/hook", "")
+    ]
+
+
 def by_component(pods: list[rules.Pod]) -> dict[str, rules.Pod]:
     return {pod.labels["app.kubernetes.io/component"]: pod for pod in pods}
 
@@ -54,6 +63,79 @@ def test_every_pod_is_covered() -> None:
     for pod in pods:
         types = {kind for one in found if selects(one, pod) for kind in one["spec"]["policyTypes"]}
         assert types == {"Ingress", "Egress"}, pod.name
+
+
+def test_a_hook_has_its_policy_before_it_runs() -> None:
+    """In a namespace that denies by default, nothing else lets the first migration out."""
+    found, pods = policies({})
+    before = beforehand(found)
+    weights = {
+        pod.name: int(pod.owner["metadata"]["annotations"]["helm.sh/hook-weight"])
+        for pod in pods
+        if beforehand([pod.owner])
+    }
+    assert [*weights] == [f"Job {FULLNAME}-migrate"]
+    migrate = by_component(pods)["migrate"]
+    assert open_to(before, migrate, "egress").keys() == {53, 5353, 3306}
+    assert open_to(before, migrate, "ingress") == {}
+    for one in before:
+        metadata = one["metadata"]["annotations"]
+        assert int(metadata["helm.sh/hook-weight"]) < min(weights.values())
+        assert "hook-succeeded" in metadata["helm.sh/hook-delete-policy"]
+        assert [pod for pod in pods if selects(one, pod)] == [migrate]
+    found, pods = policies({"networkPolicy": {"egress": {"enabled": False}}})
+    (only,) = beforehand(found)
+    assert only["spec"]["policyTypes"] == ["Ingress"]
+    assert beforehand(policies({"hooks": {"enabled": False}})[0]) == []
+
+
+PROBED: dict[str, Any] = {"probe": {"enabled": True, "url": "https://hooks.example.com:8443/in"}}
+ELSEWHERE = [{"ipBlock": {"cidr": "203.0.113.0/24"}}]
+
+
+@pytest.mark.parametrize(
+    ("given", "ports"),
+    [
+        (PROBED, {8443}),
+        (merged(PROBED, {"probe": {"url": "http://hooks.example.com/in"}}), {80}),
+        (merged(PROBED, {"probe": {"url": "https://hooks.example.com"}}), {443}),
+        (merged(PROBED, {"extraEnv": {"HTTPS_PROXY": "http://u:p@proxy:3128"}}), {8443, 3128}),
+        (merged(PROBED, {"networkPolicy": {"egress": {"probePorts": [10443]}}}), {10443}),
+    ],
+    ids=str,
+)
+def test_the_probe_reaches_its_url_wherever_clerk_is(
+    given: dict[str, Any], ports: set[int]
+) -> None:
+    narrow = {"networkPolicy": {"egress": {"clerk": FRONT, "probe": ELSEWHERE}}}
+    found, pods = policies(merged(given, narrow))
+    (own,) = [one for one in found if one["metadata"]["name"] == f"{FULLNAME}-probe"]
+    probe = by_component(pods)["probe"]
+    assert open_to([own], probe, "egress") == dict.fromkeys(ports, ELSEWHERE)
+    assert [pod for pod in pods if selects(own, pod)] == [probe]
+
+
+OTLP = "OTEL_EXPORTER_OTLP_ENDPOINT"
+
+
+@pytest.mark.parametrize(
+    ("given", "ports"),
+    [
+        ({"extraEnv": {OTLP: "http://collector.tracing:4318"}}, {4318}),
+        ({"extraEnv": {OTLP: "http://$(NODE):4318/v1"}}, {4318}),
+        ({"extraEnv": {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": "http://[fd00::1]:4319"}}, {4319}),
+        ({"networkPolicy": {"egress": {"collectorPorts": [4320]}}}, {4320}),
+        ({}, set()),
+        # The others whose port a value tells.
+        ({"clerk": {"apiUrl": "https://clerk.internal:8444/v1"}}, {8444}),
+        ({"database": {"existingSecret": "", "url": "mysql://u:p@[::1]:3309/d"}}, {3309}),
+    ],
+    ids=str,
+)
+def test_a_port_that_a_value_tells_is_let_out(given: dict[str, Any], ports: set[int]) -> None:
+    found, pods = policies(given)
+    everywhere = {53, 5353, 8080, 3306, 443}
+    assert open_to(found, by_component(pods)["webhook"], "egress").keys() - everywhere == ports
 
 
 def test_webhooks_come_in_and_only_prometheus_sees_the_internal_port() -> None:

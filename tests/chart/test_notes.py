@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clerk_sync.clerk.events import ACTIONS
+from clerk_sync.clerk.catalog import ACTIONS
 from clerk_sync.cli import cli
 from tests.chart import rules
 from tests.chart.helm import (
@@ -141,6 +141,22 @@ WARNINGS: list[tuple[str, dict[str, Any]]] = [
         "WARNING: `alerts` were left out",
         {"alerts": {"enabled": True, "renderMode": "skipIfMissing"}},
     ),
+    (
+        "The network policies let out to port 3306 of the database",
+        {"networkPolicy": {"enabled": True}},
+    ),
+    ("A Job makes the tables", {"hooks": {"enabled": False}}),
+    ("Secrets are variables here", {"secretsAs": "env"}),
+    (
+        "Secrets are variables here",
+        {
+            "mode": "sidecar",
+            "sidecar": {"injection": {"enabled": True}},
+            "secretsAs": "env",
+            "database": {"existingSecret": "", "url": "mysql://u:p@db/app"},
+            "clerk": {"signingSecret": {"existingSecret": "", "value": "whsec_c2VjcmV0"}},
+        },
+    ),
     ("MIGRATIONS ARE OFF", {"migrations": {"enabled": False}}),
     (
         "The network policies are for the Jobs only",
@@ -156,7 +172,17 @@ def test_a_warning_is_for_those_whom_it_concerns(
     quiet = notes(wrapped, merged(LEAST, KEY))
     assert "WARNING" not in quiet
     assert warning not in quiet
-    assert warning in notes(wrapped, merged(LEAST, given))
+    assert warning in notes(wrapped, merged(LEAST, given), f"--kube-version={VERSIONS[-1]}")
+
+
+def test_who_leaves_hooks_out_is_told(wrapped: Path) -> None:
+    """Nothing can tell the chart of `--no-hooks`, which leaves the migration out without a word."""
+    assert "--no-hooks" in notes(wrapped, merged(LEAST, {}))
+    assert "--no-hooks" not in notes(wrapped, merged(LEAST, {"hooks": {"enabled": False}}))
+    assert "--no-hooks" not in notes(wrapped, merged(LEAST, {"migrations": {"enabled": False}}))
+    assert "helm -n" not in notes(wrapped, merged(LEAST, {"hooks": {"enabled": False}})), (
+        "there is no test pod"
+    )
 
 
 def test_every_warning_has_a_case() -> None:

@@ -67,6 +67,13 @@ def test_the_chart_installs_this_version() -> None:
     assert image["image"] == f"{repository}:{__version__}"
 
 
+def test_the_icon_is_in_the_repository() -> None:
+    raw = ABOUT["home"].replace("https://github.com/", "https://raw.githubusercontent.com/")
+    icon = ROOT / ABOUT["icon"].removeprefix(f"{raw}/main/")
+    assert icon.suffix == ".svg"
+    assert re.match(r'<svg xmlns="http://www.w3.org/2000/svg" [^>]*>', icon.read_text("utf-8"))
+
+
 def test_artifact_hub_understands_the_annotations() -> None:
     annotations = ABOUT["annotations"]
     assert annotations["artifacthub.io/category"] in CATEGORIES

@@ -1,11 +1,16 @@
-"""The chart's README, tried as its reader would: every command, every values file, every name."""
+"""The chart's README and the guides that it leads to, tried as their reader would.
+
+Every command, every values file, every name, every link.
+"""
 
 from __future__ import annotations
 
+import base64
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -14,6 +19,7 @@ import pytest
 import yaml
 
 from clerk_sync.cli import cli
+from clerk_sync.database.url import target_of
 from tests.chart import rules, values
 from tests.chart.helm import (
     CHART,
@@ -32,7 +38,14 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 README: Final = (CHART / "README.md").read_text("utf-8")
-WRITTEN: Final = re.sub(r"<!-- values -->.*<!-- /values -->", "", README, flags=re.DOTALL)
+GUIDES: Final = {
+    path: path.read_text("utf-8")
+    for path in sorted((ROOT / "docs" / "how-to").glob("*.md"))
+    if f"docs/how-to/{path.name})" in README
+}
+WRITTEN: Final = "\n".join(
+    [re.sub(r"<!-- values -->.*<!-- /values -->", "", README, flags=re.DOTALL), *GUIDES.values()]
+)
 ABOUT: Final = yaml.safe_load((CHART / "Chart.yaml").read_text("utf-8"))
 REGISTRY: Final = "oci://ghcr.io/clerk-sync/charts"
 
@@ -48,13 +61,13 @@ def files() -> list[str]:
     return [
         text
         for text in blocks("yaml")
-        if not text.startswith(("dependencies:", "clerk-sync:", "{{"))
+        if not text.startswith(("dependencies:", "clerk-sync:", "{{", "apiVersion:"))
     ]
 
 
 def commands() -> list[list[str]]:
     """Every command of the blocks and of the texts, in words."""
-    lines = "\n".join(blocks("sh")).replace("\\\n", " ").splitlines()
+    lines = re.split(r"\n| \| ", "\n".join(blocks("sh")).replace("\\\n", " "))
     flowing = re.sub(r"^ *```.*?^ *```$", "", WRITTEN, flags=re.DOTALL | re.MULTILINE)
     lines += [
         " ".join(text.split())
@@ -73,7 +86,8 @@ def of(program: str, *verbs: str) -> list[list[str]]:
 def verb_of(words: list[str]) -> str:
     """The first word that is neither the program nor an option with its value."""
     rest = iter(words[1:])
-    return next(word for word in rest if word not in {"-n", "-c"} or not next(rest))
+    options = {"-n"} if words[0] == "python3" else {"-n", "-c"}
+    return next(word for word in rest if word not in options or not next(rest))
 
 
 @cache
@@ -102,14 +116,16 @@ def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
     tried = {
         "helm": {
             *("install", "upgrade", "rollback", "history", "uninstall", "test"),
-            *("dependency", "list"),
+            *("dependency", "list", "template"),
         },
         "kubectl": {
             *("create", "patch", "exec", "logs", "get", "describe"),
-            *("rollout", "scale", "delete"),
+            *("rollout", "scale", "delete", "apply"),
         },
         "rm": {"clerk-sync.env"},
-        "curl": {"-H"},  # below
+        "curl": {"-H"},  # these three: below
+        "python3": {"-c"},
+        "cosign": {"verify"},
     }
     strange = [words for words in commands() if verb_of(words) not in tried.get(words[0], ())]
     assert strange == []
@@ -125,7 +141,7 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
     whole = [text for text in files() if "signingSecret" in text and "database:" in text]
     (tmp_path / "clerk-sync.yaml").write_text("tables: {user: {table: users, key: clerk_id}}\n")
     tried = 0
-    for words in of("helm", "install", "upgrade"):
+    for words in of("helm", "install", "upgrade", "template"):
         if f"{REGISTRY}/clerk-sync" not in words:
             continue
         assert words[words.index("--version") + 1] == ABOUT["version"]
@@ -136,6 +152,7 @@ def test_the_install_commands_work(by: str, tmp_path: Path) -> None:
                 str(tmp_path / word) if word == "values.yaml" else word
                 for word in words[2:]
                 if word not in {"--version", ABOUT["version"], "--wait", "--install"}
+                and not word.startswith(("--kube-version", "1.37"))
             ]
             rest = [
                 word.replace("=clerk-sync.yaml", f"={tmp_path}/clerk-sync.yaml") for word in rest
@@ -163,10 +180,11 @@ def kubectl(*words: str, folder: Path) -> Object:
 
 
 def test_the_secret_has_the_keys_that_are_asked_for(tmp_path: Path) -> None:
-    (env,) = [text for text in blocks("") if text.startswith("url=")]
+    (env,) = {text for text in blocks("") if text.startswith("url=")}
     (tmp_path / "clerk-sync.env").write_text(env)
-    created = of("kubectl", "create")
-    namespace, secret, token = (kubectl(*words[1:], folder=tmp_path) for words in created)
+    created = {" ".join(words): words for words in of("kubectl", "create")}.values()
+    made = [kubectl(*words[1:], folder=tmp_path) for words in created]
+    namespace, secret, token = (one for one in made if one["kind"] in {"Namespace", "Secret"})
     assert rules.name_of(namespace) == secret["metadata"]["namespace"]
     first = files()[0]
     asked = [
@@ -194,7 +212,7 @@ def test_the_patch_gives_pods_the_label_that_is_asked_for(tmp_path: Path) -> Non
     (injection,) = [text for text in files() if "injection:" in text]
     policy = rules.the(installed(injection), "MutatingAdmissionPolicy")
     wanted = policy["spec"]["matchConstraints"]["objectSelector"]["matchLabels"]
-    (words,) = of("kubectl", "patch")
+    words, back = of("kubectl", "patch")
     template = {"metadata": {"labels": {"app": "shop"}}, "spec": {"containers": []}}
     app = {
         "apiVersion": "apps/v1",
@@ -205,8 +223,11 @@ def test_the_patch_gives_pods_the_label_that_is_asked_for(tmp_path: Path) -> Non
     (tmp_path / "app.yaml").write_text(yaml.safe_dump(app))
     patch = words[words.index("--patch") + 1]
     given = "--local", "--filename=app.yaml", f"--patch={patch}"
-    labels = kubectl("patch", *given, folder=tmp_path)["spec"]["template"]["metadata"]["labels"]
-    assert labels == {"app": "shop", **wanted}
+    patched = kubectl("patch", *given, folder=tmp_path)
+    assert patched["spec"]["template"]["metadata"]["labels"] == {"app": "shop", **wanted}
+    (tmp_path / "app.yaml").write_text(yaml.safe_dump(patched))
+    given = "--local", "--filename=app.yaml", f"--patch={back[back.index('--patch') + 1]}"
+    assert kubectl("patch", *given, folder=tmp_path)["spec"] == app["spec"]
 
 
 def test_commands_name_what_is_there() -> None:
@@ -221,6 +242,10 @@ def test_commands_name_what_is_there() -> None:
         if verb_of(words) == "delete":
             named = words[-2:] == ["secret", "clerk-sync"]
             assert named or words[-2] == "-l", words
+        if verb_of(words) == "describe":
+            kind, *names = words[words.index("describe") + 1 :]
+            assert kind in {"job", "pod", "replicaset", "externalsecret"}, words
+            assert kind != "job" or names[0] == "-l" or {*names} <= there["job"], words
     for words in of("helm", "test", "uninstall"):
         assert words[-1] == "clerk-sync" or words[-2:] == ["clerk-sync", "--logs"]
 
@@ -237,6 +262,7 @@ def test_what_hooks_have_left_is_deleted_by_labels_that_nothing_else_has() -> No
         "database": {"url": "mysql://u:p@h/d"},
         "clerk": {"signingSecret": {"value": "whsec_MfKQ9r8GKYqrTwjUPD8ILPZIo2LaLaSw"}},
         "config": {"mapping": "tables: {user: {table: users, key: clerk_id}}"},
+        "networkPolicy": {"enabled": True},
     }
     objects = _render(written_down, ("--kube-version=1.37", "--name-template=clerk-sync"))
     hooks = 0
@@ -249,8 +275,11 @@ def test_what_hooks_have_left_is_deleted_by_labels_that_nothing_else_has() -> No
         if hook:
             hooks += 1
             assert labels["app.kubernetes.io/instance"] == "clerk-sync"
-            assert f"{one['kind'].lower()}s" in kinds
-    assert hooks >= 4
+            plural = {"NetworkPolicy": "networkpolicies"}.get(
+                one["kind"], f"{one['kind'].lower()}s"
+            )
+            assert plural in kinds
+    assert hooks >= 5
 
 
 def test_commands_inside_of_pods_are_those_of_the_service() -> None:
@@ -284,8 +313,10 @@ def test_the_example_installs_with_its_dependency(by: str, tmp_path: Path) -> No
 
 
 def test_the_example_is_the_one_that_is_shown() -> None:
-    (dependency,) = [text for text in blocks("yaml") if text.startswith("dependencies:")]
-    (shown,) = yaml.safe_load(dependency)["dependencies"]
+    dependencies = [text for text in blocks("yaml") if text.startswith("dependencies:")]
+    every = [one for text in dependencies for one in yaml.safe_load(text)["dependencies"]]
+    (shown,) = [one for one in every if "alias" not in one]
+    assert all(one | shown == shown | {"alias": one["alias"]} for one in every if one is not shown)
     about = yaml.safe_load((EXAMPLE / "Chart.yaml").read_text("utf-8"))
     (real,) = about["dependencies"]
     assert shown["version"] == real["version"] == ABOUT["version"]
@@ -330,7 +361,8 @@ def anchors(text: str) -> set[str]:
     return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
 
 
-def test_links_lead_somewhere() -> None:
+def test_links_of_the_readme_lead_somewhere() -> None:
+    """Charts are shown where there is no repository beside them: these links are whole."""
     home = ABOUT["home"]
     for link in re.findall(r"\]\(([^)\s]+)\)", README):
         target, _, anchor = link.partition("#")
@@ -345,3 +377,105 @@ def test_links_lead_somewhere() -> None:
             )
             text = README
         assert anchor in anchors(text) | {"", "readme"}, link
+
+
+def test_pods_that_end_stay_out_of_a_mesh_and_fill_files_once() -> None:
+    """And no other pod does: the service's own is in the mesh, and its agent goes on."""
+    on: dict[str, Any] = {
+        "reconcile": {"mode": "cronJob"},
+        "probe": {"enabled": True, "url": "https://hooks.example.com/webhooks/clerk"},
+    }
+    (mesh,) = [text for text in files() if "sidecar.istio.io/inject" in text]
+    (vault,) = [text for text in files() if "vault.hashicorp.com" in text]
+    key = {"clerk": {"secretKey": {"existingSecret": "clerk"}}}
+    for text, more in ((mesh, key), (vault, {})):
+        given = merged(merged(LEAST, yaml.safe_load(text)), merged(on, more))
+        pods = list(rules.pods(_render(given, ("--kube-version=1.37",))))
+        assert len(pods) == 5
+        for pod in pods:
+            ends = pod.labels["app.kubernetes.io/component"] != "webhook"
+            annotations = pod.metadata.get("annotations", {})
+            if text == mesh:
+                assert (pod.labels.get("sidecar.istio.io/inject") == "false") == ends
+            else:
+                once = annotations.get("vault.hashicorp.com/agent-pre-populate-only")
+                assert (once == "true") == ends
+                assert annotations["vault.hashicorp.com/agent-inject"] == "true"
+                assert pod.spec["automountServiceAccountToken"]
+                files_of = {
+                    f"/vault/secrets/{name.rpartition('inject-secret-')[2]}"
+                    for name in annotations
+                    if "inject-secret-" in name
+                }
+                (container,) = pod.containers
+                read = {one["value"] for one in container["env"] if one["name"].endswith("_FILE")}
+                assert read <= files_of
+
+
+@pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)
+def test_links_of_a_guide_lead_somewhere(page: Path) -> None:
+    for link in re.findall(r"\]\(([^)\s]+)\)", GUIDES[page]):
+        target, _, anchor = link.partition("#")
+        to = (page.parent / target).resolve() if target else page
+        assert to.exists(), link
+        assert not anchor or anchor in anchors(to.read_text("utf-8")), link
+
+
+def test_the_readme_is_one_screen_and_leads_to_the_guides() -> None:
+    before, _, _ = README.partition("<!-- values -->")
+    assert len(before.splitlines()) <= 70
+    assert len(GUIDES) >= 9
+
+
+def test_a_password_is_encoded_as_the_service_decodes_it() -> None:
+    (words,) = of("python3", "-c")
+    typed = "p@ss/w:o%rd #?&+ \u00e9"
+    done = subprocess.run(
+        [sys.executable, *words[1:]],
+        input=f"{typed}\n",
+        capture_output=True,
+        text=True,
+        check=True,
+        start_new_session=True,  # without a terminal it reads what is piped
+    )
+    encoded = done.stdout.split()[-1]
+    found = target_of(f"mysql://user:{encoded}@mysql.example.com:3306/app")
+    assert (found.username, found.password, found.host) == ("user", typed, "mysql.example.com")
+
+
+def test_quotes_in_the_file_would_be_part_of_the_secret(tmp_path: Path) -> None:
+    """As kubectl takes each line as it is."""
+    (tmp_path / "clerk-sync.env").write_text("url='mysql://u:p@h/d'\n")
+    secret = of("kubectl", "create")[1]
+    data = kubectl(*secret[1:], folder=tmp_path)["data"]
+    assert base64.b64decode(data["url"]) == b"'mysql://u:p@h/d'"
+
+
+def test_the_chart_is_signed_by_the_workflow_that_is_named() -> None:
+    (words,) = of("cosign", "verify")
+    assert words[2] == f"{REGISTRY.removeprefix('oci://')}/clerk-sync:{ABOUT['version']}"
+    identity = words[words.index("--certificate-identity") + 1]
+    workflow, _, ref = identity.removeprefix(f"{ABOUT['home']}/").partition("@")
+    assert ref == f"refs/tags/v{ABOUT['version']}"
+    text = (ROOT / workflow).read_text("utf-8")
+    assert 'cosign sign --yes "$CHARTS/clerk-sync@$DIGEST"' in text
+    assert words[words.index("--certificate-oidc-issuer") + 1] in text
+
+
+def test_the_policy_for_an_apps_pods_lets_through_what_a_sidecar_needs() -> None:
+    (policy,) = [yaml.safe_load(text) for text in blocks("yaml") if "kind: NetworkPolicy" in text]
+    (injection,) = [text for text in files() if "injection:" in text]
+    objects = installed(injection)
+    selector = rules.the(objects, "MutatingAdmissionPolicy")["spec"]["matchConstraints"]
+    assert policy["spec"]["podSelector"] == selector["objectSelector"]
+    services = rules.of_kind(objects, "Service")
+    targets = {port["targetPort"] for one in services for port in one["spec"]["ports"]}
+    came = {port["port"] for rule in policy["spec"]["ingress"] for port in rule["ports"]}
+    assert came == targets
+    (out,) = policy["spec"]["egress"]
+    assert {port["port"] for port in out["ports"]} == {53, 3306, 443}
+    peers = [one for one in policy["spec"]["ingress"][0]["from"] if "podSelector" in one]
+    (test,) = [pod for pod in rules.pods(objects) if pod.owner["kind"] == "Pod"]
+    assert [rules.matches(one["podSelector"]["matchLabels"], test.labels) for one in peers] == [
+        True
+    ]

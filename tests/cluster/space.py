@@ -37,6 +37,12 @@ class Space:
         self.secret("database", url=self.mysql_url)
         self.secret("clerk", **{"signing-secret": SECRET, "secret-key": "sk_test_A"})
 
+    def ensure_secret(self, name: str, **values: str) -> None:
+        """Make it, or change it."""
+        secret = {"apiVersion": "v1", "kind": "Secret", "metadata": {"name": name}}
+        apply = "apply", "--server-side", "--filename=-", f"-n={self.name}"
+        self.cluster.kubectl(*apply, stdin=json.dumps({**secret, "stringData": values}))
+
     def ensure_account(self, name: str) -> None:
         """Make a service account, unless it is there: without it no pod is admitted."""
         account = {"apiVersion": "v1", "kind": "ServiceAccount", "metadata": {"name": name}}

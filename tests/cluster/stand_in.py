@@ -12,7 +12,7 @@ import json
 import subprocess
 from datetime import UTC, datetime
 from threading import Thread
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from tests.cluster.access import RefusedError
 from tools import programs
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
     from tests.chart.helm import Object
     from tests.cluster.access import Cluster
+
+ENDLESS: Final = "proxy"
+"""The name of a container that never ends, and so keeps its pod from ending."""
 
 
 class StandIn:
@@ -79,7 +82,8 @@ class StandIn:
                 yield pod
 
     def _report(self, pod: Object) -> None:
-        ends = pod["spec"]["restartPolicy"] != "Always"
+        names = {container["name"] for container in pod["spec"]["containers"]}
+        ends = pod["spec"]["restartPolicy"] != "Always" and ENDLESS not in names
         status = _ended(pod, failed=self.jobs_fail) if ends else _ready(pod)
         name, namespace = pod["metadata"]["name"], pod["metadata"]["namespace"]
         where = [name, f"--namespace={namespace}", "--subresource=status", "--type=merge"]

@@ -114,6 +114,14 @@ def test_a_pod_that_has_one_keeps_it(injecting: Space) -> None:
     assert "initContainers" not in _admit(injecting, _pod(LABEL, name="clerk-sync"))
 
 
+def test_a_pod_whose_volume_has_the_name_is_refused(injecting: Space) -> None:
+    """It would be without the container, and nobody would be told."""
+    own = [{"name": "clerk-sync-secrets", "emptyDir": {"sizeLimit": "1Mi"}}]
+    with pytest.raises(RefusedError, match='Duplicate value: "clerk-sync-secrets"'):
+        _admit(injecting, _pod(LABEL, volumes=own))
+    assert _admit(injecting, _pod({}, volumes=own))
+
+
 def test_other_pods_are_not_touched(injecting: Space, shared_space: Space) -> None:
     assert "initContainers" not in _admit(injecting, _pod({}))
     assert "initContainers" not in _admit(injecting, _pod({"clerk-sync.dev/sidecar": "another"}))

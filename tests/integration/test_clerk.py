@@ -30,7 +30,7 @@ from clerk_sync.clerk.api import (
     Rate,
     rate_limit,
 )
-from clerk_sync.telemetry.metrics import Metrics
+from clerk_sync.clerk.metrics import new_metrics
 from tests import clerk_api
 
 if TYPE_CHECKING:
@@ -50,7 +50,7 @@ class Asking:
     ) -> None:
         self.api = api
         self.key = api.key
-        self.metrics = Metrics()
+        self.metrics = new_metrics()
         self.clerk = Clerk(
             session,
             f"{api.url}/v1/",

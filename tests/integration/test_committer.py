@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import time
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Final
 
@@ -24,6 +23,7 @@ from clerk_sync.database.errors import (
     translate_engine_errors,
 )
 from clerk_sync.database.url import InvalidDatabaseUrl, target_of
+from clerk_sync.mapping.change import Change, Delivered, Quarantine
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema import checks
 from clerk_sync.store.committer import AWAY_SECONDS
@@ -428,8 +428,8 @@ async def test_an_event_larger_than_the_server_takes_stands_alone(mysql_server: 
             Committing(database, store) as committing,
         ):
             payload = "'" * 900_000  # which escaping doubles
-            big = replace(clerk.user("user_9"), reason=Reason.REFUSED, payload=payload)
-            big = replace(big, action=None, row=None)
+            source = Delivered("msg_big", "user.updated", payload=payload)
+            big = Change(source, Quarantine(Reason.REFUSED))
             answers = await committing.commit(clerk.user("user_1"), big, clerk.user("user_2"))
             assert answers == ["applied", "quarantined: refused", "applied"]
             assert await database.value("SELECT payload FROM clerk_sync_quarantine") is None

@@ -15,14 +15,15 @@ import pytest
 from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
-from clerk_sync.clerk.events import Action
+from clerk_sync.mapping.change import Upsert
 from clerk_sync.schema import checks
 from tests.histories import Clerk, Committing, Database, mapped
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.store import Store
 
 _TABLES: Final = """
@@ -188,10 +189,6 @@ async def at_once(
     assert words <= {"applied", "stale", "quarantined", "duplicate"}
 
 
-def version_of(change: Change) -> tuple[int, int, str]:
-    return change.version_ms, change.event_ms, change.delivery_id or ""
-
-
 def expected(
     history: Sequence[Said], changes: Sequence[Change], mapping: Mapping
 ) -> dict[str, dict[str, str | None]]:
@@ -199,24 +196,25 @@ def expected(
     marking = mapping is not REMOVING
     gone = {said.clerk_id for said in history if said.version is None}
     ending = {user for user in USERS if user in gone} if marking else set()
-    newest: dict[str, Change] = {}
+    newest: dict[str, Upsert] = {}
     for said, change in zip(history, changes, strict=True):
-        if change.action is Action.SAVE and said.poison is None:
+        if isinstance(change.effect, Upsert) and said.poison is None:
             best = newest.get(said.clerk_id)
-            if best is None or version_of(change) > version_of(best):
-                newest[said.clerk_id] = change
+            if best is None or change.effect.version > best.version:
+                newest[said.clerk_id] = change.effect
     column = {"user": "username", "organization": "name", "organizationMembership": "role"}
     rows: dict[str, dict[str, str | None]] = {name: {} for name in NAMES}
     tables = dict(zip(column, NAMES, strict=True))
-    for clerk_id, change in newest.items():
+    for clerk_id, upsert in newest.items():
         owners = set(MEMBERS.get(clerk_id, ())) - ending
         if (clerk_id in gone and clerk_id not in ending) or owners & gone:
             continue
-        number = int((change.delivery_id or "_0").split("_")[1]) - 1
+        kind, (_, _, svix_id) = upsert.entity[0], upsert.version
+        number = int(svix_id.split("_")[1]) - 1
         content = None
         if clerk_id not in ending or mapping is not SETTING:
-            content = f"{column[change.kind or ''][0]}{number}"
-        rows[tables[change.kind or ""]][clerk_id] = content
+            content = f"{column[kind][0]}{number}"
+        rows[tables[kind]][clerk_id] = content
     return rows
 
 
@@ -283,12 +281,12 @@ async def check(url: str, history: Sequence[Said], course: Course, mapping: Mapp
             assert await unset(database) == []
         # What the database refuses is only ever tried while it would be the newest.
         by_column = {
-            change.delivery_id
+            change.svix_id
             for said, change in zip(history, changes, strict=True)
             if said.poison == "column"
         }
         refused = {
-            change.delivery_id
+            change.svix_id
             for said, change in zip(history, changes, strict=True)
             if said.poison == "database"
         }

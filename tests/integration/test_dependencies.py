@@ -14,6 +14,7 @@ import sqlalchemy as sa
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.schema import checks
 from clerk_sync.store import quarantine
 from clerk_sync.store.retries import Retries
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
     from clerk_sync.database.connection import Connection, Result, Step
     from clerk_sync.database.errors import RejectedByDatabase, SchemaChanged
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from tests.deliveries import At
     from tools.servers import Managed
 
@@ -342,7 +343,11 @@ def retries_of(database: Database, committing: Committing) -> Retries:
     return Retries(database.engine, OWN, committing.committer, instance_id=None, ready=lambda: True)
 
 
-async def test_what_was_erased_meanwhile_does_not_come_back(database_url: str) -> None:
+# The database refuses the one; the other is longer than its column by now.
+@pytest.mark.parametrize("username", ["same", "x" * 300])
+async def test_what_was_erased_meanwhile_does_not_come_back(
+    database_url: str, username: str
+) -> None:
     clerk = Clerk(OWN)
     async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
         await committing.commit(clerk.user("user_1", username="same"))
@@ -352,10 +357,33 @@ async def test_what_was_erased_meanwhile_does_not_come_back(database_url: str) -
         claims = await asyncio.gather(*(quarantine.claim(database.engine, 9) for _ in "abc"))
         (claimed,) = [one for claim in claims for one in claim]
         await quarantine.drop(database.engine, [claimed.svix_id])
-        change = clerk.user("user_2", username="same", svix_id=claimed.svix_id)
+        change = clerk.user("user_2", username=username, svix_id=claimed.svix_id)
         (answer,) = await committing.committer.retry([change])
         assert answer.outcome == "quarantined"
         await quarantine.postpone(database.engine, claimed.svix_id, "conflict", now_ms())
+        assert await database.quarantined() == {}
+        # Nor by a replay that read it before.
+        (said,) = await committing.commit(from_quarantine(change))
+        assert said.startswith("quarantined")
+        assert await database.quarantined() == {}
+
+
+async def test_what_is_replayed_in_vain_says_why_it_stays(database_url: str) -> None:
+    clerk = Clerk(OWN)
+    async with committing_to(database_url, hold_seconds=0.05) as (database, committing):
+        await committing.commit(clerk.user("user_1", username="same"))
+        await committing.commit(clerk.user("user_2", username="same"))
+        (kept,) = await quarantine.listed(database.engine)
+        for username, reason in (("x" * 300, "too_long"), ("same", "conflict")):
+            change = clerk.user("user_2", username=username, svix_id=kept.svix_id)
+            said = await committing.commit(from_quarantine(change))
+            assert said == [f"quarantined: {reason}"]
+            (now,) = await quarantine.listed(database.engine)
+            assert (now.reason, now.payload) == (reason, kept.payload)
+            # Only what another event may let in is tried again by itself.
+            assert (now.retry_at is not None) == (reason == "conflict")
+        alone = clerk.user("user_2", username="free", svix_id=kept.svix_id)
+        assert await committing.commit(from_quarantine(alone)) == ["applied"]
         assert await database.quarantined() == {}
 
 

@@ -24,7 +24,8 @@ from tests.histories import NOW, Clerk, Database, Halting, at, mapped
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.store import Store
 
 DAY: Final = 86_400_000

@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
+from clerk_sync.mapping.change import ApiRead
 from clerk_sync.schema import checks
 from clerk_sync.store import erasure, profiles
 from clerk_sync.sync.diff import compare
-from tests.histories import NOW, Clerk, Database, at, mapped
+from tests.histories import NOW, Clerk, Database, at, mapped, upsert_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -102,7 +103,9 @@ async def test_every_way_takes_the_ids_for_the_same(database: Database) -> None:
     assert json.loads(profiles.to_json(named))["clerk_id"] == ADA
 
     connection = await database.connect()
-    (same,) = await compare(connection, store, "user", [person(clerk, ADA, 2)])
+    (same,) = await compare(
+        connection, store, "user", [upsert_of(person(clerk, ADA, 2))], ApiRead(NOW)
+    )
     assert (same.verdict, same.differences) == ("same", ())
 
     assert await database.apply(store, clerk.deleted(EVE)) == ["applied"]

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from clerk_sync.clerk.api import Clerk, ClerkRefused
 from clerk_sync.clerk.listing import AT_ONCE, OVERLAP, Page, Range, each_page, ranges_of
-from clerk_sync.telemetry.metrics import Metrics
+from clerk_sync.clerk.metrics import new_metrics
 from tests import clerk_api
 from tests.clerk_api import ClerkApi
 from tests.waiting import until_true
@@ -42,7 +42,7 @@ LOST: Final[tuple[LostCursor, ...]] = ("refused", "empty", "first", "kept")
 @asynccontextmanager
 async def asking(api: ClerkApi) -> AsyncIterator[Clerk]:
     async with api.serving(), aiohttp.ClientSession() as http:
-        yield Clerk(http, f"{api.url}/v1", lambda: api.key, share=1, metrics=Metrics())
+        yield Clerk(http, f"{api.url}/v1", lambda: api.key, share=1, metrics=new_metrics())
 
 
 class Met:

@@ -11,22 +11,22 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import ACTIONS, KINDS, SECRET_TYPES, Action
+from clerk_sync.clerk import catalog, samples
+from clerk_sync.clerk.catalog import ACTIONS, KINDS, SECRET_TYPES, Action
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping import loader
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.schema import checks
-from tests.histories import NOW, Database
+from tests.histories import NOW, Database, upsert_of
 
 if TYPE_CHECKING:
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
 
 TEXT: Final = Path(loader.__file__).with_name("presets").joinpath("mirror.yaml").read_text()
 # Only what the file comments out is indented behind its `# `.
 UNCOMMENTED: Final = re.sub(r"^# (?=  )", "", TEXT, flags=re.MULTILINE)
 WHOLE: Final = loader.read(UNCOMMENTED, source="m")
-TYPES: Final = [type_ for type_ in samples.TYPES if type_ not in SECRET_TYPES]
+TYPES: Final = [type_ for type_ in catalog.TYPES if type_ not in SECRET_TYPES]
 # What Clerk's samples leave empty: nobody is both kinds of payer, and nothing failed.
 EMPTY: Final = {
     *("canceled_at", "ended_at", "failed_at", "failed_reason"),
@@ -81,7 +81,7 @@ async def test_clerk_s_events_find_their_tables(database_url: str) -> None:
         for type_, clerk_id in types[Action.SAVE]:
             change = sample(type_, clerk_id, next(moments))
             assert await database.apply(store, change) == ["applied"], type_
-            last[change.kind or ""] = change.row
+            last[ACTIONS[type_][0]] = upsert_of(change).values
         for kind, table in tables().items():
             ((clerk_id, *_),) = await database.rows(f"SELECT clerk_id FROM {table}")
             assert clerk_id == f"{kind}_1"
@@ -120,7 +120,7 @@ async def test_what_belongs_to_somebody_goes_and_stays_away_with_them(shared_url
         paid = sample("paymentAttempt.updated", "pa_1", next(moments))
         assert await database.apply(store, session, invitation, domain, paid) == ["applied"] * 4
         user, organization = (
-            (one.row or {})[name]
+            upsert_of(one).values[name]
             for one, name in ((session, "user_id"), (invitation, "organization_id"))
         )
         gone = [
@@ -155,7 +155,7 @@ async def test_a_payer_s_empty_id_is_no_owner(shared_url: str) -> None:
         await checks.migrate(database.engine, mapping)
         await database.empty("clerk_payment_attempts")
         change = sample("paymentAttempt.updated", "pa_1", 1)
-        assert (change.row or {})["organization_id"] == ""
+        assert upsert_of(change).values["organization_id"] == ""
         assert await database.apply(await database.store(mapping), change) == ["applied"]
         states = await database.rows("SELECT kind, clerk_id FROM clerk_sync_entities")
         assert states == [("paymentAttempt", "pa_1")]

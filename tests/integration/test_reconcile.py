@@ -12,6 +12,7 @@ import pytest
 import stamina
 
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import connect
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.database.url import target_of
@@ -24,7 +25,6 @@ from clerk_sync.sync.repair import Repairer
 from clerk_sync.sync.report import Report
 from clerk_sync.sync.runs import LEASE, noop
 from clerk_sync.sync.safety import SafetyStop
-from clerk_sync.telemetry.metrics import Metrics
 from tests.clerk_api import failing
 from tests.histories import Database, mapped
 from tests.walking import MARKING, PURGING, REMOVING, Walking, prepare, walking
@@ -938,7 +938,9 @@ async def reconciled(world: Walking, lease: Any) -> None:
     def opened(seconds: float = 5) -> Any:
         return connect(target_of(world.database.url), seconds=seconds)
 
-    committer = Committer(opened, metrics=Metrics(), writers=1, batch_limit=500, queue_limit=500)
+    committer = Committer(
+        opened, metrics=new_metrics(), writers=1, batch_limit=500, queue_limit=500
+    )
     store = world.store.fenced(lease.name, lease.token)
     committer.resume(store)
     committer.start()

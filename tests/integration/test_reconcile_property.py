@@ -23,7 +23,7 @@ from tests.walking import MARKING, NAMES, REMOVING, TABLE, Walking, prepare, wal
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from clerk_sync.store.store import Store
 
 USERS: Final = ("user_a", "user_A", "user_b", "user_c")

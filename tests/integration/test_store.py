@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from itertools import permutations
 from typing import TYPE_CHECKING, Any, Final
 
@@ -11,10 +12,10 @@ import pytest
 
 from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.mapping import loader
-from clerk_sync.mapping.model import Change
+from clerk_sync.mapping.change import ApiRead, Change
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema import checks
-from tests.histories import Clerk, Committing, Database, Halting, at, mapped
+from tests.histories import Clerk, Committing, Database, Halting, at, mapped, upsert_of
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -286,16 +287,9 @@ async def test_facts_without_a_delivery_are_ordered_too_and_leave_no_ledger(worl
     store = await world.of(PEOPLE)
 
     def read(change: Change) -> Change:
-        return Change(
-            None,
-            "backfill",
-            change.kind,
-            change.action,
-            change.clerk_id,
-            change.version_ms,
-            change.event_ms,
-            change.row,
-        )
+        upsert = upsert_of(change)
+        version_ms, event_ms, _ = upsert.version
+        return Change(ApiRead(event_ms), replace(upsert, version=(version_ms, event_ms, "")))
 
     assert await world.apply(store, read(clerk.user("user_1", 2, username="api"))) == ["applied"]
     assert await world.apply(store, clerk.user("user_1", 1, username="late")) == ["stale"]

@@ -177,6 +177,8 @@ def _plain(one: Object) -> Object:
     """Return the object without what is Helm's, and without a namespace: the user sets it."""
     plain: Object = _bare(one)
     plain["metadata"].pop("namespace", None)
+    if one["kind"] == "Job":
+        plain["metadata"]["name"] = f"{RELEASE}-migrate"  # a patch has to find it in every version
     if one["kind"] in _MONITORS:
         del plain["spec"]["namespaceSelector"]  # not set, it means the monitor's own
     return plain

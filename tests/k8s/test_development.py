@@ -113,11 +113,10 @@ async def test_the_example_shows_a_user_that_an_event_brought(
 def environment(pod: str, name: str, told: dict[str, str], folder: Path) -> dict[str, str]:
     """Return a container's variables, with the files of its Secret in a folder."""
     made = {one["name"]: one["value"] for one in container(pod, name)["env"]}
-    files = {"database-url": "url", "signing-secret": "signing-secret"}
     for variable, path in made.items():
         if variable.endswith("_FILE"):
             file = folder / path.rpartition("/")[2]
-            file.write_text(told[files[file.name]], "utf-8")
+            file.write_text(told[file.name], "utf-8")
             made[variable] = str(file)
     return made
 

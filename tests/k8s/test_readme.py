@@ -27,6 +27,7 @@ ON_A_CLUSTER = (
     "kubectl apply ",
     "kubectl create ",
     "kubectl delete ",
+    "kubectl describe ",
     "kubectl diff ",
     "kubectl label ",
     "kubectl rollout ",

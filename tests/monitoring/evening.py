@@ -21,7 +21,7 @@ import pytest
 
 from clerk_sync import app
 from clerk_sync.mapping import loader
-from clerk_sync.mapping.model import Change
+from clerk_sync.mapping.change import Change
 from clerk_sync.outcomes import Answer
 from clerk_sync.store import committer
 from clerk_sync.telemetry.tracing import Trace

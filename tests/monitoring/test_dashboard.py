@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from clerk_sync.telemetry.metrics import Metrics
+from clerk_sync.clerk.metrics import new_metrics
 from monitoring import dashboard, files
 from monitoring.alerts import ALERTS, RUNBOOKS
 from monitoring.panels import EVENTS, PANELS
@@ -37,7 +37,7 @@ def queries() -> Iterator[str]:
 def exposed() -> dict[str, str]:
     """Each series' name and the type of its metric."""
     found = {"ALERTS": "gauge", **{recording.name: "gauge" for recording in RECORDINGS}}
-    for metric in Metrics().registry.collect():
+    for metric in new_metrics().registry.collect():
         found |= {sample.name: metric.type for sample in metric.samples}
     return found
 

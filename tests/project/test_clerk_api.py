@@ -279,6 +279,7 @@ async def test_changes_make_events(ask: Asker) -> None:
     ]
     for event in api.events:
         parsed = events.parse(signature.Delivery("msg_1", 0, json.dumps(event)))
+        assert isinstance(parsed, events.Event)
         assert (parsed.type, parsed.clerk_id) == (event["type"], event["data"]["id"])
 
 

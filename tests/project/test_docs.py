@@ -13,15 +13,17 @@ from pathlib import Path
 import pytest
 
 from clerk_sync import __version__
-from clerk_sync.clerk.events import ACTIONS, KINDS, Action
+from clerk_sync.clerk.catalog import ACTIONS, KINDS, Action
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.cli import cli
+from clerk_sync.http.responses import response_to
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.expressions import COMPUTED
 from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.store import tables
 from clerk_sync.sync.report import Report
-from clerk_sync.telemetry.metrics import SETTLED, Metrics
+from clerk_sync.telemetry.metrics import SETTLED
 from tools import cli_reference, reference
 
 ROOT = Path(__file__).parents[2]
@@ -104,7 +106,7 @@ def test_answers_are_those_of_the_code() -> None:
         *(Answer(Outcome.UNAVAILABLE, reason) for reason in UNAVAILABILITIES),
         Answer(Outcome.ERROR, Reason.INTERNAL),
     ]
-    wanted = sorted((str(a.status), f"`{a.outcome}`", a.reason or "") for a in answers)
+    wanted = sorted((str(response_to(a).status), f"`{a.outcome}`", a.reason or "") for a in answers)
     rows = table("answers")
     said = sorted((row[0], row[1], code(row[2]) if row[2] else "") for row in rows)
     assert wanted == said
@@ -113,7 +115,7 @@ def test_answers_are_those_of_the_code() -> None:
 
 
 def test_every_metric_and_table_that_is_named_exists() -> None:
-    metrics = {reference.name_of(metric) for metric in reference.own(Metrics())}
+    metrics = {reference.name_of(metric) for metric in reference.own(new_metrics())}
     known = metrics | {"clerk_sync_version", *tables.metadata.tables}
     for name in DOCUMENTS:
         assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from clerk_sync.telemetry.metrics import Metrics
+from clerk_sync.clerk.metrics import new_metrics
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, event
 from tools import reference
@@ -90,7 +90,7 @@ def test_its_links_lead_somewhere() -> None:
     assert [link for link in links if not (reference.PAGE.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("name", [reference.name_of(one) for one in reference.own(Metrics())])
+@pytest.mark.parametrize("name", [reference.name_of(one) for one in reference.own(new_metrics())])
 def test_every_metric_answers_a_question_of_somebody(name: str) -> None:
     panels, alerts = reference.using(name)
     assert panels or alerts

@@ -29,10 +29,10 @@ import sqlalchemy as sa
 from clerk_sync import app
 from clerk_sync.clerk.api import PAGE_LIMIT
 from clerk_sync.clerk.listing import OVERLAP
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping import loader
 from clerk_sync.sync.backfill import fingerprint
-from clerk_sync.telemetry.metrics import Metrics
 from tests import clerk_api, deliveries
 from tests.waiting import until
 from tests.walking import with_api
@@ -960,7 +960,7 @@ async def test_a_database_that_is_not_there_is_told_at_once_and_waited_for(tmp_p
         settings, mapping = with_api(url, api), loader.load("mirror")
         begun = time.monotonic()
         with pytest.raises(DatabaseUnavailable, match="Can't connect"):
-            async with app.open_runs(settings, mapping, Metrics(), patience=1):
+            async with app.open_runs(settings, mapping, new_metrics(), patience=1):
                 pass
         assert time.monotonic() - begun < 3
 

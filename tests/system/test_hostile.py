@@ -588,6 +588,31 @@ async def test_a_connection_stays_only_for_whoever_has_signed(at: At) -> None:
             assert b"\r\nConnection: close\r\n" in await sender.rest(seconds=1)
 
 
+@pytest.mark.parametrize("many", [1, 3])
+async def test_a_sender_that_ends_its_side_gets_its_answers(at: At, many: int) -> None:
+    # A body that takes several reads: the end comes after the handler has begun.
+    sent = [event("user.created", f"user_{n}", bio="x" * 300_000) for n in range(many)]
+    async with unharmed(at), deliveries.raw(at) as sender:
+        sender.writer.write(b"".join(request(deliveries.bytes_of(one)) for one in sent))
+        sender.writer.write_eof()
+        for _ in sent:
+            reply = await sender.reply()
+            assert reply is not None
+            assert reply.said == (200, "applied", None)
+        assert await sender.rest(seconds=1) == b""
+
+
+@pytest.mark.parametrize("part", [0.1, 0.9])
+async def test_a_sender_that_ends_its_side_too_early_is_let_go_at_once(at: At, part: float) -> None:
+    whole = request(deliveries.bytes_of(event("user.created", "user_x")))
+    async with unharmed(at), deliveries.raw(at) as sender:
+        await sender.send(request(deliveries.bytes_of(event("user.created", "user_y"))))
+        assert await sender.reply() is not None
+        await sender.send(whole[: int(part * len(whole))])
+        sender.writer.write_eof()
+        assert await sender.rest(seconds=1) == b""
+
+
 async def test_http_1_0_is_answered_and_closed(at: At) -> None:
     body = deliveries.bytes_of(event("user.created", "user_old"))
     async with deliveries.raw(at) as sender:

@@ -19,9 +19,10 @@ import pytest
 from aiohttp import web
 
 from clerk_sync.clerk import signature
-from clerk_sync.clerk.events import PROBE
+from clerk_sync.clerk.catalog import PROBE
 from clerk_sync.cli.probe import Found, address, send, shown
 from clerk_sync.database.connection import engine_of
+from clerk_sync.http.responses import response_to
 from clerk_sync.mapping import loader
 from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
 from clerk_sync.store import housekeeping
@@ -187,14 +188,15 @@ async def test_a_database_that_takes_no_writes(tmp_path: Path) -> None:
     ids=str,
 )
 async def test_every_other_answer_of_clerk_sync_is_told(answer: Answer) -> None:
-    found = await met(answer.status, answer.body, type_="application/json")
+    response = response_to(answer)
+    found = await met(response.status, response.body, type_="application/json")
     assert not found.through
-    assert found.lasting == (answer.status < 500)
+    assert found.lasting == (response.status < 500)
     assert "clerk-sync" in found.text or "svix-" in found.text or "POST" in found.text
-    said = f"{answer.status} {answer.outcome}" + (f" {answer.reason}" if answer.reason else "")
+    said = f"{response.status} {answer.outcome}" + (f" {answer.reason}" if answer.reason else "")
     assert found.text.endswith(f" ({said})")
     # What a probe can meet has a sentence of its own.
-    odd = answer.reason in (Reason.INSTANCE, Reason.TOO_LARGE) or answer.status == 200
+    odd = answer.reason in (Reason.INSTANCE, Reason.TOO_LARGE) or response.status == 200
     assert odd == found.text.startswith("clerk-sync did not take it as a probe")
 
 
@@ -362,8 +364,8 @@ async def test_it_tries_again_as_the_same_delivery_and_takes_duplicate_for_commi
         if len(seen) == 1:
             assert request.transport is not None
             request.transport.abort()  # committed, and the answer is lost
-        answer = Answer(Outcome.DUPLICATE)
-        return web.Response(status=answer.status, body=answer.body, headers=answer.headers)
+        known = response_to(Answer(Outcome.DUPLICATE))
+        return web.Response(status=known.status, body=known.body, headers=known.headers)
 
     async with answering(answer) as url:
         found = await probed(url)

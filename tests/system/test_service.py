@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from clerk_sync import app
-from clerk_sync.clerk import samples
+from clerk_sync.clerk import catalog
 from clerk_sync.mapping import loader
 from clerk_sync.settings import InvalidSettings, Settings
 from tests import deliveries
@@ -81,7 +81,7 @@ async def test_success_is_answered_only_when_others_can_see_it(database_url: str
 
 @pytest.mark.parametrize("type_", ["session.created", "email.created", "sms.created", "no.such"])
 async def test_what_no_table_wants_is_ignored_with_200(at: At, type_: str) -> None:
-    known = type_ if type_ in samples.TYPES else "session.created"
+    known = type_ if type_ in catalog.TYPES else "session.created"
     made = {**ours(known, "x_1"), "type": type_}
     assert (await at.post(made)).said == (200, "ignored", None)
 
@@ -360,7 +360,7 @@ async def test_metrics_speak_both_formats(at: At) -> None:
 
 async def test_every_series_is_there_from_the_start(at: At) -> None:
     metrics = await at.metrics()
-    for type_ in (*samples.TYPES, "clerk-sync.probe", "other"):
+    for type_ in (*catalog.TYPES, "clerk-sync.probe", "other"):
         for outcome in ("applied", "stale", "duplicate", "ignored", "quarantined"):
             assert metrics("outcomes_total", type=type_, outcome=outcome) == 0
     for reason in ("missing", "malformed", "wrong", "expired", "instance", "too_large"):
@@ -501,7 +501,7 @@ def words_of(value: Any) -> set[str]:
 def private_posts() -> list[Any]:
     """Every type of Clerk's, types that are made up, and what a table or a parser refuses."""
     posts: list[Any] = []
-    for number, type_ in enumerate(samples.TYPES):
+    for number, type_ in enumerate(catalog.TYPES):
         one = event(type_, f"id_{number}")
         if not type_.endswith(".deleted"):
             one["data"] |= {"first_name": "SECRET name", "username": f"SECRET u{number}"}

@@ -186,10 +186,10 @@ async def test_a_ration_says_how_many_lines_it_left_out(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     logs.configure("info", "json")
-    ration = logs.Ration(lines=2, seconds=0.2)
+    limiter = logs.LogRateLimiter(lines=2, seconds=0.2)
 
     def allowed(number: int, reason: str) -> int:
-        return sum(ration.allows(outcome="rejected", reason=reason) for _ in range(number))
+        return sum(limiter.allows(outcome="rejected", reason=reason) for _ in range(number))
 
     assert allowed(7, "wrong") == 2
     assert allowed(2, "path") == 2
@@ -200,7 +200,7 @@ async def test_a_ration_says_how_many_lines_it_left_out(
     assert (line["outcome"], line["reason"], line["seconds"]) == ("rejected", "wrong", 0.2)
     # And anew; at the end nobody waits for the time to be over.
     assert allowed(5, "wrong") == 2
-    ration.end()
+    limiter.end()
     (line,) = lines(capsys)
     assert line["count"] == 3
     await asyncio.sleep(0.3)

@@ -15,11 +15,13 @@ from hypothesis import strategies as st
 from jinja2 import TemplateError
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, Action, parse
+from clerk_sync.clerk.catalog import KINDS
 from clerk_sync.clerk.signature import Delivery
+from clerk_sync.mapping.change import Change, Delete, Delivered, Ignore, Quarantine, Upsert
 from clerk_sync.mapping.expressions import InvalidExpression, names_in, row_of
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.mapping.loader import PRESETS, InvalidMapping, load, nearest, read
-from clerk_sync.mapping.model import Place, change_of
+from clerk_sync.mapping.model import Place
 from clerk_sync.outcomes import Reason
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
@@ -702,7 +704,7 @@ def test_computed_names_go_before_fields_of_the_same_name() -> None:
 @patient
 @given(
     st.dictionaries(
-        st.sampled_from(sorted(samples.FIELDS["user"])) | st.text(max_size=6),
+        st.sampled_from(sorted(samples.fields_of("user"))) | st.text(max_size=6),
         st.none() | st.integers() | st.text(max_size=9) | st.lists(st.none() | st.text(max_size=3)),
     )
 )
@@ -729,10 +731,15 @@ def test_a_user_becomes_the_row_that_the_tutorials_function_wrote() -> None:
         '"first_name":"Ada","last_name":null,"image_url":"https://img","updated_at":1767612345670}}'
     )
     change = change_of(Delivery("msg_1", 1_767_612_345, body), load("orbytal"), instance_id=None)
-    assert change.row == {"username": "ada", "display_name": "Ada", "img_url": "https://img"}
-    assert change.claims == {"username": "ada"}
-    assert (change.kind, change.action, change.clerk_id) == ("user", Action.SAVE, "user_1")
-    assert (change.version_ms, change.event_ms) == (1_767_612_345_670, 1_767_612_345_678)
+    assert change == Change(
+        Delivered("msg_1", "user.created", 1_767_612_345_678, body),
+        Upsert(
+            ("user", "user_1"),
+            (1_767_612_345_670, 1_767_612_345_678, "msg_1"),
+            {"username": "ada", "display_name": "Ada", "img_url": "https://img"},
+            {"username": "ada"},
+        ),
+    )
 
 
 @pytest.mark.parametrize(
@@ -744,8 +751,8 @@ def test_a_user_becomes_the_row_that_the_tutorials_function_wrote() -> None:
 def test_a_kind_that_is_not_mapped_is_ignored_whatever_it_holds(type_: str, data: object) -> None:
     body = json.dumps({"type": type_, "data": data})
     change = change_of(Delivery("msg_1", 1, body), load("orbytal"), instance_id=None)
-    assert (change.type, change.kind, change.action) == (type_, None, None)
-    assert (change.reason, change.payload) == (None, None)
+    assert (change.type, change.effect) == (type_, Ignore())
+    assert not change.characters
 
 
 @pytest.mark.parametrize(
@@ -755,14 +762,13 @@ def test_an_expression_that_fails_makes_its_event_unusable(expression: str) -> N
     mapping = read(table(f"{{c: {expression}}}"), source="m.yaml")
     body = '{"type":"user.updated","data":{"id":"user_1","username":"ada"}}'
     change = change_of(Delivery("msg_1", 1, body), mapping, instance_id=None)
-    assert (change.action, change.reason) == (None, Reason.BAD_EXPRESSION)
-    assert (change.type, change.payload) == ("user.updated", body)
+    assert isinstance(change.effect, Quarantine)
+    assert (change.effect.reason, change.clerk_id) == (Reason.BAD_EXPRESSION, "user_1")
+    assert change.source == Delivered("msg_1", "user.updated", payload=body)
 
 
 def test_an_expression_is_not_asked_about_what_is_deleted() -> None:
     mapping = read(table("{c: nothing + 1}"), source="m.yaml")
     body = '{"type":"user.deleted","data":{"id":"user_1"}}'
-    delivery = Delivery("msg_1", 1, body)
-    change = change_of(delivery, mapping, instance_id=None)
-    assert (change.action, change.reason) == (Action.DELETE, None)
-    assert parse(delivery).clerk_id == change.clerk_id
+    change = change_of(Delivery("msg_1", 1, body), mapping, instance_id=None)
+    assert change.effect == Delete(("user", "user_1"), 1000)

@@ -16,8 +16,9 @@ from prometheus_client.openmetrics.parser import (
 from prometheus_client.parser import text_string_to_metric_families
 
 from clerk_sync import __version__
-from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import LISTED, PROBE
+from clerk_sync.clerk import catalog
+from clerk_sync.clerk.catalog import LISTED, PROBE
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.outcomes import (
     DRIFTS,
     QUARANTINES,
@@ -53,7 +54,7 @@ LABELLED = {
         (("outcome", outcome), ("type", type_))
         for outcome, type_ in product(
             ("applied", "stale", "duplicate", "ignored", "quarantined"),
-            (*samples.TYPES, "clerk-sync.probe", "other"),
+            (*catalog.TYPES, "clerk-sync.probe", "other"),
         )
     },
     "clerk_sync_rejected_total": {(("reason", reason.value),) for reason in REJECTIONS},
@@ -86,7 +87,7 @@ def counted(metrics: Metrics, name: str, **labels: str) -> float:
 
 
 def test_every_series_is_there_at_0_from_the_start() -> None:
-    found = series(Metrics())
+    found = series(new_metrics())
     ours = {key: value for key, value in found.items() if key[0].startswith("clerk_sync_")}
     info = ("clerk_sync_build_info", (("version", __version__),))
     assert ours.pop(info) == 1
@@ -96,13 +97,13 @@ def test_every_series_is_there_at_0_from_the_start() -> None:
 
 
 def test_every_name_says_whose_it_is() -> None:
-    names = {name for name, _ in series(Metrics())}
+    names = {name for name, _ in series(new_metrics())}
     assert {name for name in names if not re.match("(clerk_sync|process|python)_", name)} == set()
     assert "process_resident_memory_bytes" in names
 
 
 def test_every_metric_has_help_and_only_labels_of_closed_sets() -> None:
-    for family in text_string_to_metric_families(Metrics().exposed("")[0].decode()):
+    for family in text_string_to_metric_families(new_metrics().exposed("")[0].decode()):
         assert family.documentation, family.name
         if family.name.startswith("clerk_sync_"):
             labels = {name for sample in family.samples for name in sample.labels}
@@ -111,12 +112,12 @@ def test_every_metric_has_help_and_only_labels_of_closed_sets() -> None:
 
 @pytest.mark.parametrize("name", ["received", "queue_depth", "ready", "errors", "pool_in_use"])
 def test_what_dashboards_rest_on_is_there(name: str) -> None:
-    names = {named.removesuffix("_total") for named, _ in series(Metrics())}
+    names = {named.removesuffix("_total") for named, _ in series(new_metrics())}
     assert f"clerk_sync_{name}" in names
 
 
 def test_a_known_type_is_counted_by_its_name() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.answered(Answer(Outcome.APPLIED), "user.created", 0.01, NOW)
     assert counted(metrics, "clerk_sync_outcomes_total", type="user.created", outcome="applied")
     assert counted(metrics, "clerk_sync_last_success_timestamp_seconds") == NOW
@@ -125,7 +126,7 @@ def test_a_known_type_is_counted_by_its_name() -> None:
 
 @pytest.mark.parametrize("type_", [None, "unknown", "user.banned", "", 'x"\n', "a" * 128, "other"])
 def test_an_unknown_type_is_counted_as_other(type_: str | None) -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     before = series(metrics).keys()
     metrics.answered(Answer(Outcome.IGNORED), type_, 0.01, NOW)
     assert counted(metrics, "clerk_sync_outcomes_total", type="other", outcome="ignored") == 1
@@ -133,7 +134,7 @@ def test_an_unknown_type_is_counted_as_other(type_: str | None) -> None:
 
 
 def test_a_probe_is_a_type_of_its_own_and_no_sign_of_life_of_clerk() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.answered(Answer(Outcome.IGNORED), PROBE, 0.01, NOW)
     assert counted(metrics, "clerk_sync_outcomes_total", type=PROBE, outcome="ignored") == 1
     assert counted(metrics, "clerk_sync_outcomes_total", type="other", outcome="ignored") == 0
@@ -142,14 +143,14 @@ def test_a_probe_is_a_type_of_its_own_and_no_sign_of_life_of_clerk() -> None:
 
 
 def test_the_quarantined_are_counted_by_type_and_by_reason() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.answered(Answer(Outcome.QUARANTINED, Reason.TOO_LONG), "user.updated", 0.01, NOW)
     assert counted(metrics, "clerk_sync_quarantined_total", reason="too_long") == 1
     assert counted(metrics, "clerk_sync_outcomes_total", type="user.updated", outcome="quarantined")
 
 
 def test_what_was_not_taken_is_no_outcome_and_no_success() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.answered(Answer(Outcome.REJECTED, Reason.WRONG), None, 0.01, NOW)
     metrics.answered(Answer(Outcome.UNAVAILABLE, Reason.DATABASE), "user.created", 0.01, NOW)
     metrics.answered(Answer(Outcome.ERROR, Reason.INTERNAL), "user.created", 0.01, NOW)
@@ -171,12 +172,12 @@ _answers = st.sampled_from(
         Answer(Outcome.ERROR, Reason.INTERNAL),
     ]
 )
-_hammered = Metrics()
+_hammered = new_metrics()
 _series = series(_hammered).keys()
 
 
 @patient
-@given(_answers, st.none() | st.text() | st.sampled_from(samples.TYPES))
+@given(_answers, st.none() | st.text() | st.sampled_from(catalog.TYPES))
 def test_no_answer_makes_a_new_series(answer: Answer, type_: str | None) -> None:
     _hammered.answered(answer, type_, 0.01, NOW)
     assert series(_hammered).keys() == _series
@@ -191,7 +192,7 @@ ACCEPTED = (
 @pytest.mark.parametrize("accept", ACCEPTED)
 def test_openmetrics_says_since_when_a_series_counts(accept: str) -> None:
     before = time.time()
-    metrics = Metrics()
+    metrics = new_metrics()
     text, content_type = metrics.exposed(accept)
     assert content_type.startswith("application/openmetrics-text; version=1.0.0")
     families = {family.name: family for family in openmetrics_families(text.decode())}  # type: ignore[no-untyped-call]
@@ -210,21 +211,21 @@ def test_openmetrics_says_since_when_a_series_counts(accept: str) -> None:
 
 @pytest.mark.parametrize("accept", ["", "*/*", "text/plain", "text/plain;version=0.0.4;q=0.3"])
 def test_the_plain_format_has_no_such_series(accept: str) -> None:
-    text, content_type = Metrics().exposed(accept)
+    text, content_type = new_metrics().exposed(accept)
     assert content_type.startswith("text/plain; version=0.0.4")
     assert b"clerk_sync_received_total 0.0\n" in text
     assert b"_created" not in text
 
 
 def test_a_batch_is_counted_with_its_time() -> None:
-    metrics = Metrics()
+    metrics = new_metrics()
     metrics.applied(64, 0.02)
     assert counted(metrics, "clerk_sync_batch_events_sum") == 64
     assert counted(metrics, "clerk_sync_apply_seconds_sum") == 0.02
 
 
 def test_two_services_in_one_process_count_apart() -> None:
-    one, other = Metrics(), Metrics()
+    one, other = new_metrics(), new_metrics()
     one.received.inc()
     assert counted(one, "clerk_sync_received_total") == 1
     assert counted(other, "clerk_sync_received_total") == 0

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from clerk_sync.clerk import events, samples
+from clerk_sync.clerk import catalog, samples
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -70,13 +72,13 @@ def data_of(type_: str, **options: Any) -> dict[str, Any]:
 
 
 def test_every_type_that_clerk_documents_is_there_once() -> None:
-    assert len(samples.TYPES) == len(set(samples.TYPES)) == 46
-    assert {type_.partition(".")[0] for type_ in samples.TYPES} == set(PREFIXES)
-    assert set(samples.TYPES) >= events.ACTIONS.keys() | events.SECRET_TYPES
-    assert "subscriptionItem.created" in samples.TYPES
+    assert len(catalog.TYPES) == len(set(catalog.TYPES)) == 46
+    assert {type_.partition(".")[0] for type_ in catalog.TYPES} == set(PREFIXES)
+    assert set(catalog.TYPES) >= catalog.ACTIONS.keys() | catalog.SECRET_TYPES
+    assert "subscriptionItem.created" in catalog.TYPES
 
 
-@pytest.mark.parametrize("type_", samples.TYPES)
+@pytest.mark.parametrize("type_", catalog.TYPES)
 def test_an_envelope_is_whole(type_: str) -> None:
     kind = type_.partition(".")[0]
     envelope = samples.event(type_, now_ms=NOW)
@@ -96,17 +98,17 @@ def test_an_envelope_is_whole(type_: str) -> None:
     data = envelope["data"]
     assert re.fullmatch(PREFIXES[kind] + "_[0-9A-Za-z]{27}", data["id"])
     assert data.get("object") == OBJECTS.get(kind, kind)
-    assert data.keys() <= samples.FIELDS[kind] | {"deleted"}
+    assert data.keys() <= samples.fields_of(kind) | {"deleted"}
     assert json.loads(json.dumps(envelope)) == envelope
 
 
-@pytest.mark.parametrize("type_", samples.TYPES)
+@pytest.mark.parametrize("type_", catalog.TYPES)
 def test_nothing_is_left_to_fill_in(type_: str) -> None:
     envelope = samples.event(type_, now_ms=NOW)
     assert not re.search(r"\{\w+(\.\w+)?\}", json.dumps(envelope))
 
 
-@pytest.mark.parametrize("type_", samples.TYPES)
+@pytest.mark.parametrize("type_", catalog.TYPES)
 def test_nothing_has_happened_that_is_yet_to_come(type_: str) -> None:
     data = data_of(type_)
     changed = data.get("updated_at", NOW - 15)
@@ -120,7 +122,7 @@ def test_nothing_has_happened_that_is_yet_to_come(type_: str) -> None:
             assert value <= changed
 
 
-@pytest.mark.parametrize("type_", [t for t in samples.TYPES if t.endswith(".created")])
+@pytest.mark.parametrize("type_", [t for t in catalog.TYPES if t.endswith(".created")])
 def test_what_is_created_is_new(type_: str) -> None:
     data = data_of(type_)
     if "updated_at" in data:
@@ -128,7 +130,7 @@ def test_what_is_created_is_new(type_: str) -> None:
         assert NOW - 50 <= data["created_at"] <= data["updated_at"]
 
 
-@pytest.mark.parametrize("type_", [t for t in samples.TYPES if t.endswith(".updated")])
+@pytest.mark.parametrize("type_", [t for t in catalog.TYPES if t.endswith(".updated")])
 def test_what_is_updated_shows_it_and_is_older(type_: str) -> None:
     kind = type_.partition(".")[0]
     created = data_of(f"{kind}.created", clerk_id="x")
@@ -150,7 +152,7 @@ def test_a_delete_is_small(type_: str) -> None:
 
 def test_a_deleted_membership_is_whole_and_looks_old() -> None:
     data = data_of("organizationMembership.deleted")
-    assert data.keys() == samples.FIELDS["organizationMembership"]
+    assert data.keys() == samples.fields_of("organizationMembership")
     assert data["updated_at"] < NOW - DAY
     assert data["created_at"] < data["updated_at"]
 
@@ -208,10 +210,10 @@ def test_what_an_object_holds_of_others_agrees_with_itself() -> None:
     assert session["user"]["id"] == session["user_id"]
     assert session["user"]["created_at"] < session["created_at"] - DAY
     membership = data_of("organizationMembership.created")
-    assert membership["organization"].keys() == samples.FIELDS["organization"]
+    assert membership["organization"].keys() == samples.fields_of("organization")
     assert membership["organization"]["created_at"] < membership["created_at"] - DAY
     (permission,) = data_of("role.created")["permissions"]
-    assert permission.keys() == samples.FIELDS["permission"]
+    assert permission.keys() == samples.fields_of("permission")
 
 
 def test_ids_and_the_instance_are_as_asked() -> None:
@@ -246,12 +248,12 @@ def paths_to(value: Any, wanted: str, path: str = "") -> Iterator[str]:
             yield path
 
 
-@pytest.mark.parametrize("kind", [kind for kind in events.KINDS if kind != "user"])
+@pytest.mark.parametrize("kind", [kind for kind in catalog.KINDS if kind != "user"])
 def test_it_is_known_where_an_object_says_whose_it_is(kind: str) -> None:
     user_id = data_of("session.created")["user_id"]
-    types = [type_ for type_, (of, _) in events.ACTIONS.items() if of == kind]
+    types = [type_ for type_, (of, _) in catalog.ACTIONS.items() if of == kind]
     found = {path for type_ in types for path in paths_to(data_of(type_), user_id)}
-    assert found == {*events.USER_PATHS.get(kind, ()), *MENTIONS.get(kind, ())}
+    assert found == {*catalog.USER_PATHS.get(kind, ()), *MENTIONS.get(kind, ())}
 
 
 def test_an_event_is_the_callers_to_change() -> None:
@@ -275,8 +277,8 @@ def test_what_a_type_says_of_its_object() -> None:
 
 
 def test_fields_are_those_of_clerks_objects() -> None:
-    assert samples.FIELDS.keys() == PREFIXES.keys()
-    assert {kind: len(fields) for kind, fields in samples.FIELDS.items()} == {
+    assert samples.IDS.keys() == PREFIXES.keys()
+    assert {kind: len(samples.fields_of(kind)) for kind in samples.IDS} == {
         "user": 46,
         "organization": 18,
         "organizationMembership": 11,
@@ -292,7 +294,7 @@ def test_fields_are_those_of_clerks_objects() -> None:
         "subscriptionItem": 14,
         "paymentAttempt": 19,
     }
-    assert {"id", "username", "email_addresses", "scim"} <= samples.FIELDS["user"]
+    assert {"id", "username", "email_addresses", "scim"} <= samples.fields_of("user")
 
 
 @pytest.mark.parametrize(
@@ -312,3 +314,16 @@ def test_an_unknown_type_is_told_the_nearest(wrong: str, right: str) -> None:
 def test_a_type_like_no_other_is_told_them_all() -> None:
     with pytest.raises(ValueError, match=r"there is: user\.created, .*paymentAttempt\.updated"):
         samples.event("", now_ms=NOW)
+
+
+def test_serving_parses_no_sample_until_a_mapping_asks_for_fields() -> None:
+    script = (
+        "import sys\n"
+        "import clerk_sync.app, clerk_sync.cli.serve\n"
+        "from clerk_sync.clerk import samples\n"
+        "print(samples._object.cache_info().currsize, 'svix' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False
+    )
+    assert (done.stdout, done.stderr) == ("0 False\n", "")

@@ -85,7 +85,7 @@ def test_nothing_needs_to_be_set(env: pytest.MonkeyPatch) -> None:
     assert settings.signing_secret is None
     assert settings.clerk_key is None
     assert settings.locate().path == "clerk-sync.db"
-    assert (settings.host, settings.port, settings.internal_port) == ("0.0.0.0", 8080, 8081)
+    assert (settings.host, settings.port, settings.internal_port) == (None, 8080, 8081)
     assert (settings.webhook_path, settings.config) == ("/webhooks/clerk", "mirror")
     assert settings.api_url == "https://api.clerk.com/v1"
     assert (settings.instance_id, settings.log_level, settings.log_format) == (None, "info", None)

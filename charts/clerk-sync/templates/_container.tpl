@@ -9,10 +9,10 @@ clerk-sync's container, the only one there is: the Deployment has it, a parent c
 {{- if and $sidecar (not .Values.serviceAccount.automount) }}{{ $needs = append $needs "no-token" }}{{ end -}}
 {{- $limits := .Values.limits -}}
 {{- $settings := dict
-  "CLERK_SYNC_HOST" .Values.listen.host
   "CLERK_SYNC_PORT" (include "clerk-sync.webhookPort" .)
   "CLERK_SYNC_INTERNAL_PORT" (include "clerk-sync.internalPort" .)
   "CLERK_SYNC_WEBHOOK_PATH" .Values.listen.path -}}
+{{- with .Values.listen.host }}{{ $_ := set $settings "CLERK_SYNC_HOST" . }}{{ end -}}
 {{- /* Beside an app, connections are multiplied by its replicas. */ -}}
 {{- $own := dict
   "CLERK_SYNC_WRITERS" ($limits.writers | default ($sidecar | ternary 1 nil))
@@ -109,9 +109,10 @@ image: {{ include "clerk-sync.image" .root | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- end -}}
 
-{{/* A container that runs something to its end. Takes what clerk-sync.env takes, name, command, resources. */}}
+{{/* A container that runs something to its end. Takes what clerk-sync.env takes, name, command. */}}
 {{- define "clerk-sync.command" -}}
 {{- $values := .root.Values -}}
+{{- $own := .own | default dict -}}
 {{- include "clerk-sync.image.fields" . }}
 command: {{ toJson .command }}
 {{- /* The last sentence, which says what is wrong, is in the pod's status as well. */}}
@@ -122,7 +123,7 @@ env:
 envFrom:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with .resources | default $values.resources }}
+{{- with $own.resources | default $values.resources }}
 resources:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -168,10 +169,22 @@ What a parent chart includes. Its scope is this chart's: (index .Subcharts "cler
 {{- include "clerk-sync.volumes" (merge (dict "root" .) (include "clerk-sync.serving" . | fromYaml)) | trim -}}
 {{- end -}}
 
-{{/* A pod that has read another mapping has to start anew. */}}
 {{- define "clerk-sync.sidecar.podAnnotations" -}}
 {{- include "clerk-sync.values" . -}}
-clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" . }}
+{{- include "clerk-sync.checksums" (merge (dict "root" . "secrets" (eq .Values.secretsAs "env")) (include "clerk-sync.serving" . | fromYaml)) -}}
+{{- end -}}
+
+{{/*
+Annotations that change with what a running pod does not see: another mapping, and secrets that it has as
+variables. Takes what clerk-sync.secrets takes, and `secrets`: whether those count.
+*/}}
+{{- define "clerk-sync.checksums" -}}
+clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" .root }}
+{{- if .secrets }}
+{{- with include "clerk-sync.secretsChecksum" . }}
+clerk-sync.dev/secrets: {{ . }}
+{{- end }}
+{{- end }}
 {{- end -}}
 
 {{- define "clerk-sync.mappingChecksum" -}}

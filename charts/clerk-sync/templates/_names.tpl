@@ -56,8 +56,12 @@ component, labels, annotations, namespace.
 */}}
 {{- define "clerk-sync.metadata" -}}
 {{- $root := .root -}}
-name: {{ list (include "clerk-sync.fullname" $root) .name | compact | join "-" | quote }}
-namespace: {{ .namespace | default (include "clerk-sync.namespace" $root) | quote }}
+{{- $own := include "clerk-sync.namespace" $root -}}
+{{- $namespace := .namespace | default $own -}}
+{{- $name := list (include "clerk-sync.fullname" $root) .name | compact | join "-" -}}
+{{- /* Elsewhere, as among Prometheus' objects, releases of several namespaces meet. */ -}}
+name: {{ eq $namespace $own | ternary $name (printf "%s.%s" $name $own) | quote }}
+namespace: {{ $namespace | quote }}
 {{ include "clerk-sync.metadata.labels" . }}
 {{- end -}}
 
@@ -105,10 +109,44 @@ app.kubernetes.io/component: webhook
 {{- end -}}
 {{- end -}}
 
+{{/*
+Not empty if the account that the release makes is there before the release is: as on an upgrade, but
+not where the upgrade makes it. Never in `helm template`, which asks no cluster.
+*/}}
+{{- define "clerk-sync.accountIsThere" -}}
+{{- if lookup "v1" "ServiceAccount" (include "clerk-sync.namespace" .) (include "clerk-sync.serviceAccountName" .) }}true{{ end -}}
+{{- end -}}
+
+{{/* Whose account the migration has, which as a hook runs before the release's own is made. */}}
+{{- define "clerk-sync.migrationAccountName" -}}
+{{- if .Values.migrations.serviceAccountName -}}
+{{- .Values.migrations.serviceAccountName -}}
+{{- else if or (not .Values.serviceAccount.create) (not .Values.hooks.enabled) (include "clerk-sync.accountIsThere" .) -}}
+{{- include "clerk-sync.serviceAccountName" . -}}
+{{- else -}}
+default
+{{- end -}}
+{{- end -}}
+
 {{- define "clerk-sync.image" -}}
 {{- $image := .Values.image -}}
-{{- printf "%s:%s" $image.repository ($image.tag | default .Chart.AppVersion) -}}
+{{- $repository := $image.repository -}}
+{{- with .Values.global.imageRegistry -}}
+  {{- /* The first part is a registry's name only with a dot, a port, or as `localhost`. */ -}}
+  {{- $path := regexReplaceAll "^([^/]*[.:][^/]*|localhost)/" $repository "" -}}
+  {{- $repository = printf "%s/%s" (trimSuffix "/" .) $path -}}
+{{- end -}}
+{{- printf "%s:%s" $repository ($image.tag | default .Chart.AppVersion) -}}
 {{- with $image.digest }}@{{ . }}{{ end -}}
+{{- end -}}
+
+{{/* Those of the release, and those that a parent chart shares, each once: a YAML list. */}}
+{{- define "clerk-sync.imagePullSecrets" -}}
+{{- $secrets := .Values.imagePullSecrets -}}
+{{- range .Values.global.imagePullSecrets -}}
+  {{- $secrets = append $secrets (kindIs "map" . | ternary . (dict "name" .)) -}}
+{{- end -}}
+{{ $secrets | uniq | toYaml }}
 {{- end -}}
 
 {{- define "clerk-sync.webhookPort" -}}
@@ -166,6 +204,11 @@ off
 {{- define "clerk-sync.alerts" -}}
 {{- $known := .Capabilities.APIVersions.Has "monitoring.coreos.com/v1/PrometheusRule" -}}
 {{- if and .Values.alerts.enabled (or $known (ne .Values.alerts.renderMode "skipIfMissing")) -}}true{{- end -}}
+{{- end -}}
+
+{{/* Whether there is a test pod: it is a hook, and without hooks it would run at once. */}}
+{{- define "clerk-sync.tested" -}}
+{{- if and .Values.tests.enabled .Values.hooks.enabled -}}true{{- end -}}
 {{- end -}}
 
 {{- define "clerk-sync.atLeastTwoPods" -}}

@@ -1,15 +1,22 @@
+{{/* Annotations of what is there before the rest of the release, and goes when it has succeeded. */}}
+{{- define "clerk-sync.hook.before" -}}
+helm.sh/hook: pre-install,pre-upgrade
+helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
+{{- end -}}
+
 {{/*
-`template` of what makes the chart's own pods. Takes a dict: root, component, labels, annotations,
-serviceAccountName.
+`template` of what makes the chart's own pods. Takes a dict: root, component, annotations,
+serviceAccountName, and perhaps own: the part of the values that is for these pods alone.
 */}}
 {{- define "clerk-sync.pod.metadata" -}}
 {{- $values := .root.Values -}}
+{{- $own := .own | default dict -}}
 metadata:
   labels:
     {{- $labels := include "clerk-sync.labels" .root | fromYaml }}
     {{- $_ := set $labels "app.kubernetes.io/component" .component }}
-    {{- merge $labels (.labels | default dict) $values.podLabels $values.commonLabels | toYaml | nindent 4 }}
-  {{- with merge (dict) (.annotations | default dict) $values.podAnnotations }}
+    {{- merge $labels ($own.podLabels | default dict) $values.podLabels $values.commonLabels | toYaml | nindent 4 }}
+  {{- with merge (dict) (.annotations | default dict) ($own.podAnnotations | default dict) $values.podAnnotations }}
   annotations:
     {{- toYaml . | nindent 4 }}
   {{- end }}
@@ -17,10 +24,11 @@ metadata:
 
 {{- define "clerk-sync.pod.spec" -}}
 {{- $values := .root.Values -}}
+{{- $own := .own | default dict -}}
 serviceAccountName: {{ .serviceAccountName | quote }}
 automountServiceAccountToken: {{ $values.serviceAccount.automount }}
 enableServiceLinks: false
-{{- with $values.imagePullSecrets }}
+{{- with include "clerk-sync.imagePullSecrets" .root | fromYamlArray }}
 imagePullSecrets:
   {{- toYaml . | nindent 2 }}
 {{- end }}
@@ -36,11 +44,28 @@ hostUsers: {{ $values.hostUsers }}
 {{- with $values.priorityClassName }}
 priorityClassName: {{ . | quote }}
 {{- end }}
-{{- with $values.nodeSelector }}
+{{- with $values.runtimeClassName }}
+runtimeClassName: {{ . | quote }}
+{{- end }}
+{{- with $values.schedulerName }}
+schedulerName: {{ . | quote }}
+{{- end }}
+{{- with $values.dnsPolicy }}
+dnsPolicy: {{ . | quote }}
+{{- end }}
+{{- with $values.dnsConfig }}
+dnsConfig:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $values.hostAliases }}
+hostAliases:
+  {{- toYaml . | nindent 2 }}
+{{- end }}
+{{- with $own.nodeSelector | default $values.nodeSelector }}
 nodeSelector:
   {{- toYaml . | nindent 2 }}
 {{- end }}
-{{- with $values.tolerations }}
+{{- with $own.tolerations | default $values.tolerations }}
 tolerations:
   {{- toYaml . | nindent 2 }}
 {{- end }}

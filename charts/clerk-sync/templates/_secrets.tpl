@@ -16,6 +16,12 @@ data:
 {{- end }}
 {{- end -}}
 
+{{- define "clerk-sync.externalSecrets.apiVersion" -}}
+{{- $newest := .Capabilities.APIVersions.Has "external-secrets.io/v1/ExternalSecret" -}}
+{{- $older := .Capabilities.APIVersions.Has "external-secrets.io/v1beta1/ExternalSecret" -}}
+{{- .Values.externalSecrets.apiVersion | default (printf "external-secrets.io/%s" (and $older (not $newest) | ternary "v1beta1" "v1")) -}}
+{{- end -}}
+
 {{/* An ExternalSecret for the entries that the operator fetches. Takes the same. */}}
 {{- define "clerk-sync.externalSecret" -}}
 {{- $data := list -}}
@@ -24,7 +30,7 @@ data:
 {{- end -}}
 {{- if $data }}
 ---
-apiVersion: external-secrets.io/v1
+apiVersion: {{ include "clerk-sync.externalSecrets.apiVersion" .root }}
 kind: ExternalSecret
 metadata:
   {{- include "clerk-sync.metadata" . | nindent 2 }}

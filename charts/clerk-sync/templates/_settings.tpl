@@ -6,13 +6,17 @@ A secret is an entry of this list:
 
   of: database | signing | key | app
   env: DATABASE_PASSWORD        its variable; with _FILE behind it, that of its file
-  file: database-password       its name in the mounted directory
+  file: database-password       its key in a Secret that the chart makes
   and one of
-    secret: NAME, key: KEY      in a Secret
+    secret: NAME, key: KEY      in a Secret: `found` if it is not the chart's
     path: /vault/secrets/…      in a file that something else mounts
 
-`before` is true for what runs before the release's objects exist, that is for the migration. It uses
-copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
+`before` is true for what runs before the release's objects exist, that is for hooks. They use copies of
+the Secrets and ConfigMaps that the chart makes: see migrate.yaml. `migrating` is true for the migration.
+
+`once` is true for what runs to its end while somebody waits. Where a Secret or ConfigMap is missing,
+Kubernetes would keep such a pod waiting, delete it at its deadline, and no log would say why. So they
+are optional there, and the process says which file is not there: its path has the Secret's name.
 */}}
 
 {{- define "clerk-sync.directory" -}}/etc/clerk-sync{{- end -}}
@@ -79,12 +83,12 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
 {{- if has "database" .needs -}}
   {{- $database := $values.database -}}
   {{- $existing := $database.existingSecret -}}
-  {{- if .before }}{{ $existing = $values.migrations.existingSecret | default $existing }}{{ end -}}
+  {{- if .migrating }}{{ $existing = $values.migrations.existingSecret | default $existing }}{{ end -}}
   {{- range $piece := include "clerk-sync.databasePieces" $root | fromYamlArray -}}
     {{- $entry := dict "of" "database" "env" (printf "DATABASE_%s" (upper $piece)) "file" (printf "database-%s" $piece) -}}
     {{- if $existing -}}
       {{- $key := index $database.keys $piece | default "url" -}}
-      {{- $entries = append $entries (merge $entry (dict "secret" $existing "key" $key)) -}}
+      {{- $entries = append $entries (merge $entry (dict "secret" $existing "key" $key "found" true)) -}}
     {{- else if $database.externalSecret -}}
       {{- $entries = append $entries (merge $entry (dict "secret" $fetched "key" $entry.file "remote" (index $database.externalSecret $piece))) -}}
     {{- else if $database.files -}}
@@ -104,7 +108,7 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
   {{- $entry := pick . "of" "env" "file" -}}
   {{- if not (has .of $needs) -}}
   {{- else if .source.existingSecret -}}
-    {{- $entries = append $entries (merge $entry (dict "secret" .source.existingSecret "key" .source.key)) -}}
+    {{- $entries = append $entries (merge $entry (dict "secret" .source.existingSecret "key" .source.key "found" true)) -}}
   {{- else if .source.externalSecret -}}
     {{- $entries = append $entries (merge $entry (dict "secret" (.own | default $fetched) "key" .file "remote" .source.externalSecret)) -}}
   {{- else if .source.file -}}
@@ -118,7 +122,7 @@ copies of the Secrets and ConfigMaps that the chart makes: see migrate.yaml.
 
 {{/*
 Variables of a container, as a YAML list in the order of their names: each once. Takes a dict: root,
-needs, before, and perhaps settings (a dict of more).
+needs, before, and perhaps settings (a dict of more) and own, as clerk-sync.pod.metadata does.
 */}}
 {{- define "clerk-sync.env" -}}
 {{- $root := .root -}}
@@ -163,7 +167,7 @@ needs, before, and perhaps settings (a dict of more).
   value: {{ .path | quote }}
 {{- else if eq $values.secretsAs "file" }}
 - name: {{ .env }}_FILE
-  value: {{ $directory }}/secrets/{{ .file }}
+  value: {{ $directory }}/secrets/{{ .secret }}/{{ .key }}
 {{- else }}
 - name: {{ .env }}
   valueFrom:
@@ -172,7 +176,8 @@ needs, before, and perhaps settings (a dict of more).
       key: {{ .key | quote }}
 {{- end }}
 {{- end }}
-{{- range $name, $value := $values.extraEnv }}
+{{- $own := .own | default dict }}
+{{- range $name, $value := merge (dict) ($own.extraEnv | default dict) $values.extraEnv }}
 - name: {{ $name }}
   {{- if kindIs "map" $value }}
   valueFrom:
@@ -218,7 +223,11 @@ volumes; but only clerk-sync's container mounts them.
   {{- end -}}
 {{- end -}}
 {{- $names := list }}
-{{- range $mounted }}{{ $names = append $names .secret | uniq }}{{ end }}
+{{- $found := list }}
+{{- range $mounted }}
+{{- $names = append $names .secret | uniq }}
+{{- if .found }}{{ $found = append $found .secret }}{{ end }}
+{{- end }}
 {{- with $names }}
 - name: clerk-sync-secrets
   projected:
@@ -227,12 +236,17 @@ volumes; but only clerk-sync's container mounts them.
       {{- range $secret := . }}
       - secret:
           name: {{ $secret | quote }}
+          {{- if and $.once (has $secret $found) }}
+          optional: true
+          {{- end }}
           items:
+            {{- $keys := list }}
             {{- range $mounted }}
-            {{- if eq .secret $secret }}
-            - key: {{ .key | quote }}
-              path: {{ .file }}
+            {{- if eq .secret $secret }}{{ $keys = append $keys .key | uniq }}{{ end }}
             {{- end }}
+            {{- range $keys }}
+            - key: {{ . | quote }}
+              path: {{ printf "%s/%s" $secret . | quote }}
             {{- end }}
       {{- end }}
 {{- end }}
@@ -245,6 +259,9 @@ volumes; but only clerk-sync's container mounts them.
     sources:
       - {{ empty $ca.existingSecret | ternary "configMap" "secret" }}:
           name: {{ $ca.existingSecret | default $ca.existingConfigMap | quote }}
+          {{- if .once }}
+          optional: true
+          {{- end }}
           items:
             - key: {{ $ca.key | quote }}
               path: ca.crt
@@ -257,6 +274,9 @@ volumes; but only clerk-sync's container mounts them.
   configMap:
     defaultMode: 292
     name: {{ $existing.name | default (printf "%s-%s" (include "clerk-sync.fullname" .root) (.before | default false | ternary "migrate" "mapping")) | quote }}
+    {{- if and .once $existing.name }}
+    optional: true
+    {{- end }}
     items:
       - key: {{ empty $existing.name | ternary "mapping.yaml" $existing.key | quote }}
         path: mapping.yaml
@@ -268,6 +288,21 @@ volumes; but only clerk-sync's container mounts them.
   emptyDir:
     sizeLimit: 1Mi
 {{- end }}
+{{- end -}}
+
+{{/*
+Changes with the secrets that are written down in the values, for annotations that anybody may read: so
+by scrypt, which makes guessing a password slow. Nothing, if none is written down. Takes what
+clerk-sync.secrets takes.
+*/}}
+{{- define "clerk-sync.secretsChecksum" -}}
+{{- $written := list -}}
+{{- range include "clerk-sync.secrets" . | fromYamlArray -}}
+  {{- if .value }}{{ $written = append $written (printf "%s=%s" .env .value) }}{{ end -}}
+{{- end -}}
+{{- if $written -}}
+{{ derivePassword 1 "maximum" (join "\n" $written) (include "clerk-sync.fullname" .root) (include "clerk-sync.namespace" .root) | sha256sum | trunc 16 | quote }}
+{{- end -}}
 {{- end -}}
 
 {{/* The text of the mapping that the chart holds. */}}

@@ -1,7 +1,7 @@
-"""Clerk's Backend API, read only: https://clerk.com/docs/reference/backend-api.
+"""Read Clerk's Backend API: https://clerk.com/docs/reference/backend-api.
 
-One client stays below its share of Clerk's rate limit, which the customer's own app needs, too;
-obeys 429; and asks again where a server or a connection failed.
+The client stays below its share of Clerk's rate limit, which the app also uses. It obeys 429, and
+retries when a server or a connection fails.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = structlog.get_logger()
 
-# More is answered as if nothing had been asked for: with 10
+# Clerk ignores larger limits and falls back to 10
 # (https://github.com/clerk/clerk-sdk-python/issues/166).
 PAGE_LIMIT: Final = 500
 API_VERSION: Final = "2026-05-12"
@@ -38,25 +38,25 @@ API_VERSION: Final = "2026-05-12"
 RATE_SECONDS: Final = 10.0
 PRODUCTION_RATE: Final = 1000
 DEVELOPMENT_RATE: Final = 100
-# What the way to Clerk may push together of requests that left further apart.
+# Slack for network jitter: requests may arrive closer together than they were sent, in seconds.
 _RATE_MARGIN: Final = 0.25
 _ATTEMPTS: Final = 8
-# A Retry-After of 0 would burn what is left of the limit; one of a day would keep everybody
-# waiting although Clerk may be well again in a minute.
+# A Retry-After of 0 would use up the rest of the limit. One of a day would keep every caller
+# waiting although Clerk may recover within a minute.
 SHORTEST_PAUSE: Final = 1.0
 LONGEST_PAUSE: Final = 60.0
-# How long a run waits for one answer while Clerk says to wait.
+# How long a run waits for one answer while Clerk answers 429.
 PATIENCE_SECONDS: Final = 900.0
 # A pause that is worth a line in the log.
 _LONG_PAUSE: Final = 5.0
 _TIMEOUT: Final = aiohttp.ClientTimeout(total=60, sock_connect=10)
-# Organizations are a feature that an instance may not have switched on.
+# The code when the organizations feature is switched off in the instance.
 _SWITCHED_OFF: Final = "organization_not_enabled_in_instance"
 # Of a user and of an organization, `UserNotFound` and `OrganizationNotFound`:
 # https://clerk.com/docs/guides/development/errors/backend-api. Another code that comes with 404,
 # `organization_not_found_or_unauthorized`, may mean one that is there.
 _MISSING: Final = "resource_not_found"
-# The key, or the address: true of every other question as well.
+# The key or the address is wrong, so every other request would fail as well.
 _OF_EVERYTHING: Final = (401, 402, 403)
 _MOST: Final = 10**12
 _NO_ADDRESS: Final = "CLERK_API_URL: is no address such as https://api.clerk.com/v1"
@@ -73,11 +73,11 @@ _OBJECTS: Final = {
 
 
 class ClerkUnavailable(Exception):
-    """Clerk did not answer, or not usefully, however often it was asked."""
+    """Clerk gave no usable answer, after all retries."""
 
 
 class ClerkRateLimited(ClerkUnavailable):
-    """Clerk says to wait for longer than may be waited: `seconds` from now."""
+    """Clerk answers 429, for `seconds` more, which is longer than the caller may wait."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(
@@ -88,13 +88,13 @@ class ClerkRateLimited(ClerkUnavailable):
 
 
 class DeletionUnconfirmed(ClerkUnavailable):
-    """Clerk neither gave this very object nor said, in its own words, that there is none."""
+    """Clerk neither returned this very object nor confirmed that there is none."""
 
 
 class ClerkRefused(Exception):
-    """Clerk will not answer this: a wrong key, a feature that is off; `status` is HTTP's.
+    """Clerk refuses the request: the key is wrong, or a feature is off; `status` is HTTP's.
 
-    `missing` says that it is Clerk's own word for an object that is not there.
+    `missing` says that Clerk confirmed that the object does not exist.
     """
 
     def __init__(self, status: int, code: str, message: str, *, missing: bool = False) -> None:
@@ -105,24 +105,24 @@ class ClerkRefused(Exception):
 
     @property
     def switched_off(self) -> bool:
-        """The instance has no organizations."""
+        """Whether organizations are switched off in the instance."""
         return self.code == _SWITCHED_OFF
 
 
 class _Again(Exception):
-    """Worth another attempt."""
+    """The request failed in a way that a retry may fix."""
 
 
 @dataclass(frozen=True, slots=True)
 class Read:
-    """One answer: its JSON, and the unix milliseconds at which its request began."""
+    """One answer: its JSON, and when its request began, in unix milliseconds."""
 
     json: Any
     began_ms: int
 
 
 class Rate:
-    """At most `limit` requests begin within any ten seconds, and none while Clerk says to wait."""
+    """Lets at most `limit` requests begin in any ten seconds, and none while Clerk answers 429."""
 
     def __init__(self, limit: int, waited: Callable[[float], None]) -> None:
         self._begun: deque[float] = deque(maxlen=max(1, limit))
@@ -131,13 +131,13 @@ class Rate:
         self._waited = waited
 
     def pause(self, seconds: float) -> None:
-        """Begin nothing for so long."""
+        """Let no request begin for so long."""
         self._paused_until = max(self._paused_until, time.monotonic() + seconds)
 
     async def turn(self, patience: float = math.inf) -> None:
-        """Wait until one more may begin.
+        """Wait until one more request may begin.
 
-        Raises ClerkRateLimited where Clerk says to wait for more than `patience` seconds.
+        Raises ClerkRateLimited when Clerk asks for a pause of more than `patience` seconds.
         """
         self._check(patience)
         async with self._turn:
@@ -161,12 +161,12 @@ class Rate:
 
 
 def rate_limit(key: str) -> int:
-    """Requests that Clerk takes in ten seconds from an instance with this secret key."""
+    """Return Clerk's rate limit for an instance with this secret key: requests in ten seconds."""
     return DEVELOPMENT_RATE if key.startswith("sk_test_") else PRODUCTION_RATE
 
 
 class Requests(Protocol):
-    """Who counts the requests to Clerk."""
+    """Counts the requests to Clerk."""
 
     def clerk_asked(self, status: int | None) -> None: ...
 
@@ -174,7 +174,7 @@ class Requests(Protocol):
 
 
 class Clerk:
-    """Clerk's API for one instance."""
+    """A client of Clerk's API for one instance."""
 
     def __init__(
         self,
@@ -186,9 +186,9 @@ class Clerk:
         metrics: Requests,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
-        """`key` gives the secret key as it is now, `share` the part of its rate limit to use.
+        """Use this `share` of the rate limit. `key` returns the current secret key.
 
-        `patience` is how many seconds one answer may take while Clerk says to wait.
+        `patience` is how many seconds one answer may take while Clerk answers 429.
         """
         self._session = session
         self._url = url.rstrip("/")
@@ -197,11 +197,11 @@ class Clerk:
         self._share = share
         self._patience = patience
         self._rate: Rate | None = None
-        # The log has been told that Clerk says to wait.
-        self._told = False
+        # Whether the current pause has been logged.
+        self._logged = False
 
     async def instance(self) -> str | None:
-        """The id of the instance that the key is of, None where whoever answers does not tell."""
+        """Return the id of the key's instance; None when it cannot be read."""
         try:
             found = (await self._get("instance")).json
         except (ClerkRefused, ClerkUnavailable):
@@ -211,11 +211,11 @@ class Clerk:
 
     @property
     def per_window(self) -> int:
-        """Requests that may begin within RATE_SECONDS. Raises ClerkUnavailable without a key."""
+        """The most requests within RATE_SECONDS. Raises ClerkUnavailable without a key."""
         return max(1, int(rate_limit(self._key()) * self._share))
 
     async def count(self, kind: str) -> int:
-        """How many objects of a listed kind there are."""
+        """Return how many objects of a listed kind Clerk counts."""
         if kind == "user":
             counted = (await self._get("users/count")).json
         else:
@@ -231,9 +231,9 @@ class Clerk:
         offset: int | None = None,
         limit: int = PAGE_LIMIT,
     ) -> Read:
-        """Users in the order of creation: those created in [from_ms, to_ms).
+        """Return users created in [from_ms, to_ms), in unix milliseconds, in order of creation.
 
-        Those after this id, or beyond so many; Clerk does not take both.
+        They come after the id `after`, or after `offset` users; Clerk does not accept both.
         """
         read = await self._get(
             "users",
@@ -246,16 +246,16 @@ class Clerk:
         return Read(_objects(read.json), read.began_ms)
 
     async def known_users(self, ids: Sequence[str]) -> int:
-        """How many of these users there are; at most 100 may be asked for."""
+        """Return how many of these users, at most 100, exist."""
         return _whole((await self._get("users/count", user_id=[*ids])).json, "total_count")
 
     async def count_users(self, from_ms: int | None, to_ms: int | None) -> int:
-        """How many users were created in [from_ms, to_ms)."""
+        """Return how many users were created in [from_ms, to_ms), in unix milliseconds."""
         counted = await self._get("users/count", **_window(from_ms, to_ms))
         return _whole(counted.json, "total_count")
 
     async def listed(self, kind: str, offset: int) -> tuple[Read, int]:
-        """A page of organizations or memberships in the order of creation, and their number."""
+        """Return a page of organizations or memberships in order of creation, and their total."""
         extra = {"include_members_count": "true"} if kind == "organization" else {}
         read = await self._get(
             _PATHS[kind], limit=PAGE_LIMIT, offset=offset, order_by="+created_at", **extra
@@ -264,11 +264,11 @@ class Clerk:
         return Read(objects, read.began_ms), _whole(read.json, "total_count")
 
     async def one(self, kind: str, clerk_id: str) -> Read | None:
-        """A user or an organization as it is now; None when Clerk says that there is none.
+        """Return a user or an organization; None when Clerk confirms that there is none.
 
         Raises DeletionUnconfirmed for every answer that is neither.
         """
-        if clerk_id == "count":  # GET /users/count is another question
+        if clerk_id == "count":  # GET /users/count is another endpoint
             raise DeletionUnconfirmed(f"Clerk cannot be asked for a {kind} of this id")
         extra = {"include_members_count": "true"} if kind == "organization" else {}
         read = await self._found(f"{_PATHS[kind]}/{_segment(clerk_id)}", **extra)
@@ -280,10 +280,10 @@ class Clerk:
         )
 
     async def membership(self, clerk_id: str, *, organization: str, user: str) -> Read | None:
-        """A membership as it is now; None when its organization or its user has it no more.
+        """Return a membership; None when its organization or its user no longer has it.
 
-        None only by Clerk's word for the organization, or by a list of this user's memberships
-        that is whole. Raises DeletionUnconfirmed for every other answer.
+        It is None only when Clerk confirms that there is no such organization, or returns a
+        complete list of this user's memberships. Raises DeletionUnconfirmed for every other answer.
         """
         path = f"organizations/{_segment(organization)}/memberships"
         read = await self._found(path, user_id=user, limit=PAGE_LIMIT)
@@ -333,7 +333,7 @@ class Clerk:
         raise AssertionError  # the loop returns or raises
 
     async def _answered(self, url: yarl.URL) -> Read:
-        """Ask until Clerk does not say to wait.
+        """Repeat the request until Clerk does not answer 429.
 
         Raises ClerkRateLimited when that takes too long.
         """
@@ -347,9 +347,9 @@ class Clerk:
             least = min(2 * least, LONGEST_PAUSE)
 
     async def _attempt(self, url: yarl.URL, *, patience: float, least: float) -> Read | None:
-        """One request; None when Clerk says to wait, which the next one will do.
+        """Make one request; return None when Clerk answers 429, so that the next one waits.
 
-        `patience` is for its turn, `least` the shortest pause if Clerk says to wait: in seconds.
+        `patience` limits the wait before it, `least` is the shortest pause after a 429: in seconds.
         """
         if self._rate is None:
             self._rate = Rate(self.per_window, self._metrics.clerk_waited)
@@ -366,7 +366,7 @@ class Clerk:
                 url, headers=headers, timeout=_TIMEOUT, allow_redirects=False
             ) as response:
                 body = await response.read()
-        except ValueError:  # aiohttp.InvalidURL is one, too
+        except ValueError:  # aiohttp.InvalidURL is a ValueError
             raise ClerkUnavailable(_NO_ADDRESS) from None
         except (aiohttp.ClientError, TimeoutError, OSError) as error:
             self._metrics.clerk_asked(None)
@@ -376,11 +376,11 @@ class Clerk:
             said = _seconds(response.headers.get("Retry-After"))
             pause = min(max(said, least), LONGEST_PAUSE)
             self._rate.pause(pause)
-            if pause >= _LONG_PAUSE and not self._told:
-                self._told = True
+            if pause >= _LONG_PAUSE and not self._logged:
+                self._logged = True
                 log.warning("clerk_rate_limited", seconds=math.ceil(said), pause=math.ceil(pause))
             return None
-        self._told = False
+        self._logged = False
         if response.status >= 500:  # noqa: PLR2004
             raise _Again(f"answers {response.status}")
         if response.status != 200:  # noqa: PLR2004
@@ -392,7 +392,7 @@ class Clerk:
 
 
 def _window(from_ms: int | None, to_ms: int | None) -> dict[str, int | None]:
-    # Clerk's two filters leave out the moment that they name.
+    # Both of Clerk's filters exclude the moment that they name.
     return {
         "created_at_after": None if from_ms is None else from_ms - 1,
         "created_at_before": to_ms,
@@ -400,7 +400,7 @@ def _window(from_ms: int | None, to_ms: int | None) -> dict[str, int | None]:
 
 
 def _segment(clerk_id: str) -> str:
-    """An id as one segment of a path: one made of dots would be a way up."""
+    """Quote an id as one segment of a path, its dots included: `..` would lead up."""
     return quote(clerk_id, safe="").replace(".", "%2E")
 
 
@@ -413,7 +413,7 @@ def _objects(value: object) -> list[dict[str, Any]]:
 
 
 def _is(value: object, kind: str, clerk_id: str) -> bool:
-    """Whether this is that very object."""
+    """Return whether the value is that very object."""
     return (
         isinstance(value, dict)
         and value.get("object") == _OBJECTS[kind]
@@ -422,7 +422,7 @@ def _is(value: object, kind: str, clerk_id: str) -> bool:
 
 
 def _ends(membership: dict[str, Any]) -> tuple[object, object]:
-    """The ids of its organization and its user, None where it does not tell."""
+    """Return the ids of its organization and its user, None for one that is missing."""
     organization, user = membership.get("organization"), membership.get("public_user_data")
     return (
         organization.get("id") if isinstance(organization, dict) else None,
@@ -438,7 +438,7 @@ def _whole(value: object, name: str) -> int:
 
 
 def _seconds(retry_after: str | None) -> float:
-    """How long to wait: Clerk's Retry-After is in seconds, a proxy's may be a date."""
+    """Return the seconds of a Retry-After: Clerk's is a number, a proxy's may be a date."""
     text = (retry_after or "").strip()
     if re.fullmatch(r"[0-9]{1,9}", text):
         return float(text)
@@ -451,13 +451,13 @@ def _seconds(retry_after: str | None) -> float:
 
 
 def _refused(status: int, path: str, body: bytes) -> ClerkRefused:
-    """Clerk's own words, from {errors: [{code, message}]}; and what to do, where that is known."""
+    """Return Clerk's message from {errors: [{code, message}]}, with what to do, where known."""
     errors = _errors(body)
     first = errors[0] if errors else {}
     code, message = (
         value if isinstance(value := first.get(name), str) else "" for name in ("code", "message")
     )
-    told = f": {message[:200]}" if message else ""
+    said = f": {message[:200]}" if message else ""
     hint = ""
     if status in (401, 403) and code != _SWITCHED_OFF:
         hint = "; copy the secret key (sk_…) of this instance into CLERK_SECRET_KEY again"
@@ -470,12 +470,12 @@ def _refused(status: int, path: str, body: bytes) -> ClerkRefused:
         and isinstance(one.get("long_message", ""), str)
         for one in errors
     )
-    text = f"Clerk answers {status} to {path}{told}{hint}"
+    text = f"Clerk answers {status} to {path}{said}{hint}"
     return ClerkRefused(status, code, text, missing=missing and status == 404)  # noqa: PLR2004
 
 
 def _errors(body: bytes) -> list[dict[str, Any]]:
-    """The errors in an answer of Clerk's form, none where it has another."""
+    """Return the errors of an answer in Clerk's form; none where it has another form."""
     try:
         answer = from_json(body)
     except ValueError:

@@ -9,6 +9,7 @@ e-mail address or a slug takes from it to be as distinct, `{user}` the whole obj
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.resources
 import json
 import re
@@ -18,6 +19,8 @@ import zlib
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
+from clerk_sync.clerk.catalog import TYPES
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -25,7 +28,7 @@ if TYPE_CHECKING:
 _NOW: Final = 1_767_612_345_678
 _HOUR: Final = 3_600_000
 _DAY: Final = 24 * _HOUR
-# Live deliveries leave 12 to 18 ms after the change that they tell of.
+# Live deliveries leave 12 to 18 ms after the change that they report.
 _LAG: Final = 15
 _BASE62: Final = string.digits + string.ascii_letters
 _PLACEHOLDER: Final = re.compile(r"\{(\w+)(?:\.(id|tail))?\}")
@@ -49,7 +52,7 @@ IDS: Final[Mapping[str, str]] = {
     "paymentAttempt": "pa_39fWSwawPGMvcQdwkXbzg8oiZIQ",
 }
 
-# Every type, with what sets its object apart from the one in the file of its kind.
+# What sets an event's object apart from the one in the file of its kind, where anything does.
 _CHANGES: Final[Mapping[str, Mapping[str, Any]]] = {
     "user.created": {
         "backup_code_enabled": False,
@@ -60,18 +63,13 @@ _CHANGES: Final[Mapping[str, Mapping[str, Any]]] = {
         "two_factor_enabled": False,
     },
     "user.updated": {"last_name": "King"},
-    "user.deleted": {},
     "organization.created": {"members_count": 1, "pending_invitations_count": 0},
     "organization.updated": {"name": "Analytical Engine Works"},
-    "organization.deleted": {},
-    "organizationMembership.created": {},
     "organizationMembership.updated": {
         "permissions": ["org:sys_memberships:manage", "org:notes:manage"],
         "role": "org:admin",
         "role_name": "Admin",
     },
-    "organizationMembership.deleted": {},
-    "organizationInvitation.created": {},
     "organizationInvitation.accepted": {"status": "accepted", "user_id": "{user.id}"},
     "organizationInvitation.revoked": {"status": "revoked"},
     "organizationDomain.created": {
@@ -84,35 +82,21 @@ _CHANGES: Final[Mapping[str, Mapping[str, Any]]] = {
         "enrollment_mode": "automatic_suggestion",
         "total_pending_suggestions": 4,
     },
-    "organizationDomain.deleted": {},
-    "role.created": {},
     "role.updated": {"name": "Lead programmer"},
-    "role.deleted": {},
-    "permission.created": {},
     "permission.updated": {"name": "Read all notes"},
-    "permission.deleted": {},
-    "session.created": {},
     # Clerk's description knows no such status; its own example of the event has it.
     "session.pending": {"last_active_organization_id": None, "status": "pending"},
     "session.ended": {"status": "ended"},
     "session.removed": {"status": "removed"},
     "session.revoked": {"status": "revoked"},
     "waitlistEntry.created": {"invitation": None, "status": "pending"},
-    "waitlistEntry.updated": {},
-    "email.created": {},
-    "sms.created": {},
-    "subscription.created": {},
     "subscription.updated": {"items": [{"seats": {"quantity": 8}}]},
-    "subscription.active": {},
     "subscription.pastDue": {
         "items": [{"status": "past_due"}],
         "past_due_at": _NOW,
         "status": "past_due",
     },
-    # The one type that only Clerk's JavaScript SDK names.
-    "subscriptionItem.created": {},
     "subscriptionItem.updated": {"seats": {"quantity": 8}},
-    "subscriptionItem.active": {},
     "subscriptionItem.abandoned": {"status": "abandoned"},
     "subscriptionItem.canceled": {"status": "canceled"},
     "subscriptionItem.ended": {"period_end": _NOW, "status": "ended"},
@@ -125,29 +109,29 @@ _CHANGES: Final[Mapping[str, Mapping[str, Any]]] = {
         "status": "upcoming",
     },
     "paymentAttempt.created": {"paid_at": None, "status": "pending"},
-    "paymentAttempt.updated": {},
 }
-TYPES: Final[tuple[str, ...]] = tuple(_CHANGES)
 
 _NEW: Final = frozenset({*(t for t in TYPES if t.endswith(".created")), "session.pending"})
 # Of these Clerk sends the whole object, as it was before the delete.
 _DELETED_WHOLE: Final = frozenset({"organizationMembership.deleted"})
-
-_files: Final = importlib.resources.files("clerk_sync.clerk") / "sample_data"
-_OBJECTS: Final[Mapping[str, dict[str, Any]]] = {
-    kind: json.loads((_files / f"{kind}.json").read_text("utf-8")) for kind in IDS
-}
 
 
 def _kind(type_: str) -> str:
     return type_.partition(".")[0]
 
 
-# For each kind, the names of its object's own fields.
-FIELDS: Final[Mapping[str, frozenset[str]]] = {
-    kind: frozenset(_OBJECTS[kind]).union(*(_CHANGES[t] for t in TYPES if _kind(t) == kind))
-    for kind in _OBJECTS
-}
+@functools.cache
+def _object(kind: str) -> dict[str, Any]:
+    """Read the file of a kind. Its object is shared: nobody may change it."""
+    files = importlib.resources.files("clerk_sync.clerk") / "sample_data"
+    found: dict[str, Any] = json.loads((files / f"{kind}.json").read_text("utf-8"))
+    return found
+
+
+def fields_of(kind: str) -> frozenset[str]:
+    """Return the names of the fields that Clerk's objects of this kind have of their own."""
+    changed = (change for type_, change in _CHANGES.items() if _kind(type_) == kind)
+    return frozenset(_object(kind)).union(*changed)
 
 
 class UnknownEventType(ValueError):
@@ -167,12 +151,12 @@ def event(
     now_ms: int,
     instance_id: str = _INSTANCE_ID,
 ) -> dict[str, Any]:
-    """Clerk's whole envelope for an event that happens now. Raises UnknownEventType.
+    """Return Clerk's whole envelope for an event that happens now. Raises UnknownEventType.
 
     Without a `clerk_id` it is about a new object, with a random one. With one, everything
     that is not a time is the same on each call.
     """
-    if type not in _CHANGES:
+    if type not in TYPES:
         raise UnknownEventType(type)
     kind = _kind(type)
     if clerk_id is None:
@@ -200,16 +184,16 @@ def data_of(
     now_ms: int,
     instance_id: str = _INSTANCE_ID,
 ) -> dict[str, Any]:
-    """The object of an event of this type; it and all that it mentions have these ids, by kind."""
+    """Return the object of an event of this type. `ids` has an id for each kind it mentions."""
     kind = _kind(type)
     age = 9 * _DAY if type in _DELETED_WHOLE else 0
     scene = _Scene(
         ids=ids,
         instance_id=instance_id,
         shift=now_ms - _LAG - age - _NOW,
-        born=_OBJECTS[kind].get("created_at") if type in _NEW else None,
+        born=_object(kind).get("created_at") if type in _NEW else None,
     )
-    data = _changed(_OBJECTS[kind], _CHANGES[type])
+    data = _changed(_object(kind), _CHANGES.get(type, {}))
     if type.endswith(".deleted") and type not in _DELETED_WHOLE:
         kept = ("external_id", "id", "object", "slug")
         data = {"deleted": True, **{name: data[name] for name in kept if name in data}}
@@ -218,7 +202,7 @@ def data_of(
 
 
 def _changed(value: Any, change: Any) -> Any:
-    """`value` with `change` merged in; a list becomes as long as its change."""
+    """Merge `change` into `value`; a list becomes as long as its change."""
     if isinstance(value, dict) and isinstance(change, dict):
         return value | {name: _changed(value.get(name), new) for name, new in change.items()}
     if isinstance(value, list) and isinstance(change, list) and len(change) <= len(value):
@@ -239,8 +223,8 @@ def _tail(clerk_id: str) -> str:
 class _Scene:
     """Who and when an event is about.
 
-    `shift` moves the day of the files to today. `born` is the file's `created_at` where the
-    object is to be new: what the file tells of its life since then is drawn together to now.
+    `shift` moves the day of the files to today, in milliseconds. `born` is the file's `created_at`
+    where the object is to be new: all later times in the file are then moved to now.
     """
 
     ids: Mapping[str, str]
@@ -256,8 +240,8 @@ class _Scene:
             case list():
                 return [self.of(part) for part in value]
             case str() if "{" in value:
-                if (kind := value[1:-1]) in _OBJECTS:
-                    return replace(self, born=None).of(_OBJECTS[kind])
+                if (kind := value[1:-1]) in IDS:
+                    return replace(self, born=None).of(_object(kind))
                 return _PLACEHOLDER.sub(self._text, value)
             # Nothing else in the files is as large as a time.
             case int() if value > _NOW // 2:

@@ -1,52 +1,25 @@
-"""Only Clerk gets in: a signed POST becomes a Delivery, or raises InvalidSignature.
+"""Verify a signed POST: it becomes a Delivery, or raises InvalidSignature.
 
-The signature is computed by Svix's own library over the raw bytes. Around it stand stricter
-checks than the library's: its `verify` raises plain ValueErrors on hostile headers, reads
-timestamps such as "1_0.5" with float(), gives up at the first malformed signature although a
-good one follows, and takes no clock. So `sign` is what is used of it, and anything that it
-raises is a rejection.
+`standardwebhooks` computes the signature over the raw bytes, as it does for Svix's own library.
+Only its `sign` is used. Its `verify` raises plain ValueErrors on hostile headers, reads timestamps
+such as "1_0.5" with float(), stops at the first malformed signature although a good one follows,
+and accepts no clock. The checks here are stricter, and whatever `sign` raises is a rejection.
 """
 
 from __future__ import annotations
 
 import hmac
-import importlib.util
 import re
-import sys
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
+
+from standardwebhooks import Webhook
 
 from clerk_sync.outcomes import Reason
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
-
-    from svix.webhooks import Webhook
-
-
-def _svix_webhook() -> type[Webhook]:
-    """Svix's `Webhook`, without the rest of its package.
-
-    `svix/__init__` imports the client of Svix's whole API: a quarter of the time to ready
-    and 10 MiB, for a service that only checks signatures.
-    """
-    package = importlib.util.find_spec("svix")
-    assert package is not None
-    assert package.submodule_search_locations is not None
-    spec = importlib.util.spec_from_file_location(
-        "clerk_sync._svix_webhooks", package.submodule_search_locations[0] + "/webhooks.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    webhook: type[Webhook] = module.Webhook
-    return webhook
-
-
-_Webhook = _svix_webhook()
 
 TOLERANCE_SECONDS: Final = 300
 # Svix's message ids are short; the ledger's key column holds 255. The specification forbids
@@ -74,7 +47,7 @@ class Delivery:
 def signed(
     body: str, *, svix_id: str, sent_at: datetime, signers: Sequence[Webhook]
 ) -> dict[str, str]:
-    """The headers of a delivery of our own, signed with every secret, as Svix rotates them."""
+    """Return the headers of a delivery of our own, signed with every secret."""
     return {
         "Content-Type": "application/json",
         "svix-id": svix_id,
@@ -89,7 +62,7 @@ class InvalidSignature(Exception):
     def __init__(self, reason: Reason, delivery: Delivery | None = None) -> None:
         super().__init__(reason.value)
         self.reason = reason
-        # Where only its age is wrong: a clock that is off shows in nothing else.
+        # Set where only its age is wrong, as nothing else reveals a wrong clock.
         self.delivery = delivery
 
 
@@ -98,7 +71,10 @@ class InvalidSecret(ValueError):
 
 
 def signers(secrets: str) -> tuple[Webhook, ...]:
-    """The signers of one or more `whsec_…` secrets, separated by spaces or commas."""
+    """Return the signers of `whsec_…` secrets, separated by spaces or commas.
+
+    Raises InvalidSecret.
+    """
     found = [word for word in re.split(r"[\s,]+", secrets) if word]
     if not found:
         raise InvalidSecret("is empty: paste the endpoint's Signing Secret from Clerk (whsec_…)")
@@ -107,7 +83,7 @@ def signers(secrets: str) -> tuple[Webhook, ...]:
         try:
             if not _SECRET.fullmatch(secret):
                 raise InvalidSecret
-            made.append(_Webhook(secret))
+            made.append(Webhook(secret))
         except ValueError:
             raise InvalidSecret(
                 f"secret {place} of {len(found)} is not `whsec_` and base64: "
@@ -119,7 +95,7 @@ def signers(secrets: str) -> tuple[Webhook, ...]:
 def verify(
     headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webhook], now: float
 ) -> Delivery:
-    """Check one POST against every secret.
+    """Verify one POST against every secret, and return its Delivery.
 
     `headers` has lower-case names, `svix-*` or the standard's `webhook-*`; `now` is unix
     seconds. Raises InvalidSignature, and nothing else, whatever the bytes.
@@ -131,7 +107,7 @@ def verify(
 
 
 def recorded(headers: Mapping[str, str], body: bytes, *, signers: Sequence[Webhook]) -> Delivery:
-    """As `verify`, for a POST recorded at some earlier time: its age does not matter."""
+    """Verify a POST that was recorded earlier, whatever its age. Raises InvalidSignature."""
     svix_id = headers.get("svix-id") or headers.get("webhook-id")
     timestamp = headers.get("svix-timestamp") or headers.get("webhook-timestamp")
     signature = headers.get("svix-signature") or headers.get("webhook-signature")

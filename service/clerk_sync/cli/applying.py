@@ -11,7 +11,8 @@ import click
 from clerk_sync import app
 from clerk_sync.clerk.signature import Delivery, InvalidSignature
 from clerk_sync.cli.exits import fail
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.change import from_quarantine
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Answer, Outcome
 from clerk_sync.schema import checks
 from clerk_sync.telemetry import logs
@@ -29,8 +30,17 @@ Group = list[tuple[str, Delivery | Answer]]
 """Deliveries by the names to print; an Answer is one that could not be read."""
 
 
-async def apply(settings: Settings, mapping: Mapping, groups: AsyncIterator[Group]) -> int:
-    """Apply deliveries group by group; the exit code is 1 if any was not accepted."""
+async def apply(
+    settings: Settings,
+    mapping: Mapping,
+    groups: AsyncIterator[Group],
+    *,
+    quarantined: bool = False,
+) -> int:
+    """Apply deliveries group by group; the exit code is 1 if any was not accepted.
+
+    `quarantined` says that they are from the quarantine.
+    """
     logs.configure(settings.log_level, settings.log_format)
     counts: Counter[str] = Counter()
 
@@ -41,7 +51,7 @@ async def apply(settings: Settings, mapping: Mapping, groups: AsyncIterator[Grou
             change = change_of(delivery, mapping, instance_id=settings.instance_id)
         except InvalidSignature as error:
             return Answer(Outcome.REJECTED, error.reason)
-        return await committer.commit(change)
+        return await committer.commit(from_quarantine(change) if quarantined else change)
 
     async def show(name: str, delivery: Delivery | Answer) -> None:
         answer = await commit(delivery)

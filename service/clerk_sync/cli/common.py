@@ -51,7 +51,7 @@ def command(
 
 def _run(work: Coroutine[Any, Any, int]) -> NoReturn:
     """Run a command on uvloop; what it returns is the exit code."""
-    logs.hush()
+    logs.silence_noisy_loggers()
     try:
         with asyncio.Runner(loop_factory=new_event_loop) as runner:
             sys.exit(runner.run(work))

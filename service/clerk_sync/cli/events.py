@@ -24,7 +24,7 @@ from clerk_sync.outcomes import Answer, Outcome, Reason
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Sequence
 
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
     from clerk_sync.clerk.signature import Delivery
     from clerk_sync.cli.applying import Group

@@ -22,7 +22,7 @@ import yarl
 from pydantic_core import from_json
 
 from clerk_sync.clerk import signature
-from clerk_sync.clerk.events import PROBE, PROBE_IDS
+from clerk_sync.clerk.catalog import PROBE, PROBE_IDS
 from clerk_sync.cli.common import command, load_settings, text
 from clerk_sync.cli.exits import fail
 from clerk_sync.cli.target import here, signers_of
@@ -31,7 +31,7 @@ from clerk_sync.outcomes import Outcome, Reason
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
 # Svix waits 15 seconds, and clerk-sync answers well inside that.
 _ATTEMPT_SECONDS: Final = 10.0

@@ -78,7 +78,7 @@ async def replay(svix_ids: tuple[str, ...], *, everything: bool) -> int:
         missing = sorted({*svix_ids} - {*ids})
         for svix_id in missing:
             click.echo(f"{svix_id}: is not in quarantine")
-        failed = await apply(settings, mapping, _deliveries(engine, ids))
+        failed = await apply(settings, mapping, _deliveries(engine, ids), quarantined=True)
         left = ids and await dead_letters.listed(engine, ids, payloads=False)
     return 1 if failed or missing or left else 0
 

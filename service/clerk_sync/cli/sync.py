@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from clerk_sync import app
 from clerk_sync.clerk.api import ClerkRefused, ClerkUnavailable
+from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.cli.common import command, load, text, unnamed
 from clerk_sync.cli.exits import fail
 from clerk_sync.outcomes import Ending
@@ -27,7 +28,6 @@ from clerk_sync.sync.ensure import NotMapped
 from clerk_sync.sync.report import Report
 from clerk_sync.sync.safety import SafetyStop
 from clerk_sync.telemetry import logs
-from clerk_sync.telemetry.metrics import Metrics
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Callable, Iterator
@@ -84,7 +84,7 @@ async def backfill(*, restart: bool) -> int:
     """
     settings, mapping = _load()
     report = Report()
-    async with _stated(settings), app.open_runs(settings, mapping, Metrics()) as runs:
+    async with _stated(settings), app.open_runs(settings, mapping, new_metrics()) as runs:
         _collect_seldom()
         with _progress() as on_page:
             ending = await runs.backfill(restart=restart, report=report, on_page=on_page)
@@ -143,7 +143,7 @@ async def reconcile(
             for difference in one.differences:
                 click.echo(f"  {difference.column}: {difference.stored!r} -> {difference.wanted!r}")
 
-    async with _stated(settings), app.open_runs(settings, mapping, Metrics()) as runs:
+    async with _stated(settings), app.open_runs(settings, mapping, new_metrics()) as runs:
         _collect_seldom()
         with _progress() as on_page:
             if dry_run:

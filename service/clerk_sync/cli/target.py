@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from clerk_sync.clerk import signature
 
 if TYPE_CHECKING:
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
     from clerk_sync.settings import Settings
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
 import gc
 import itertools
 import math
@@ -33,9 +34,12 @@ CONNECTION_LIMIT: Final = 1000
 # What the process opens itself: its database, files, Clerk's API, and what it listens with.
 OWN_DESCRIPTORS: Final = 64
 BACKLOG: Final = 1024
-# uvloop 0.23 accepts one connection for each socket and turn of its loop. With one socket, a
-# thousand that are opened as fast as they are cut keep a delivery waiting for a thousand turns.
-ACCEPTS: Final = 4
+# Each has a socket of its own: one for both would tell IPv4 peers as `::ffff:10.0.0.1`.
+EVERY_ADDRESS: Final = ("0.0.0.0", "::")  # noqa: S104 -- of a pod
+# What a kernel says that has one of the two families only.
+NO_SUCH_FAMILY: Final = (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL)
+# At most, in each turn of the event loop.
+ACCEPTS: Final = 64
 # The kernel's memory for answers counts as the container's.
 SEND_BUFFER: Final = 64 * 1024
 # No whole request after so long: the connection is ended. Nothing read of an answer: the same.
@@ -58,8 +62,9 @@ LINES_LIMIT: Final = 4096
 # Connections that broke off leave reference cycles with their buffers: aiohttp keeps errors,
 # whose tracebacks keep its frames. Beyond this the collector runs: it counts objects, not bytes.
 COLLECT_LIMIT: Final = 8 * 1024 * 1024
-# So many turns of the loop after it was cut, nothing runs any more for a connection.
-COLLECT_TURNS: Final = 8
+# After so many turns of the event loop, nothing runs any more for a connection that was cut, and
+# the handler has read all that one sent before it ended its side.
+TURNS: Final = 8
 
 CAUSES: Final = {
     "connections": "all places are taken: the oldest went that had nothing verified under way",
@@ -84,6 +89,7 @@ class Peer(asyncio.Protocol):
         "_connections",
         "_handler",
         "cost",
+        "ended",
         "gone",
         "heard",
         "last",
@@ -99,6 +105,7 @@ class Peer(asyncio.Protocol):
         self._handler = handler
         self.transport: asyncio.Transport
         self.cost = 0
+        self.ended = False
         self.gone = False
         self.heard = False
         self.last = 0
@@ -119,8 +126,9 @@ class Peer(asyncio.Protocol):
         if self.rank is not Rank.LEAVING and self._connections.takes(self, data):
             self._handler.data_received(data)
 
-    def eof_received(self) -> bool | None:
-        return self._handler.eof_received()
+    def eof_received(self) -> bool:
+        # aiohttp closes the connection here: https://github.com/aio-libs/aiohttp/issues/3659
+        return self._connections.ended(self)
 
     def pause_writing(self) -> None:
         self._handler.pause_writing()
@@ -134,6 +142,63 @@ class Peer(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._connections.parted(self, self._handler)
         self._handler.connection_lost(exc)
+
+
+class _Listening:
+    """A listening socket, from which many are accepted at once.
+
+    uvloop 0.23 accepts one in each turn of its event loop: behind a full backlog, a delivery
+    would wait for a thousand turns.
+    """
+
+    def __init__(self, bound: socket.socket, made: Callable[[], Peer], at_once: int) -> None:
+        self._made = made
+        self._at_once = at_once
+        self._loop = asyncio.get_running_loop()
+        self._connecting: set[asyncio.Task[None]] = set()
+        self._paused: asyncio.TimerHandle | None = None
+        self._socket = socket.socket(bound.family, bound.type, bound.proto, os.dup(bound.fileno()))
+        # Connections inherit it.
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
+        self._socket.settimeout(0)
+
+    @property
+    def address(self) -> tuple[str, int]:
+        host, port, *_ = self._socket.getsockname()
+        return host, port
+
+    def start(self) -> None:
+        self._socket.listen(BACKLOG)
+        self._resume()
+
+    def _resume(self) -> None:
+        self._loop.add_reader(self._socket, self._accept)
+
+    def _accept(self) -> None:
+        for _ in range(self._at_once):
+            try:
+                accepted, _ = self._socket.accept()
+            except (BlockingIOError, ConnectionAbortedError):
+                return
+            except OSError:  # no descriptor is left: `watch` makes room
+                self._loop.remove_reader(self._socket)
+                self._paused = self._loop.call_later(CHECK_SECONDS, self._resume)
+                return
+            accepted.settimeout(0)
+            task = self._loop.create_task(self._connect(accepted))
+            self._connecting.add(task)
+            task.add_done_callback(self._connecting.discard)
+
+    async def _connect(self, accepted: socket.socket) -> None:
+        with contextlib.suppress(OSError):  # it is gone already
+            await self._loop.connect_accepted_socket(self._made, accepted)
+
+    async def close(self) -> None:
+        if self._paused is not None:
+            self._paused.cancel()
+        self._loop.remove_reader(self._socket)
+        self._socket.close()
+        await asyncio.gather(*self._connecting)
 
 
 class Connections:
@@ -153,27 +218,44 @@ class Connections:
 
     @contextlib.asynccontextmanager
     async def listening(
-        self, handlers: Callable[[], asyncio.Protocol], host: str, port: int
+        self, handlers: Callable[[], asyncio.Protocol], host: str | None, port: int
     ) -> AsyncIterator[tuple[str, int]]:
-        """Listen; `protocols` makes each connection's. Yields the address. Raises OSError."""
+        """Listen; `handlers` makes each connection's protocol. Yields the address. Raises OSError.
+
+        Without a host, on every address of both families, at the same port.
+        """
 
         def made() -> Peer:
             return Peer(self, handlers())
 
         loop = asyncio.get_running_loop()
-        first = await loop.create_server(made, host, port, backlog=BACKLOG, reuse_address=True)
-        servers = [first]
+        servers: list[asyncio.Server] = []
+        listening: list[_Listening] = []
+        # Each can be read to its end before those behind it have filled all places.
+        at_once = max(1, min(ACCEPTS, self._room // TURNS))
         try:
-            for one in first.sockets:
-                # Connections inherit it.
-                one.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER)
-                for _ in range(ACCEPTS - 1):
-                    again = socket.socket(one.family, one.type, one.proto, os.dup(one.fileno()))
-                    servers.append(await loop.create_server(made, sock=again, backlog=BACKLOG))
-            yield first.sockets[0].getsockname()[:2]
+            for address in (host,) if host else EVERY_ADDRESS:
+                try:
+                    server = await loop.create_server(
+                        made, address, port, start_serving=False, reuse_address=True
+                    )
+                except OSError as error:
+                    if host or error.errno not in NO_SUCH_FAMILY:
+                        raise
+                    continue
+                servers.append(server)
+                listening += (_Listening(one, made, at_once) for one in server.sockets)
+                port = listening[0].address[1] if listening else port
+            if not listening:
+                raise OSError(errno.EADDRNOTAVAIL, f"no address {host or 'of any family'}")
+            for one in listening:
+                one.start()
+            yield listening[0].address
         finally:
             for server in servers:
                 server.close()
+            for one in listening:
+                await one.close()
 
     def peer(self, handler: object) -> Peer:
         """The peer of aiohttp's protocol, which is `request.protocol`."""
@@ -204,6 +286,8 @@ class Connections:
     def ranked(self, peer: Peer, rank: Rank) -> None:
         """Give the connection this rank, as the last of it to be closed."""
         self._move(peer, rank)
+        if peer.ended:
+            self._close_soon(peer)
 
     @web.middleware
     async def answering(
@@ -211,10 +295,13 @@ class Connections:
         request: web.Request,
         handler: Callable[[web.Request], Awaitable[web.StreamResponse]],
     ) -> web.StreamResponse:
-        """A middleware for a listener without signatures: the least recently used closes first."""
+        """A middleware for a listener without signatures: the least recently used closes first.
+
+        Whoever has asked is no better than who comes to ask, such as a probe.
+        """
         peer = self.peer(request.protocol)
         peer.heard = True
-        self.ranked(peer, Rank.KNOWN)
+        self.ranked(peer, Rank.STRANGER)
         try:
             return await handler(request)
         finally:
@@ -249,6 +336,19 @@ class Connections:
         if wasteful and peer.rank is not None:
             self._cut(peer, "memory")
         return not peer.gone
+
+    def ended(self, peer: Peer) -> bool:
+        """Whether a connection whose client sends no more stays open for an answer.
+
+        A client that half-closes after its request waits for the answer, but looks the same as
+        one that is gone. So only a request that was read to its end is waited for; others have
+        the next few turns of the event loop.
+        """
+        if peer.gone or peer.rank is Rank.LEAVING or not (peer.cost or peer.rank is None):
+            return False
+        peer.ended = True
+        self._close_soon(peer)
+        return True
 
     def unread(self, peer: Peer, size: int) -> None:
         """Charge for what the kernel has not sent, because the peer does not read."""
@@ -321,6 +421,13 @@ class Connections:
         if cause is not None:
             self._cuts[cause] += 1
 
+    def _close_soon(self, peer: Peer, turns: int = TURNS) -> None:
+        """Close it, unless a request is read to its end by then."""
+        if turns:
+            asyncio.get_running_loop().call_soon(self._close_soon, peer, turns - 1)
+        elif peer.rank is not None:
+            peer.transport.close()
+
     def _forget(self, peer: Peer) -> None:
         if peer.gone:
             return
@@ -334,7 +441,7 @@ class Connections:
     def _collect_soon(self) -> None:
         if self._lost > COLLECT_LIMIT and not self._collecting:
             self._collecting = True
-            asyncio.get_running_loop().call_soon(self._collect, COLLECT_TURNS, self._lost)
+            asyncio.get_running_loop().call_soon(self._collect, TURNS, self._lost)
 
     def _collect(self, turns: int, lost: int) -> None:
         if turns:

@@ -16,10 +16,12 @@ from aiohttp import web
 from clerk_sync.clerk.api import ClerkRateLimited, ClerkRefused, ClerkUnavailable
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.http import access
-from clerk_sync.outcomes import RETRY_AFTER_SECONDS, Outcome
+from clerk_sync.http.connections import Rank
+from clerk_sync.http.responses import RETRY_AFTER_SECONDS
+from clerk_sync.outcomes import Outcome
 from clerk_sync.store import profiles
 from clerk_sync.sync.ensure import NotMapped, TooManyWaiting
-from clerk_sync.telemetry.logs import Ration
+from clerk_sync.telemetry.logs import LogRateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Awaitable, Callable, Iterator, Sequence
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
     from clerk_sync.health import Readiness
+    from clerk_sync.http.connections import Connections
     from clerk_sync.store.target import Target
     from clerk_sync.sync.ensure import Ensure
     from clerk_sync.telemetry.metrics import Metrics
@@ -76,6 +79,7 @@ class InternalListener:
         users: Callable[[], Target | None],
         ensure: Ensure | None,
         tokens: Callable[[], Sequence[bytes]],
+        connections: Connections,
     ) -> None:
         self._engine = engine
         self._metrics = metrics
@@ -83,23 +87,30 @@ class InternalListener:
         self._users = users
         self._ensure = ensure
         self._tokens = tokens
+        self._connections = connections
         self._reads = _Places(READ_LIMIT)
         self._ensures = _Places(ENSURE_LIMIT)
-        self._ration = Ration()
+        self._log_limiter = LogRateLimiter()
 
     def app(self) -> web.Application:
         """The aiohttp application."""
-        app = web.Application()
-        app.router.add_get("/livez", self.livez)
-        app.router.add_get("/readyz", self.readyz)
-        app.router.add_get("/metrics", self.metrics)
-        app.router.add_get("/profiles", self._for_the_app(self.profiles))
-        app.router.add_post("/ensure/{user_id}", self._for_the_app(self.ensure))
+        app = web.Application(middlewares=[self._connections.answering])
+        handlers = {
+            "/livez": self.livez,
+            "/readyz": self.readyz,
+            "/metrics": self.metrics,
+            "/profiles": self._for_the_app(self.profiles),
+        }
+        for path, handler in handlers.items():
+            app.router.add_get(path, handler, expect_handler=_expected)
+        app.router.add_post(
+            "/ensure/{user_id}", self._for_the_app(self.ensure), expect_handler=_expected
+        )
         return app
 
     def close(self) -> None:
         """Log how many lines were dropped."""
-        self._ration.end()
+        self._log_limiter.end()
 
     def _for_the_app(
         self, answer: Callable[[web.Request], Awaitable[web.Response]]
@@ -115,8 +126,9 @@ class InternalListener:
                 known=self._tokens(),
             )
             if refusal is None:
+                self._connections.ranked(self._connections.peer(request.protocol), Rank.KNOWN)
                 return await answer(request)
-            if self._ration.allows(reason="forbidden"):
+            if self._log_limiter.allows(reason="forbidden"):
                 log.warning("forbidden", peer=request.remote, error=refusal)
             return _json({"error": refusal}, status=403)
 
@@ -202,6 +214,14 @@ class InternalListener:
         if ensured.outcome is Outcome.UNAVAILABLE:
             return _sorry(ensured.reason or "unavailable")
         return _json({"error": "the row cannot be written", "reason": ensured.reason}, status=422)
+
+
+async def _expected(request: web.Request) -> None:
+    """Tell a client to go on. aiohttp's own answer quotes the header, and fails on odd bytes."""
+    if request.headers.get("Expect", "").lower() != "100-continue":
+        raise web.HTTPExpectationFailed
+    await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+    request.writer.output_size = 0
 
 
 def _json(value: object, status: int = 200) -> web.Response:

@@ -15,18 +15,20 @@ from multidict import CIMultiDict, CIMultiDictProxy
 from clerk_sync.clerk import signature
 from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.http.connections import Rank
-from clerk_sync.mapping.model import change_of
+from clerk_sync.http.responses import response_to
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Answer, Outcome, Reason
-from clerk_sync.telemetry.logs import Ration
+from clerk_sync.telemetry.logs import LogRateLimiter
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from svix.webhooks import Webhook
+    from standardwebhooks import Webhook
 
     from clerk_sync.clerk.signature import Delivery
     from clerk_sync.http.connections import Connections, Peer
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.committer import Committer
     from clerk_sync.telemetry.metrics import Metrics
     from clerk_sync.telemetry.tracing import Trace, Tracing
@@ -78,7 +80,7 @@ class WebhookListener:
         self._deadline = deadline_seconds
         self._tracing = tracing
         self._connections = connections
-        self._ration = Ration()
+        self._log_limiter = LogRateLimiter()
 
     def server(self) -> web.Server:
         """The plain server of aiohttp: there is one route, and every answer is a JSON of ours."""
@@ -127,11 +129,12 @@ class WebhookListener:
         except Exception:
             log.exception("internal_error", svix_id=seen.delivery.id if seen.delivery else None)
             answer = Answer(Outcome.ERROR, Reason.INTERNAL)
-        self._report(answer, seen, time.perf_counter() - started)
+        given = response_to(answer)
+        self._report(answer, given.status, seen, time.perf_counter() - started)
         response = web.Response(
-            body=answer.body,
-            status=answer.status,
-            headers=CIMultiDict(answer.headers, Server="clerk-sync"),
+            body=given.body,
+            status=given.status,
+            headers=CIMultiDict(given.headers, Server="clerk-sync"),
         )
         if self.draining or answer.reason in (Reason.TOO_LARGE, Reason.DEADLINE):
             response.force_close()
@@ -182,14 +185,21 @@ class WebhookListener:
             # What readany() raises is kept by the stream, and its traceback keeps this frame.
             body.clear()
 
-    def _report(self, answer: Answer, seen: _Seen, seconds: float) -> None:
+    def _report(self, answer: Answer, status: int, seen: _Seen, seconds: float) -> None:
         change, exemplar = seen.change, None
         outcome, reason = answer.outcome.value, answer.reason.value if answer.reason else None
         # Anybody can be refused as often as they like: log and traces are not theirs to fill.
         strange = answer.outcome is Outcome.REJECTED or seen.delivery is None
-        shown = not strange or self._ration.allows(outcome=outcome, reason=reason)
+        shown = not strange or self._log_limiter.allows(outcome=outcome, reason=reason)
         if seen.trace is not None and shown:
-            seen.trace.answered(answer, seen.delivery, change)
+            seen.trace.answered(
+                status,
+                outcome,
+                reason,
+                svix_id=seen.delivery.id if seen.delivery else None,
+                type_=change.type if change else None,
+                clerk_id=change.clerk_id if change else None,
+            )
             exemplar = seen.trace.exemplar
         self._metrics.answered(
             answer,
@@ -202,9 +212,16 @@ class WebhookListener:
         if shown:
             # If stdout is closed, Clerk still gets its answer.
             with contextlib.suppress(OSError, ValueError):
-                self._log(answer, seen, round(seconds * 1000, 1), exemplar)
+                self._log(answer, status, seen, round(seconds * 1000, 1), exemplar)
 
-    def _log(self, answer: Answer, seen: _Seen, ms: float, exemplar: dict[str, str] | None) -> None:
+    def _log(
+        self,
+        answer: Answer,
+        status: int,
+        seen: _Seen,
+        ms: float,
+        exemplar: dict[str, str] | None,
+    ) -> None:
         delivery, change = seen.delivery, seen.change
         if answer.reason is Reason.EXPIRED and delivery is not None:
             age = round(time.time()) - delivery.sent_at
@@ -216,14 +233,14 @@ class WebhookListener:
             clerk_id=change.clerk_id if change else None,
             outcome=answer.outcome.value,
             reason=answer.reason.value if answer.reason else None,
-            status=answer.status,
+            status=status,
             ms=ms,
             **(exemplar or {}),
         )
 
     def close(self) -> None:
         """Log how many lines were dropped."""
-        self._ration.end()
+        self._log_limiter.end()
 
 
 def _signed_headers(headers: CIMultiDictProxy[str]) -> dict[str, str]:

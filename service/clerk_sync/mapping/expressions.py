@@ -1,4 +1,4 @@
-"""Column expressions: Jinja over one Clerk object, compiled once, missing is null."""
+"""Compile column expressions: Jinja over one Clerk object, where a missing field is null."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class InvalidExpression(ValueError):
 
 
 def names_in(expression: str) -> set[str]:
-    """The Clerk fields and computed names that an expression reads. Raises InvalidExpression."""
+    """Return the Clerk fields and computed names that it reads. Raises InvalidExpression."""
     if "{{" in expression:
         raise InvalidExpression("write it without the braces")
     try:
@@ -52,7 +52,7 @@ def names_in(expression: str) -> set[str]:
 
 
 def row_of(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str, Any]]:
-    """One function from a Clerk object to all its column values.
+    """Return a function from a Clerk object to its column values, by column.
 
     A bare name is looked up, which costs a tenth of entering a template. All others are
     compiled into one, so that there is one to enter. The function raises whatever an
@@ -87,14 +87,14 @@ def row_of(columns: Mapping[str, str]) -> Callable[[Mapping[str, Any]], dict[str
 
 
 def _plain(value: Any) -> Any:
-    """What an expression gave: a missing field is null, and markup, as of `tojson`, is text."""
+    """Turn a missing field into None, and markup, such as that of `tojson`, into text."""
     if isinstance(value, Undefined):
         return None
     return str(value) if isinstance(value, str) else value
 
 
 def _primary(data: Mapping[str, Any], of: str, key: str) -> Any:
-    """The element that Clerk's primary id names; null, not the first, when there is none.
+    """Return a field of the element that Clerk's primary id names, or None.
 
     The id may point at nothing: Clerk's own user.created example does.
     """

@@ -1,4 +1,4 @@
-"""Reading a mapping file: every fault in it, with file, line and the nearest valid name."""
+"""Read a mapping file, and report all of its faults with file, line and nearest valid name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Final
 import yaml
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, SECRET_KINDS, USER_PATHS
+from clerk_sync.clerk.catalog import KINDS, SECRET_KINDS, USER_PATHS
 from clerk_sync.mapping.expressions import COMPUTED, InvalidExpression, names_in, row_of
 from clerk_sync.mapping.model import Column, Constant, Mapping, Owned, Place, TableMapping
 
@@ -30,7 +30,7 @@ _COLUMN_TYPE: Final = re.compile(r"string\([1-9]\d{0,3}\)|" + "|".join(COLUMN_TY
 
 
 class InvalidMapping(Exception):
-    """What is wrong with the mapping file: one message per fault, each with file and line."""
+    """The mapping file has faults: one message for each, with file and line."""
 
     def __init__(self, faults: Iterable[str]) -> None:
         self.faults = tuple(faults)
@@ -38,7 +38,7 @@ class InvalidMapping(Exception):
 
 
 def load(name: str) -> Mapping:
-    """A preset by its name, or the file at this path. Raises InvalidMapping."""
+    """Read the preset of this name, or the file at this path. Raises InvalidMapping."""
     if name in PRESETS:
         text = (
             importlib.resources.files("clerk_sync.mapping")
@@ -76,9 +76,10 @@ def read(text: str, *, source: str) -> Mapping:
 
 
 def _ownership_faults(tables: abc.Mapping[str, TableMapping]) -> Iterator[str]:
-    """Where `set` would overwrite what says whose a row is, so that its owner cannot take it along.
+    """Find `set` columns that say whose a row is.
 
-    Whether a row is removed with its owner would depend on which of the two was deleted first.
+    A delete would overwrite them. Then it would depend on the order of two deletes whether a row
+    is removed with its owner.
     """
     for table in tables.values():
         theirs = [
@@ -98,14 +99,14 @@ def _ownership_faults(tables: abc.Mapping[str, TableMapping]) -> Iterator[str]:
 
 
 def nearest(name: str, valid: Iterable[str]) -> str:
-    """`; did you mean …?`, or the valid names when none is near."""
+    """Return `; did you mean …?`, or the valid names when none is near."""
     names = sorted(valid)
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean `{close[0]}`?" if close else f"; there is: {', '.join(names) or '-'}"
 
 
 class _Reader:
-    """Walks the YAML nodes, which know their lines, and collects every fault it meets."""
+    """Reads the YAML nodes, which know their lines, and collects every fault."""
 
     def __init__(self, source: str) -> None:
         self.source = source
@@ -126,7 +127,7 @@ class _Reader:
         known: Iterable[str] | None = None,
         never: dict[str, str] | None = None,
     ) -> dict[str, tuple[yaml.Node, yaml.Node]]:
-        """A mapping node as name → (its name's node, its value's node).
+        """Return a mapping node as name → (its name's node, its value's node).
 
         `never` has names that are refused for a reason of their own.
         """
@@ -241,7 +242,7 @@ class _Reader:
             except InvalidExpression as error:
                 self.fault(source, f"`{name}`: `{expression}` is not an expression: {error}")
                 continue
-            known = samples.FIELDS[kind] | COMPUTED.keys()
+            known = samples.fields_of(kind) | COMPUTED.keys()
             for unknown in sorted(names - known):
                 self.warnings.append(
                     f"{self.place(source)}: `{unknown}` is no field of Clerk's {kind} known to "
@@ -262,14 +263,14 @@ class _Reader:
         return text == "true"
 
     def on_delete(self, node: yaml.Node) -> tuple[str | None, tuple[Constant, ...], int | None]:
-        """The column that a delete marks, what else it sets, and `purge_after` in milliseconds."""
+        """Return the column that a delete marks, those it sets, and `purge_after` in ms."""
         if isinstance(node, yaml.ScalarNode):
             if node.value != "remove":
                 self.fault(node, "`on_delete` must be `remove` or `{mark: column}`")
             return None, (), None
         entries = self.entries(node, "`on_delete`", ("mark", "set", "purge_after"))
         if "mark" not in entries:
-            if len(entries) == len(node.value):  # else its fault is told already
+            if len(entries) == len(node.value):  # else its fault is reported already
                 self.fault(
                     node, "`on_delete` needs `mark:`: only what is marked can be changed or purged"
                 )
@@ -297,7 +298,7 @@ class _Reader:
                     )
 
     def duration(self, node: yaml.Node) -> int | None:
-        """`30d` or `12h` in milliseconds."""
+        """Return `30d` or `12h` in milliseconds."""
         text = self.text(node, "`purge_after`")
         found = _DURATION.fullmatch(text)
         if found:

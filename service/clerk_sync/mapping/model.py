@@ -1,4 +1,4 @@
-"""Which Clerk object goes to which table, and how an Event becomes a Change.
+"""A mapping file in memory: which Clerk object goes to which table.
 
 Pure: it knows names and expressions, no SQL. `schema` binds the names to the live tables.
 """
@@ -8,14 +8,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from clerk_sync.clerk.events import ACTIONS, SECRET_TYPES, Action, Event, InvalidEvent, parse
-from clerk_sync.outcomes import Reason
-
 if TYPE_CHECKING:
     from collections import abc
     from collections.abc import Callable
-
-    from clerk_sync.clerk.signature import Delivery
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +40,7 @@ class Column:
 
 @dataclass(frozen=True, slots=True)
 class Owned:
-    """Rows of another table that go with the row: `column` there equals `references` here."""
+    """Rows of another table that are deleted with the row: `column` there is `references` here."""
 
     table: str
     column: str
@@ -55,7 +50,7 @@ class Owned:
 
 @dataclass(frozen=True, slots=True)
 class Constant:
-    """A column, mapped or not, and what a delete that marks the row writes to it."""
+    """A column, mapped or not, and the value that a soft delete writes to it."""
 
     name: str
     value: str | float | bool | None
@@ -66,9 +61,10 @@ class Constant:
 class TableMapping:
     """One Clerk object's table.
 
-    `mark` is the column that a delete stamps, None where a delete removes the row; `sets` are
-    further columns that it writes then. `purge_after_ms` is how long a marked row may stay, None
-    for ever. `adopt` pairs columns with expressions. `create` says that `migrate` makes the table.
+    `mark` is the column that a soft delete fills, None where a delete removes the row; `sets` are
+    further columns that it writes. A soft-deleted row is purged after `purge_after_ms`, or never if
+    that is None. `adopt` pairs columns with expressions. `create` says that `migrate` creates the
+    table.
     """
 
     kind: str
@@ -87,7 +83,7 @@ class TableMapping:
     claims: Callable[[abc.Mapping[str, Any]], dict[str, Any]] = field(repr=False)
 
     def column_of(self, expression: str) -> str | None:
-        """The column that holds exactly this Clerk field, if one does."""
+        """Return the column that holds exactly this Clerk field, or None."""
         return next((c.name for c in self.columns if c.expression == expression), None)
 
 
@@ -98,88 +94,3 @@ class Mapping:
     source: str
     tables: abc.Mapping[str, TableMapping]
     warnings: tuple[str, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Change:
-    """What the tables should become because of one event.
-
-    `action` None changes nothing: an ignored event (no `reason`) or an unusable one (with
-    it), which still get their ledger row. `row` and `claims` are a SAVE's column values, the
-    latter those by which it may adopt an existing row; `fitted` is the row as the table's
-    columns take it, where that is known already. `delivery_id` is None for facts that
-    come from Clerk's API instead of a delivery. `payload` is kept only if the event ends in
-    quarantine; `detail` then says where it failed, such as the column, and holds no data;
-    `retry_at_ms` when it is tried again by itself, None where that would not help.
-    """
-
-    delivery_id: str | None
-    type: str
-    kind: str | None = None
-    action: Action | None = None
-    clerk_id: str | None = None
-    version_ms: int = 0
-    event_ms: int = 0
-    row: abc.Mapping[str, Any] | None = None
-    claims: abc.Mapping[str, Any] | None = None
-    reason: Reason | None = None
-    payload: str | None = None
-    detail: str | None = None
-    fitted: list[Any] | None = None
-    retry_at_ms: int | None = None
-
-
-def change_for(event: Event, mapping: Mapping, *, payload: str | None = None) -> Change:
-    """What this event changes. Raises InvalidEvent when an expression fails on its data."""
-    table = mapping.tables.get(event.kind or "")
-    if table is None:
-        return Change(event.delivery_id, event.type, event_ms=event.event_ms)
-    row = claims = None
-    if event.action is Action.SAVE:
-        try:
-            row = table.row(event.data)
-            claims = table.claims(event.data) if table.adopt else None
-        except Exception as error:  # an expression may fail in any way
-            raise InvalidEvent(
-                Reason.BAD_EXPRESSION, event.type, event.clerk_id, type(error).__name__
-            ) from error
-    return Change(
-        event.delivery_id,
-        event.type,
-        event.kind,
-        event.action,
-        event.clerk_id,
-        event.version_ms,
-        event.event_ms,
-        row,
-        claims,
-        None,
-        payload,
-    )
-
-
-def change_of(delivery: Delivery, mapping: Mapping, *, instance_id: str | None) -> Change:
-    """What one delivery changes; one that is unusable becomes a Change for the quarantine.
-
-    Raises InvalidSignature when it is another Clerk instance's than `instance_id`.
-    """
-    try:
-        event = parse(delivery, instance_id=instance_id)
-        payload = None if event.type in SECRET_TYPES else delivery.body
-        return change_for(event, mapping, payload=payload)
-    except InvalidEvent as error:
-        kind, _ = ACTIONS.get(error.type or "", (None, None))
-        if error.type is not None and kind not in mapping.tables:
-            return Change(delivery.id, error.type)  # nobody asked for it, so nobody has to mend it
-        # Without a type it could be a mail with a one-time code: such a body is not kept.
-        payload = delivery.body if error.type is not None else None
-        return Change(
-            delivery.id,
-            error.type or "unknown",
-            kind,
-            None,
-            error.clerk_id,
-            reason=error.reason,
-            payload=payload,
-            detail=error.detail,
-        )

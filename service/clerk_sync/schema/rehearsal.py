@@ -13,7 +13,7 @@ import sqlite3
 import string
 import time
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
@@ -21,7 +21,7 @@ import stamina
 from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import KINDS, PROBE_IDS, Action, read
+from clerk_sync.clerk.catalog import KINDS, PROBE_IDS, TYPES
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step, shared
 from clerk_sync.database.errors import (
     Contention,
@@ -31,8 +31,9 @@ from clerk_sync.database.errors import (
     SchemaChanged,
     translate_engine_errors,
 )
+from clerk_sync.mapping.change import Change, Delete, Delivered, Upsert
 from clerk_sync.mapping.expressions import row_of
-from clerk_sync.mapping.model import Change, Column, Mapping, TableMapping, change_for
+from clerk_sync.mapping.model import Column, Mapping, TableMapping
 from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.schema.checks import store_of, type_text, unfilled
 from clerk_sync.store import erasure, profiles
@@ -190,9 +191,9 @@ class _Rehearsal:
         """Write a row, write it again, and read it back, by both ways."""
         target, clerk_id = self._store.targets[table.kind], self._ids[table.kind]
         later = self._now_ms + _MEANWHILE_MS
-        await self._apply(session, table, self._change(table, "created", self._now_ms))
-        change = self._change(table, "updated", later)
-        await self._apply(session, table, change)
+        await self._apply(session, table, *self._upsert(table, "created", self._now_ms))
+        source, upsert = self._upsert(table, "updated", later)
+        await self._apply(session, table, source, upsert)
         about = f"{table.places['key']}: `{table.key}` of `{table.table}`"
         other_case = clerk_id.swapcase()
         stored, others = await session.run(
@@ -202,7 +203,7 @@ class _Rehearsal:
             raise _Fault(f"{about} does not give back the row of the Clerk id that was written")
         if others.rows:
             raise _Fault(f"{about} takes {clerk_id} for {other_case}, and Clerk's ids differ")
-        row = target.row(clerk_id, change.row or {})
+        row = target.row(clerk_id, upsert.values)
         for place in target.differing(row, stored.rows[0]):
             raise _Fault(
                 f"{self._place(table, target.names[place])}: `{target.names[place]}` of "
@@ -223,22 +224,19 @@ class _Rehearsal:
             raise _Fault(f"{table.places['key']}: `erase` does not find a row of `{table.table}`")
         await self._connection.exec_driver_sql("ROLLBACK TO SAVEPOINT rehearsal")
         later = self._now_ms + 2 * _MEANWHILE_MS
-        change = Change(
-            self._delivery(f"{table.kind}_deleted"),
-            f"{table.kind}.deleted",
-            table.kind,
-            Action.DELETE,
-            key[1],
-            event_ms=later,
-        )
-        await self._apply(session, table, change)
+        svix_id = self._delivery(f"{table.kind}_deleted")
+        source = Delivered(svix_id, f"{table.kind}.deleted", later)
+        await self._apply(session, table, source, Delete(key, later))
         (left,) = await session.run([target.read.of([key[1]])])
         marked = [row for row in left.rows if table.mark and row[-1] is not None]
         if len(left.rows) != len(marked) or bool(table.mark) != bool(marked):
             raise _Fault(f"{table.at}: a delete leaves the row of `{table.table}` as it was")
 
-    async def _apply(self, session: Connection, table: TableMapping, change: Change) -> None:
-        (answer,) = await self._store.apply(session, [change], now_ms=self._now_ms)
+    async def _apply(
+        self, session: Connection, table: TableMapping, source: Delivered, effect: Upsert | Delete
+    ) -> None:
+        changes = [Change(source, effect)]
+        (answer,) = await self._store.apply(session, changes, now_ms=self._now_ms)
         if answer.outcome is not Outcome.APPLIED:
             told = answer.reason.value if answer.reason else answer.outcome.value
             raise _Fault(f"{table.at}: an event for `{table.table}` is not applied: {told}")
@@ -248,18 +246,19 @@ class _Rehearsal:
 
     # The row
 
-    def _change(self, table: TableMapping, what: str, now_ms: int) -> Change:
+    def _upsert(self, table: TableMapping, what: str, now_ms: int) -> tuple[Delivered, Upsert]:
         """What Clerk's event makes of the row, with values that no other row has."""
         type_ = f"{table.kind}.{what}"
-        if type_ not in samples.TYPES:
+        if type_ not in TYPES:
             type_ = f"{table.kind}.created"
         data, other = (samples.data_of(type_, ids, now_ms=now_ms) for ids in (self._ids, _ids()))
         row = {column.name: self._value(table, column, data) for column in table.columns}
         self._make_unlike(table, row, other)
-        event = read(table.kind, {**data, "updated_at": now_ms}, at_ms=now_ms)
-        bare = replace(table, row=lambda _: row, adopt=())
-        change = change_for(event, replace(self._mapping, tables={table.kind: bare}))
-        return replace(change, delivery_id=self._delivery(f"{table.kind}_{what}"), type=type_)
+        svix_id = self._delivery(f"{table.kind}_{what}")
+        upsert = Upsert(
+            (table.kind, self._ids[table.kind]), (now_ms, now_ms, svix_id), row, claims={}
+        )
+        return Delivered(svix_id, type_, now_ms), upsert
 
     def _value(self, table: TableMapping, column: Column, data: Names[str, Any]) -> Any:
         """The column's value for this object. Raises _Fault where the column does not take it."""

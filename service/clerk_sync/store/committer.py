@@ -11,6 +11,7 @@ import asyncio
 import time
 from typing import TYPE_CHECKING, Final
 
+from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.held import HOLD_SECONDS, Entry, Held
 from clerk_sync.store.store import FencedOff
@@ -19,7 +20,7 @@ from clerk_sync.store.writer import AWAY, Connect, Status, Writer
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from clerk_sync.store.store import Store
     from clerk_sync.store.writer import Trouble
     from clerk_sync.telemetry.metrics import Metrics
@@ -159,7 +160,7 @@ class Committer:
         """
         if (refusal := self._refusal()) is not None:
             return refusal
-        characters = len(change.payload or "")
+        characters = change.characters
         if (
             self._queue.qsize() + len(self._held) >= self._queue_limit
             or self._characters + characters > QUEUE_CHARACTERS
@@ -203,7 +204,7 @@ class Committer:
             return [refusal or AWAY] * len(changes)
         answers = _Answers(len(changes))
         self._held.put(
-            Entry(change, _Together(answers, place), until=0.0, parked=True)
+            Entry(from_quarantine(change), _Together(answers, place), until=0.0, parked=True)
             for place, change in enumerate(changes)
         )
         return await answers.given()
@@ -233,7 +234,7 @@ class Committer:
         while entry is not None:
             if not entry.answer.done():
                 batch.append(entry)
-                characters += len(entry.change.payload or "")
+                characters += entry.change.characters
             if (
                 self._queue.empty()
                 or len(batch) >= self._batch_limit

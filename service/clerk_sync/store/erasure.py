@@ -1,7 +1,7 @@
-"""What is removed for good: marked rows when their time is over, and all there is of a person.
+"""Remove rows for good: purge soft-deleted rows, and erase a person.
 
-The state of what is removed goes to a version that no event's is newer than. So what comes late
-is `stale`, also where a delete only marks, and after the rows themselves are gone.
+The state of a removed entity gets a version that no event can exceed. So late events are `stale`,
+even where a delete only marks the row, and after the row itself is gone.
 """
 
 from __future__ import annotations
@@ -16,15 +16,17 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 import sqlalchemy as sa
 import stamina
 
-from clerk_sync.clerk.events import CLERK_ID, USER_PATHS
+from clerk_sync.clerk.catalog import USER_PATHS
+from clerk_sync.clerk.events import CLERK_ID
 from clerk_sync.database.errors import Contention, LockWaitTimeout, translate_engine_errors
-from clerk_sync.store.store import REMOVED, Key, Store
+from clerk_sync.store.store import REMOVED, Store
 from clerk_sync.store.tables import entities, events, quarantine
 from clerk_sync.store.values import time_text
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine
 
+    from clerk_sync.mapping.change import Key
     from clerk_sync.mapping.model import Owned
     from clerk_sync.store.target import Target
 
@@ -39,11 +41,11 @@ _T = TypeVar("_T")
 async def purge(
     engine: AsyncEngine, store: Store, *, now_ms: int, dry_run: bool = False
 ) -> dict[str, int]:
-    """Remove the rows that have been marked for longer than their `purge_after`; how many, by kind.
+    """Purge the rows that were soft-deleted longer ago than `purge_after`; return counts by kind.
 
-    A row has to be due by its own mark and by what is known of its delete: an app may have
-    taken the mark off, or set one itself. What the row owns goes with it. With `dry_run`,
-    nothing goes. Raises DatabaseUnavailable.
+    A row has to be due both by its mark and by its tombstone, as the app may have cleared the
+    mark, or set one itself. Owned rows are removed with it. With `dry_run`, rows are only counted.
+    Raises DatabaseUnavailable.
     """
     counts = {}
     for kind, target in store.targets.items():
@@ -64,7 +66,7 @@ async def purge(
 
 
 async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int) -> dict[str, int]:
-    """Remove a person from clerk-sync's tables and every mapped one; how many rows, by table.
+    """Remove a person from clerk-sync's tables and every mapped one; return row counts by table.
 
     That is the user's row, also where a delete only marks; what it owns; rows of other objects
     with a column that says they are this user's, and what those own; the ledger's rows of all
@@ -108,7 +110,7 @@ async def erase(engine: AsyncEngine, store: Store, user_id: str, *, now_ms: int)
 
 
 def out_of_reach(store: Store) -> tuple[str, ...]:
-    """The mapped kinds whose rows may be a user's, but do not say whose in a column of theirs."""
+    """Return the mapped kinds whose rows may be a user's, but have no column that says whose."""
     user = store.targets.get("user")
     owned = {table.name for _, table in user.owned_tables} if user else set()
     return tuple(
@@ -133,7 +135,7 @@ def _user_columns(target: Target) -> list[sa.Column[Any]]:
 async def _marked(
     engine: AsyncEngine, target: Target, before: datetime
 ) -> AsyncIterator[Sequence[str]]:
-    """The ids of rows marked before then, some at a time."""
+    """Yield the ids of rows marked before then, some at a time."""
     key, mark = _key_and_mark(target)
     page = sa.select(key).where(key.is_not(None), mark < before).order_by(key).limit(_CHUNK)
     ids = await _read(engine, page)
@@ -166,7 +168,7 @@ async def _purge(
     before: datetime,
     now_ms: int,
 ) -> int:
-    """Purge those of these rows that are due, and still marked; how many."""
+    """Purge those of these rows that are due and still marked; return how many."""
     target = store.targets[kind]
     key, mark = _key_and_mark(target)
     # A write that changes nothing: it locks, as SQLite's SELECT cannot.
@@ -185,7 +187,7 @@ async def _purge(
 
 
 async def everything_of(connection: AsyncConnection, store: Store, user: Key) -> list[Key]:
-    """The user, then what is theirs by a column, then what those own."""
+    """Return the user, then the entities with a column that names the user, then what they own."""
     found = [user]
     for kind, target in store.targets.items():
         key = target.table.c[target.mapping.key]
@@ -193,13 +195,13 @@ async def everything_of(connection: AsyncConnection, store: Store, user: Key) ->
             rows = await connection.execute(
                 sa.select(key, column).where(column == user[1], key.is_not(None))
             )
-            # The column's collation may hold another's id for equal. We do not.
+            # The column's collation may consider another id equal. We do not.
             found += [(kind, one) for one, whose in rows if whose == user[1]]
     return await _with_owned(connection, store, found)
 
 
 async def _forget(engine: AsyncEngine, table: sa.Table, which: sa.ColumnElement[bool]) -> int:
-    """Delete these rows of the ledger or quarantine, which have no index for it; how many."""
+    """Delete these rows of the ledger or quarantine, by scanning the table; return how many."""
     svix_id = table.c.svix_id
     page = sa.select(svix_id).where(which).order_by(svix_id).limit(_CHUNK)
     gone = 0
@@ -211,10 +213,10 @@ async def _forget(engine: AsyncEngine, table: sa.Table, which: sa.ColumnElement[
 
 
 async def _forget_mentions(engine: AsyncEngine, user_id: str) -> int:
-    """Delete what quarantine has with this id, and no longer one, in its payload; how many."""
+    """Delete the quarantined events whose payload names exactly this id; return how many."""
     whole = re.compile(rf"(?<![0-9A-Za-z]){re.escape(user_id)}(?![0-9A-Za-z])")
     svix_id, payload = quarantine.c.svix_id, quarantine.c.payload
-    # LIKE takes the `_` of every id for any character.
+    # To LIKE, the `_` in every id would match any character.
     mentions = sa.select(svix_id, payload).where(sa.func.instr(payload, user_id) > 0)
     page = mentions.order_by(svix_id).limit(_PAYLOADS)
     gone = 0
@@ -234,7 +236,7 @@ async def _drop(connection: AsyncConnection, *, table: sa.Table, ids: Sequence[s
 
 
 async def _with_owned(connection: AsyncConnection, store: Store, keys: Sequence[Key]) -> list[Key]:
-    """These entities, and behind them those whose rows they own, each once."""
+    """Expand the entities with everything they own, transitively, without duplicates."""
     kinds = {target.table.name: kind for kind, target in store.targets.items()}
     found = dict.fromkeys(keys)
     waiting = _by_kind(found)
@@ -260,7 +262,7 @@ async def _with_owned(connection: AsyncConnection, store: Store, keys: Sequence[
 async def _references(
     connection: AsyncConnection, target: Target, owned: Owned, ids: Sequence[str]
 ) -> Sequence[Any]:
-    """What owned rows refer to in the rows of these ids."""
+    """Return the values by which owned rows refer to the rows of these ids."""
     if owned.references == target.mapping.key:
         return ids
     column = target.table.c[owned.references]
@@ -271,7 +273,7 @@ async def _references(
 async def _advance(
     connection: AsyncConnection, *, store: Store, keys: Sequence[Key], now_ms: int
 ) -> None:
-    """Bring the state of these entities to where no event is newer; a delete's time stays."""
+    """Set the states of these entities to a version that no event exceeds; keep deletion times."""
     if keys:
         now = time_text(now_ms)
         advance = store.own.advance
@@ -283,7 +285,7 @@ async def _advance(
 async def delete_rows(
     connection: AsyncConnection, *, store: Store, keys: Sequence[Key]
 ) -> Counter[str]:
-    """Delete the rows of these entities with what they own; how many, by table."""
+    """Delete the rows of these entities with their owned rows; return counts by table."""
     removed: Counter[str] = Counter()
 
     async def delete(column: sa.Column[Any], values: Sequence[Any]) -> None:
@@ -329,7 +331,7 @@ async def _rows(engine: AsyncEngine, query: sa.Select[Any]) -> list[tuple[Any, .
 
 
 async def _transacted(engine: AsyncEngine, work: Callable[[AsyncConnection], Awaitable[_T]]) -> _T:
-    """Do the work in one transaction, again while others are in its way."""
+    """Do the work in one transaction, and retry it after a deadlock or a lock wait timeout."""
 
     async def once() -> _T:
         with translate_engine_errors():

@@ -1,7 +1,7 @@
-"""Changes that only time lets in: held for a moment, and tried again beside all others.
+"""Hold changes that another event may unblock, and try them again for up to a second.
 
-A membership may overtake its user, a new account the deletion of the old one with its address,
-and the app may hold the lock of a row. Nearly always that is over within milliseconds.
+A membership may arrive before its user, and a new account before the deletion of the old one with
+its address. The app may have locked a row. Nearly always that is over within milliseconds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Final, Protocol
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Change
     from clerk_sync.outcomes import Answer
     from clerk_sync.telemetry.tracing import Trace
 
@@ -27,7 +27,7 @@ HOLD_LIMIT: Final = 100
 
 
 class Waiter(Protocol):
-    """Where an answer goes, such as a future."""
+    """The receiver of an answer, such as a future."""
 
     def done(self) -> bool: ...
 
@@ -36,11 +36,11 @@ class Waiter(Protocol):
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A change on its way, and who waits for its answer.
+    """A waiting change, and the receiver of its answer.
 
-    `until` is when it is given up, by the monotonic clock, once something was in its way; `held`
-    says that it is going to be tried again. `parked` says that it comes from the quarantine,
-    which keeps it, whatever comes of this.
+    `until` is the monotonic time at which it is given up, None until it is first held. `held` says
+    that it will be tried again. `parked` says that it comes from the quarantine, and stays there
+    unless it is applied.
     """
 
     change: Change
@@ -51,13 +51,13 @@ class Entry:
     parked: bool = False
 
     def resolve(self, answer: Answer) -> None:
-        """Give this answer to who waits, if it is not known yet."""
+        """Give the receiver this answer, unless it has one already."""
         if not self.answer.done():
             self.answer.set_result(answer)
 
 
 class Held:
-    """The changes of one committer that are tried again soon."""
+    """The held changes of one committer."""
 
     def __init__(self, seconds: float = HOLD_SECONDS) -> None:
         self._seconds = seconds
@@ -70,7 +70,7 @@ class Held:
         return len(self._entries)
 
     def hold(self, entry: Entry) -> bool:
-        """Have it tried again; False when its time is over, or too many wait already."""
+        """Hold the change; False when its time is over, or too many are held already."""
         now = time.monotonic()
         if entry.until is None:
             entry.until = now + self._seconds
@@ -85,18 +85,17 @@ class Held:
         return True
 
     def put(self, entries: Iterable[Entry]) -> None:
-        """Have these tried, at least once."""
+        """Add changes that have to be tried at least once."""
         for entry in entries:
             entry.held = True
             self._entries.append(entry)
         self._some.set()
 
     async def take(self, *, least: float) -> list[Entry] | None:
-        """All that are held, after a pause; None once it is closed and nothing is.
+        """Wait for a pause, then return all held changes; None once closed and empty.
 
-        The pause doubles while nothing new is held: each try may use up a number of the
-        database's own, and is work in any case. It is never shorter than `least` seconds, nor
-        longer than HOLD_SECONDS.
+        The pause doubles while no change is added, as each try may use up an AUTO_INCREMENT
+        number. It lasts at least `least` seconds, and at most HOLD_SECONDS.
         """
         await self._some.wait()
         with contextlib.suppress(TimeoutError):
@@ -113,6 +112,6 @@ class Held:
         return taken
 
     def close(self) -> None:
-        """Hold nothing any more: what is tried from now on gets its answer."""
+        """Accept no more changes. The next try answers those that are held."""
         self._closed.set()
         self._some.set()

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
-from clerk_sync.clerk.events import PROBE, PROBE_IDS
+from clerk_sync.clerk.catalog import PROBE, PROBE_IDS
 from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import entities, events, quarantine
 

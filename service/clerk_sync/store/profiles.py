@@ -1,4 +1,4 @@
-"""The read side: users as the app has them, with the rows they own, as the tutorial's function."""
+"""Read users with all columns of their rows, and the rows they own."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ LIMIT: Final = 30
 
 
 async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, Any] | None:
-    """The user of this name with all columns, owned rows nested by their table's name, or None.
+    """Return the user of this name, with owned rows by their table's name; None if there is none.
 
     Raises LookupError when the mapping has no column for Clerk's `username`, and
     DatabaseUnavailable.
@@ -45,7 +45,7 @@ async def named(engine: AsyncEngine, users: Target, username: str) -> dict[str, 
 
 
 async def identified(engine: AsyncEngine, users: Target, clerk_id: str) -> dict[str, Any] | None:
-    """The user of this Clerk id with all columns, or None. Raises DatabaseUnavailable."""
+    """Return the user of this Clerk id, or None. Raises DatabaseUnavailable."""
     with translate_engine_errors():
         async with engine.connect() as connection:
             return await row_of(connection, users, clerk_id)
@@ -54,14 +54,14 @@ async def identified(engine: AsyncEngine, users: Target, clerk_id: str) -> dict[
 async def row_of(
     connection: AsyncConnection, target: Target, clerk_id: str
 ) -> dict[str, Any] | None:
-    """The row of this Clerk id with all columns, or None where it is not, or marked."""
+    """Return the row of this Clerk id; None where there is none, or it is soft-deleted."""
     query = _present(target).where(target.table.c[target.mapping.key] == clerk_id)
     row = (await connection.execute(query)).mappings().first()
     return None if row is None else dict(row)
 
 
 async def some(engine: AsyncEngine, users: Target) -> list[dict[str, Any]]:
-    """At most 30 users with all columns. Raises DatabaseUnavailable."""
+    """Return at most LIMIT users. Raises DatabaseUnavailable."""
     with translate_engine_errors():
         async with engine.connect() as connection:
             rows = await connection.execute(_present(users).limit(LIMIT))
@@ -75,7 +75,7 @@ def _present(users: Target) -> sa.Select[Any]:
 
 
 def to_json(value: object) -> str:
-    """JSON for whatever a table may hold; times are UTC."""
+    """Return the JSON of any value that a table may hold; times are UTC, bytes are base64."""
     text = json.dumps(value, default=_plain, ensure_ascii=False)
     # Half of a surrogate pair, as the app's own JSON may hold, has no UTF-8. This writes it as
     # `\\ud83d`, which is how JSON escapes it.

@@ -1,7 +1,7 @@
-"""Events that could not be applied, kept until somebody mends what they met, or time does.
+"""The quarantine (a dead-letter table): list, count, drop and claim its events.
 
-An event that another one may let in is tried again by itself: a membership whose user is not
-there yet, an address that is not free yet.
+An event that another one may unblock is retried automatically, such as a membership whose user is
+missing, or an account whose address is still taken.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
 
 FIRST_RETRY_MS: Final = 1_000
-# The pause before the next try is up to this part of the time since the first: whatever it
-# waits for, it comes at most a tenth late, and never costs more than some hundred tries.
+# The pause before the next retry is at most this part of the time since the first. So an event is
+# at most a tenth late, after at most some hundred retries.
 RETRY_PART: Final = 10
-# Svix itself sends for 27 hours and 35 minutes what an event may wait for
+# Svix retries the event that this one may wait for over 27 hours and 35 minutes
 # (https://docs.svix.com/retries).
 RETRIED_MS: Final = 28 * 3_600_000
-# One that is still tried after this time wants somebody's look.
+# An event that is still retried after this time needs attention.
 PATIENCE: Final = timedelta(minutes=10)
-# So long a process keeps what it tries to itself.
+# How long a claim lasts, in which no other process retries the event.
 _CLAIMED: Final = timedelta(seconds=30)
 
 
 def first_retry(now_ms: int) -> int:
-    """When an event that just came into quarantine is tried again, in unix milliseconds."""
+    """Return the time of the first retry of an event quarantined now, in unix milliseconds."""
     return next_retry(now_ms, now_ms) or now_ms
 
 
 def next_retry(now_ms: int, since_ms: int) -> int | None:
-    """When an event that was refused again is tried the next time; None when it is not.
+    """Return the time of the next retry in unix milliseconds; None after RETRIED_MS.
 
-    Always at a whole multiple of the pause, which is a second doubled some times: so those that
-    wait for each other, as for a swap, are due at the same moments, however old each is.
+    It is a whole multiple of the pause, which is a second doubled some times. So events that wait
+    for each other, as in a swap of values, are due at the same moments, however old each is.
     """
     age = now_ms - since_ms
     if age >= RETRIED_MS:
@@ -56,9 +56,9 @@ def next_retry(now_ms: int, since_ms: int) -> int | None:
 
 @dataclass(frozen=True, slots=True)
 class Quarantined:
-    """One event in quarantine. `payload` is None where it was never kept.
+    """One event in quarantine. Its times are naive UTC.
 
-    `retry_at` is when it is tried again by itself, None where that would not help.
+    `payload` is None where the body was not kept, `retry_at` where a retry would not help.
     """
 
     svix_id: str
@@ -73,12 +73,12 @@ class Quarantined:
 
     @property
     def since_ms(self) -> int:
-        """When it came into quarantine, in unix milliseconds."""
+        """The time when it was quarantined, in unix milliseconds."""
         return round(self.quarantined_at.replace(tzinfo=UTC).timestamp() * 1000)
 
     @property
     def delivery(self) -> Delivery | None:
-        """The event as it was delivered, to be applied again; None where its payload is not."""
+        """The delivery, to be applied again; None where its payload was not kept."""
         if self.payload is None:
             return None
         return Delivery(self.svix_id, self.since_ms // 1000, self.payload)
@@ -87,10 +87,9 @@ class Quarantined:
 async def listed(
     engine: AsyncEngine, ids: Sequence[str] = (), *, payloads: bool = True
 ) -> list[Quarantined]:
-    """The events in quarantine, oldest first; only these ids, if any are given.
+    """Return the events in quarantine, oldest first; only those with these ids, if any are given.
 
-    Payloads may be a MiB each: without them there is a null in their place. Raises
-    DatabaseUnavailable.
+    Payloads may be a MiB each: with `payloads=False` they are None. Raises DatabaseUnavailable.
     """
     columns = [
         column if payloads or column is not quarantine.c.payload else sa.null().label("payload")
@@ -104,14 +103,14 @@ async def listed(
 
 @dataclass(frozen=True, slots=True)
 class Size:
-    """How many events in quarantine want somebody's look, and how many are tried again."""
+    """The number of events that need attention, and of those that are retried."""
 
     stuck: int
     retried: int
 
 
 async def size(engine: AsyncEngine) -> Size:
-    """Count the events in quarantine; one that is tried for long is in both.
+    """Count the events in quarantine; one that was retried for long counts as both.
 
     Raises DatabaseUnavailable.
     """
@@ -129,7 +128,7 @@ async def size(engine: AsyncEngine) -> Size:
 
 
 async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
-    """Forget these events; how many were there. The ledger keeps its rows.
+    """Delete these events, and return how many there were. The ledger keeps its rows.
 
     Raises DatabaseUnavailable.
     """
@@ -142,7 +141,10 @@ async def drop(engine: AsyncEngine, ids: Sequence[str]) -> int:
 
 
 async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
-    """Those that are due, for this process alone to try. Raises DatabaseUnavailable."""
+    """Claim events that are due, so that only this process retries them, and return them.
+
+    Raises DatabaseUnavailable.
+    """
     now = _now()
     due = sa.select(quarantine).where(quarantine.c.retry_at <= now)
     claimed = []
@@ -160,11 +162,9 @@ async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
 
 
 async def postpone(engine: AsyncEngine, svix_id: str, reason: str, retry_at_ms: int | None) -> None:
-    """Note why it was refused again, and when it is tried the next time.
+    """Store why the event was rejected again, and when it is retried, in unix milliseconds.
 
-    Raises DatabaseUnavailable.
-
-    One that was erased or dropped meanwhile stays away.
+    An event that was erased or dropped meanwhile does not come back. Raises DatabaseUnavailable.
     """
     at = None if retry_at_ms is None else datetime.fromisoformat(time_text(retry_at_ms))
     row = sa.update(quarantine).where(quarantine.c.svix_id == svix_id)
@@ -174,7 +174,7 @@ async def postpone(engine: AsyncEngine, svix_id: str, reason: str, retry_at_ms: 
 
 
 async def next_due(engine: AsyncEngine) -> datetime | None:
-    """When the next one is tried again, as naive UTC. Raises DatabaseUnavailable."""
+    """Return the time of the next retry, as naive UTC. Raises DatabaseUnavailable."""
     with translate_engine_errors():
         async with engine.connect() as connection:
             at: datetime | None = await connection.scalar(

@@ -1,4 +1,4 @@
-"""Trying again what is in quarantine only because another event is not here yet."""
+"""Retry quarantined events that wait for another event."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import structlog
 
 from clerk_sync.clerk.signature import InvalidSignature
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.mapping.model import change_of
+from clerk_sync.mapping.change import Delete, Upsert
+from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Outcome
 from clerk_sync.store import quarantine
 
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
     from sqlalchemy.ext.asyncio import AsyncEngine
 
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Answer
     from clerk_sync.store.committer import Committer
     from clerk_sync.store.quarantine import Quarantined
@@ -35,7 +37,7 @@ _SHORTEST_SECONDS: Final = 0.2
 
 
 class Retries:
-    """One replica's part in it: what is due is tried by whoever claims it first."""
+    """Retry the events that this replica claims. Each is claimed by one replica at a time."""
 
     def __init__(
         self,
@@ -53,7 +55,7 @@ class Retries:
         self._ready = ready
 
     async def keep(self) -> None:
-        """Try what is due, until cancelled."""
+        """Retry events when they are due, until cancelled."""
         while True:
             pause = LOOK_SECONDS
             if self._ready():
@@ -71,7 +73,10 @@ class Retries:
                 pass
 
     async def due(self) -> float:
-        """Try what is due now; in how many seconds to look again. Raises DatabaseUnavailable."""
+        """Retry the events that are due, and return the seconds until the next check.
+
+        Raises DatabaseUnavailable.
+        """
         while due := await quarantine.claim(self._engine, AT_ONCE):
             tried: list[tuple[Quarantined, Change]] = []
             for one in due:
@@ -91,14 +96,14 @@ class Retries:
         return min(max(wait, _SHORTEST_SECONDS), LOOK_SECONDS)
 
     def _change(self, one: Quarantined) -> Change | None:
-        """What the event changes by the mapping as it is now; None when it changes nothing."""
+        """Return the event's change by the current mapping; None when it changes no table."""
         if (delivery := one.delivery) is None:
             return None
         try:
             change = change_of(delivery, self._mapping, instance_id=self._instance_id)
         except InvalidSignature:
             return None
-        return change if change.action is not None else None
+        return change if isinstance(change.effect, Upsert | Delete) else None
 
     async def _note(self, one: Quarantined, change: Change, answer: Answer) -> None:
         if answer.outcome is Outcome.QUARANTINED:
@@ -118,7 +123,7 @@ class Retries:
         )
 
     async def _postpone(self, one: Quarantined, reason: str) -> bool:
-        """Have it tried later; False when its time is over."""
+        """Schedule the next retry; False when its time is over."""
         again = quarantine.next_retry(time.time_ns() // 1_000_000, one.since_ms)
         await quarantine.postpone(self._engine, one.svix_id, reason, again)
         return again is not None

@@ -15,7 +15,7 @@ from typing import Any, Final
 import sqlalchemy as sa
 from sqlalchemy.dialects import mysql, sqlite
 
-from clerk_sync.clerk.events import KINDS
+from clerk_sync.clerk.catalog import KINDS
 from clerk_sync.database.connection import Statement
 from clerk_sync.store.tables import cursors, entities, events, leases, quarantine
 
@@ -154,6 +154,7 @@ QUARANTINE: Final = (
     "quarantined_at",
     "retry_at",
 )
+KEPT: Final = ("reason", "detail", "retry_at")
 
 
 class OwnStatements:
@@ -219,6 +220,12 @@ class OwnStatements:
             QUARANTINE,
             ("svix_id",),
             lambda new: [(name, new[name]) for name in ("reason", "detail", "payload", "retry_at")],
+        )
+        self.keep = compiler.plain(
+            sa.update(quarantine)
+            .ordered_values(*((quarantine.c[name], sa.bindparam(f"new_{name}")) for name in KEPT))
+            .where(quarantine.c.svix_id == sa.bindparam("id")),
+            [*(f"new_{name}" for name in KEPT), "id"],
         )
         self.release = compiler.for_ids(
             lambda ids: sa.delete(quarantine).where(quarantine.c.svix_id.op("IN")(ids))

@@ -1,7 +1,8 @@
-"""One writer: a connection, and how a batch of changes gets through it.
+"""Commit batches of changes over one connection.
 
-What the database refuses is told from the rest of its batch, so that one bad event hurts nobody
-else; what only time lets in is held; what cannot be taken now is the sender's to try again.
+An event that the database rejects is isolated from the rest of its batch, so that it delays no
+other. An event that another one may unblock is held. For one that cannot be written now, the
+sender has to retry.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from enum import Enum, auto
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -24,9 +25,10 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     SchemaChanged,
 )
+from clerk_sync.mapping.change import Change, Delivered, Quarantine, quarantined, without_payload
 from clerk_sync.outcomes import Answer, Outcome, Reason
 from clerk_sync.store.quarantine import first_retry
-from clerk_sync.store.store import FencedOff, quarantined
+from clerk_sync.store.store import FencedOff
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,7 +99,7 @@ class Status:
 
 
 class Writer:
-    """Commits batches by a connection of its own, which is opened when one comes."""
+    """Commit batches over a connection of its own, which the first batch opens."""
 
     def __init__(self, connect: Connect, status: Status, held: Held, metrics: Metrics) -> None:
         self._connect = connect
@@ -109,21 +111,21 @@ class Writer:
         self._unknown = 0
 
     def close(self) -> None:
-        """Close the connection, until the next batch."""
+        """Close the connection. The next batch opens another."""
         if self._connection is not None:
             self._connection.close()
             self._connection = None
             self._status.connections -= 1
 
     async def write(self, batch: Sequence[Entry]) -> bool:
-        """Answer the whole batch, but for what is held; False when there is no database."""
+        """Commit the batch and answer all but the held changes; False without a database."""
         for entry in batch:
             if entry.trace is not None:
                 entry.trace.taken()
         return await self._answered(batch, self._commit)
 
     async def retry(self, batch: Sequence[Entry]) -> bool:
-        """Try changes that were held, again: each gets its answer, or is held on."""
+        """Try held changes again: each is answered, or held on."""
         return await self._answered(batch, self._commit_held)
 
     async def _answered(
@@ -138,7 +140,7 @@ class Writer:
         except FencedOff:
             self._status.fenced = True
         except (SchemaChanged, RejectedByDatabase) as error:
-            # Where not even the quarantine is taken, our own tables are not what they should be.
+            # When even the quarantine is rejected, our own tables are wrong.
             log.error("schema_changed", error=str(error))
             self._status.report(Trouble.SCHEMA)
             answer = Answer(Outcome.UNAVAILABLE, Reason.SCHEMA)
@@ -146,7 +148,7 @@ class Writer:
             connected = self._connection is not None
             self.close()
             if reused and not isinstance(error, Contention):
-                # It may have been cut while it lay idle: once more, on a new one.
+                # It may have been closed while it was idle: try once more, on a new one.
                 return await self._answered(_unanswered(batch), work)
             log.error("database_unavailable", error=str(error))
             self._status.report(Trouble.CONNECTION)
@@ -161,7 +163,7 @@ class Writer:
         return connected or self._status.connections > 0
 
     async def _open(self) -> bool:
-        """Have a connection; whether it is a new one."""
+        """Open a connection unless a usable one is open; return whether it is new."""
         if self._connection is not None:
             if time.monotonic() - self._opened < CONNECTION_SECONDS:
                 return False
@@ -175,7 +177,7 @@ class Writer:
     # A batch
 
     async def _commit(self, batch: Sequence[Entry]) -> None:
-        """Commit and answer the batch, taken apart until what fails stands alone."""
+        """Commit and answer the batch, taken apart until the change that fails stands alone."""
         batch = _unanswered(batch)  # a caller who is gone costs nothing
         if time.monotonic() < self._status.wary_until:
             batch = await self._past_locks(batch)
@@ -202,28 +204,28 @@ class Writer:
             _resolve(batch, answers)
 
     async def _around_locks(self, batch: Sequence[Entry], error: LockWaitTimeout) -> None:
-        """Commit a batch of which something is locked by others."""
+        """Commit a batch in which other transactions have locked a row."""
         await self._rollback()
         self._status.wary_until = time.monotonic() + WARY_SECONDS
         free = await self._past_locks(batch)
         if len(free) < len(batch):
             await self._commit(free)
         elif len(batch) > 1:
-            # Nobody can say whose lock it is: each that meets it waits its full time.
+            # It is not known which change needs the locked row: each waits by itself.
             for entry in batch:
                 await self._commit([entry])
         else:
             self._give_up(batch[0], error)
 
     async def _take_apart(self, batch: Sequence[Entry]) -> None:
-        """Commit a batch of which something is refused."""
+        """Commit a batch of which the database rejects some change."""
         refused: dict[int, RejectedByDatabase | SchemaChanged] = {}
         try:
             refused = await self._refusals(batch)
         except LockWaitTimeout as error:
             await self._around_locks(batch, error)
             return
-        except (RejectedByDatabase, SchemaChanged):  # it is in nobody's row
+        except (RejectedByDatabase, SchemaChanged):  # no row is to blame
             await self._rollback()
         if len(refused) == len(batch) and all(map(_unknown, refused.values())):
             self._count_unknown(refused[0])
@@ -241,10 +243,10 @@ class Writer:
         )
 
     def _set_aside(self, entry: Entry, error: Exception) -> bool:
-        """Deal with a change that failed by itself; False when its place is the quarantine now."""
+        """Answer or hold a change that failed alone; False when it is to be quarantined."""
         change = entry.change
         about = {
-            "svix_id": change.delivery_id,
+            "svix_id": change.svix_id,
             "type": change.type,
             "clerk_id": change.clerk_id,
             "error": str(error),
@@ -254,32 +256,34 @@ class Writer:
             self._status.report(Trouble.SCHEMA)
             entry.resolve(Answer(Outcome.UNAVAILABLE, Reason.SCHEMA))
         elif not isinstance(error, RejectedByDatabase):
-            log.error("internal_error", svix_id=change.delivery_id, exc_info=error)
+            log.error("internal_error", svix_id=change.svix_id, exc_info=error)
             entry.resolve(Answer(Outcome.ERROR, Reason.INTERNAL))
         elif error.reason is None:
             log.error("rejected_by_database", **about)
             entry.resolve(AWAY)
         elif entry.parked:
             entry.resolve(Answer(Outcome.QUARANTINED, error.reason))
-        elif change.reason is not None and change.payload is None:
-            raise error  # not even the quarantine takes it
-        elif change.reason is not None:
+        elif isinstance(change.effect, Quarantine):
             # Larger than the server takes, perhaps: then without the payload.
-            entry.change = replace(change, payload=None, retry_at_ms=None)
+            smaller = without_payload(change)
+            if smaller is None:
+                raise error  # not even the quarantine takes it
+            entry.change = smaller
             return False
         elif not error.depends or not self._held.hold(entry):
             log.warning("rejected_by_database", reason=error.reason.value, **about)
             again = first_retry(_now_ms()) if error.depends else None
             if again is not None:
                 self._status.parked.set()
-            entry.change = quarantined(change, error.reason, str(error), retry_at_ms=again)
+            effect = quarantined(change.effect, error.reason, str(error), retry_at_ms=again)
+            entry.change = Change(change.source, effect)
             return False
         return True
 
     def _count_unknown(self, error: Exception) -> None:
-        """Count a refusal of everything.
+        """Count a batch of which every change was rejected with an unknown number.
 
-        Raises DatabaseUnavailable when it is the connection's fault.
+        Raises DatabaseUnavailable after UNKNOWN_LIMIT in a row, as the connection is to blame.
         """
         self._unknown += 1
         if self._unknown >= UNKNOWN_LIMIT:
@@ -288,7 +292,7 @@ class Writer:
             )
 
     async def _past_locks(self, batch: Sequence[Entry]) -> Sequence[Entry]:
-        """The changes whose rows nobody has locked; the others are held, or given up."""
+        """Return the changes whose rows are not locked; hold the others, or give them up."""
         store = self._status.store
         if store is None or not self._status.skips_locked or not batch:
             return batch
@@ -308,13 +312,16 @@ class Writer:
         return [entry for place, entry in enumerate(batch) if place not in locked]
 
     def _give_up(self, entry: Entry, error: LockWaitTimeout) -> None:
-        log.warning("row_locked", svix_id=entry.change.delivery_id, error=str(error))
+        log.warning("row_locked", svix_id=entry.change.svix_id, error=str(error))
         entry.resolve(AWAY)
 
     # What was held
 
     async def _commit_held(self, batch: Sequence[Entry]) -> None:
-        """Commit what is let in by now, as one transaction, in which unique values may swap."""
+        """Commit the held changes that are accepted by now, in one transaction.
+
+        Its rows may swap unique values.
+        """
         tried = await self._past_locks(_unanswered(batch))
         rest: list[Entry] = []
         try:
@@ -337,16 +344,16 @@ class Writer:
             await self._rollback()
             waiting = [entry for entry in _unanswered(tried) if entry not in rest]
             rest += [entry for entry in waiting if not self._held.hold(entry)]
-        # For the quarantine; or it has had its time, and ends here, whatever it meets.
+        # These go to the quarantine, or their time is over.
         await self._commit(rest)
 
     async def _swappable(self, conflicting: list[Entry]) -> list[Entry]:
-        """Those that are let in when all of them first give up their unique values."""
+        """Return those that are accepted when all of them first give up their unique values."""
         while len(conflicting) > 1:
             refused = await self._refusals(conflicting, vacating=conflicting)
             if not refused:
                 return conflicting
-            # One that is refused gives up no value: without it, others may be refused.
+            # A rejected one gives up no value, so without it others may be rejected.
             conflicting = [one for place, one in enumerate(conflicting) if place not in refused]
         return []
 
@@ -394,18 +401,18 @@ class Writer:
             self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
             committed_ms = _now_ms()
             for entry, answer in zip(batch, answers, strict=True):
-                change = entry.change
-                # One that is sent again, by Svix or by hand, had its effect before; and how long
-                # one was in quarantine says nothing of how late events are.
+                source = entry.change.source
+                # A replayed event had its effect before, and time spent in quarantine says nothing
+                # about how late events arrive.
                 known = entry.parked or answer.outcome is Outcome.DUPLICATE
-                if change.event_ms and change.delivery_id is not None and not known:
-                    self._metrics.event_age.observe(max(0, committed_ms - change.event_ms) / 1000)
+                if isinstance(source, Delivered) and source.event_ms and not known:
+                    self._metrics.event_age.observe(max(0, committed_ms - source.event_ms) / 1000)
             return answers
 
         return await self._persistently(apply)
 
     async def _persistently(self, work: Callable[[], Awaitable[_T]]) -> _T:
-        """Do the work, again while other transactions are in its way."""
+        """Do the work, and retry it after a deadlock."""
         try:
             return await work()
         except Contention:
@@ -424,7 +431,7 @@ class Writer:
 
 
 def _unknown(error: Exception) -> bool:
-    """Whether the database refused by a number that nobody knows."""
+    """Return whether the database rejected it with an error number that is not known."""
     return isinstance(error, RejectedByDatabase) and error.reason is None
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from clerk_sync.clerk.api import ClerkRefused, DeletionUnconfirmed
-from clerk_sync.clerk.events import LISTED
+from clerk_sync.clerk.catalog import LISTED
 from clerk_sync.clerk.listing import read_on
 from clerk_sync.outcomes import Verdict
 from clerk_sync.sync.safety import is_clerk_id

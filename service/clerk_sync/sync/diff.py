@@ -9,19 +9,20 @@ from collections import defaultdict
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Final
 
-from clerk_sync.clerk.events import Action
 from clerk_sync.database.connection import COMMIT
+from clerk_sync.mapping.change import ApiRead, Change, Delete
 from clerk_sync.outcomes import Verdict
 from clerk_sync.store.sql import union
+from clerk_sync.store.store import encoded
 from clerk_sync.store.values import InvalidValue, as_text, read_time_ms
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from clerk_sync.database.connection import Connection, Step
-    from clerk_sync.mapping.model import Change
+    from clerk_sync.mapping.change import Key, Upsert
     from clerk_sync.outcomes import Reason
-    from clerk_sync.store.store import Key, Store
+    from clerk_sync.store.store import Store
     from clerk_sync.store.target import Target
 
 # Clerk's API may lag behind its own webhooks: what they brought within this time stays.
@@ -78,22 +79,22 @@ async def states_of(
 
 
 async def compare(
-    connection: Connection, store: Store, kind: str, changes: Sequence[Change]
+    connection: Connection, store: Store, kind: str, upserts: Sequence[Upsert], read: ApiRead
 ) -> list[Comparison]:
-    """Compare each change, made from an object that Clerk's API gave for one kind, with its row.
+    """Compare the upserts of one read of this kind with their rows, in one round trip.
 
-    One round trip. Raises DatabaseUnavailable.
+    Raises DatabaseUnavailable.
     """
-    if not changes:
+    if not upserts:
         return []
     target = store.targets[kind]
     rows: dict[str, list[Any] | InvalidValue] = {}
     wanted: dict[str, set[str]] = defaultdict(set)
-    for change in changes:
-        clerk_id = change.clerk_id or ""
+    for upsert in upserts:
+        _, clerk_id = upsert.entity
         wanted[kind].add(clerk_id)
         try:
-            row = target.row(clerk_id, change.row or {})
+            row = target.row(clerk_id, upsert.values)
         except InvalidValue as error:
             rows[clerk_id] = error
             continue
@@ -106,10 +107,8 @@ async def compare(
     states = _states(known.rows)
     there = {as_text(row[0]): row for row in stored.rows}
     return [
-        _compare_one(
-            change, store, rows[change.clerk_id or ""], there.get(change.clerk_id or ""), states
-        )
-        for change in changes
+        _compare_one(one, store, rows[one.entity[1]], there.get(one.entity[1]), states, read=read)
+        for one in upserts
     ]
 
 
@@ -127,18 +126,21 @@ def _states(rows: Sequence[Sequence[Any]]) -> dict[Key, State]:
 
 
 def _compare_one(
-    change: Change,
+    upsert: Upsert,
     store: Store,
     row: list[Any] | InvalidValue,
     stored: Sequence[Any] | None,
     states: dict[Key, State],
+    *,
+    read: ApiRead,
 ) -> Comparison:
-    clerk_id = change.clerk_id or ""
-    target = store.targets[change.kind or ""]
-    state = states.get((change.kind or "", clerk_id))
+    kind, clerk_id = upsert.entity
+    target = store.targets[kind]
+    state = states.get(upsert.entity)
     if state is not None and state.deleted_ms is not None:
-        conflict = change.event_ms - state.deleted_ms > SETTLED_MS
-        return replace(orphaned(change, target, stored, state.deleted_ms), conflict=conflict)
+        conflict = read.began_ms - state.deleted_ms > SETTLED_MS
+        delete = Delete(upsert.entity, state.deleted_ms)
+        return replace(orphaned(delete, read, target, stored), conflict=conflict)
     if isinstance(row, InvalidValue):
         return Comparison(clerk_id, Verdict.UNFIT, None, reason=row.reason)
     for owner in target.owners_of(row):
@@ -146,16 +148,17 @@ def _compare_one(
         if its is not None and store.has_no_row(
             owner[0], its.version_ms, deleted=its.deleted_ms is not None
         ):
-            return orphaned(change, target, stored, change.event_ms)
+            return orphaned(Delete(upsert.entity, read.began_ms), read, target, stored)
     places = target.differing(row, stored) if stored is not None else []
     # An object without a time of its own has the time of the request as its version.
-    dated = change.version_ms != change.event_ms
-    behind = state is None or (state.version_ms < change.version_ms and (dated or bool(places)))
+    version_ms, event_ms, _ = upsert.version
+    dated = version_ms != event_ms
+    behind = state is None or (state.version_ms < version_ms and (dated or bool(places)))
     # A little ahead may be how Clerk writes its times; far ahead would keep real updates out.
-    far = state is not None and state.version_ms > change.version_ms + SETTLED_MS
+    far = state is not None and state.version_ms > version_ms + SETTLED_MS
     if stored is not None and not places and not behind and not far:
         return Comparison(clerk_id, Verdict.SAME)
-    change = replace(change, row=None, fitted=row)
+    change = Change(read, encoded(upsert, row))
     differences = tuple(
         Difference(target.names[place], row[place], stored[place])
         for place in places
@@ -165,28 +168,19 @@ def _compare_one(
         verdict = Verdict.MISSING if stored is None else Verdict.OUTDATED
         return Comparison(clerk_id, verdict, change, differences)
     verdict = Verdict.MISSING if stored is None else Verdict.DRIFTED
-    if state.version_ms == change.version_ms and state.event_ms < change.event_ms:
+    if state.version_ms == version_ms and state.event_ms < event_ms:
         return Comparison(clerk_id, verdict, change, differences)
-    if state.synced_ms > change.event_ms - SETTLED_MS:
+    if state.synced_ms > event_ms - SETTLED_MS:
         return Comparison(clerk_id, Verdict.NEWER)
     return Comparison(clerk_id, verdict, change, differences, ahead=state)
 
 
 def orphaned(
-    change: Change, target: Target, stored: Sequence[Any] | None, deleted_ms: int
+    delete: Delete, read: ApiRead, target: Target, stored: Sequence[Any] | None
 ) -> Comparison:
-    """Compare an object that is deleted with its row, which has to be gone or marked."""
-    clerk_id = change.clerk_id or ""
+    """Compare a deleted object with its row, which has to be gone, or marked."""
+    _, clerk_id = delete.entity
     mark = target.mapping.mark
     if stored is None or (mark is not None and stored[-1] is not None):
         return Comparison(clerk_id, Verdict.NEWER)
-    delete = replace(
-        change,
-        action=Action.DELETE,
-        version_ms=0,
-        event_ms=deleted_ms,
-        row=None,
-        claims=None,
-        fitted=None,
-    )
-    return Comparison(clerk_id, Verdict.DELETED, delete)
+    return Comparison(clerk_id, Verdict.DELETED, Change(read, delete))

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from clerk_sync.clerk import events
 from clerk_sync.clerk.events import InvalidEvent
-from clerk_sync.mapping.model import change_for
+from clerk_sync.mapping.change import ApiRead, Change
+from clerk_sync.mapping.ingest import upsert_of
 from clerk_sync.outcomes import Outcome, Reason
 from clerk_sync.store import profiles
 
@@ -101,10 +102,11 @@ class Ensure:
             # No delete: who asked may be ahead of Clerk's API, and a tombstone is for good.
             return Ensured(None)
         try:
-            change = change_for(events.read("user", read.json, at_ms=read.began_ms), self._mapping)
+            event = events.read("user", read.json, at_ms=read.began_ms)
+            upsert = upsert_of(event, self._mapping.tables["user"])
         except InvalidEvent as error:
             return Ensured(None, Outcome.QUARANTINED, error.reason)
-        answer = await self._committer.commit(change)
+        answer = await self._committer.commit(Change(ApiRead(read.began_ms), upsert))
         if answer.outcome in (Outcome.UNAVAILABLE, Outcome.ERROR, Outcome.QUARANTINED):
             return Ensured(None, answer.outcome, answer.reason)
         return Ensured(await profiles.identified(self._engine, users, user_id))

@@ -8,11 +8,10 @@ from typing import TYPE_CHECKING, Any, Final
 import structlog
 
 from clerk_sync.clerk.api import DeletionUnconfirmed, Read
-from clerk_sync.clerk.events import READ, Action
 from clerk_sync.clerk.listing import AT_ONCE, Page, SeenIds, each_page, ranges_of
 from clerk_sync.clock import now_ms
 from clerk_sync.database.connection import COMMIT
-from clerk_sync.mapping.model import Change
+from clerk_sync.mapping.change import ApiRead, Delete
 from clerk_sync.store import erasure
 from clerk_sync.store.target import IDS_LIMIT
 from clerk_sync.store.values import as_text
@@ -253,9 +252,9 @@ class Reconcile:
         """What deletes a row, if Clerk confirms that its object is gone; else None."""
         kind, clerk_id = target.mapping.kind, as_text(row[0])
         now = now_ms()
-        delete = Change(None, READ, kind, Action.DELETE, clerk_id, event_ms=now)
+        read_now = ApiRead(now)
         if state is not None and state.deleted_ms is not None:
-            return orphaned(delete, target, row, state.deleted_ms)
+            return orphaned(Delete((kind, clerk_id), state.deleted_ms), read_now, target, row)
 
         def value(expression: str) -> object:
             name = target.mapping.column_of(expression)
@@ -283,4 +282,4 @@ class Reconcile:
                 if read is not None:
                     await self._repairer.repair(kind, [read.json], began_ms=read.began_ms)
                     return None
-        return orphaned(delete, target, row, now)
+        return orphaned(Delete((kind, clerk_id), now), read_now, target, row)

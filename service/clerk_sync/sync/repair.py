@@ -22,7 +22,8 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     SchemaChanged,
 )
-from clerk_sync.mapping.model import change_for
+from clerk_sync.mapping.change import ApiRead, Upsert
+from clerk_sync.mapping.ingest import upsert_of
 from clerk_sync.outcomes import Outcome, Reason, Verdict
 from clerk_sync.store.lease import LeaseLost
 from clerk_sync.store.store import FencedOff
@@ -38,7 +39,8 @@ if TYPE_CHECKING:
     from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
     from clerk_sync.database.connection import Connection, Step
-    from clerk_sync.mapping.model import Change, Mapping
+    from clerk_sync.mapping.change import Change
+    from clerk_sync.mapping.model import Mapping
     from clerk_sync.outcomes import Answer
     from clerk_sync.store.committer import Committer
     from clerk_sync.store.store import Store
@@ -108,15 +110,16 @@ class Repairer:
             tally.found[Verdict.UNFIT] -= len(objects)
         else:
             tally.read += len(objects)
-        changes = self._changes(kind, objects, began_ms, tally)
-        if not changes:
+        upserts = self._upserts(kind, objects, began_ms, tally)
+        if not upserts:
             return []
-        if kind in self._all_new and await self._insert(kind, list(changes.values())):
-            tally.found[Verdict.MISSING] += len(changes)
-            tally.written += len(changes)
+        if kind in self._all_new and await self._insert(kind, upserts):
+            tally.found[Verdict.MISSING] += len(upserts)
+            tally.written += len(upserts)
             return []
+        read = ApiRead(began_ms)
         found = await self.reading(
-            lambda connection: compare(connection, self.store, kind, list(changes.values()))
+            lambda connection: compare(connection, self.store, kind, upserts, read)
         )
         for one in found:
             if one.verdict is Verdict.UNFIT:
@@ -150,7 +153,7 @@ class Repairer:
         else:
             self._all_new.discard(kind)
 
-    async def _insert(self, kind: str, changes: Sequence[Change]) -> bool:
+    async def _insert(self, kind: str, upserts: Sequence[Upsert]) -> bool:
         """Insert all of these; False, and nothing is written, if one of them is not new.
 
         Raises LeaseLost.
@@ -158,7 +161,7 @@ class Repairer:
 
         async def insert(connection: Connection) -> bool:
             try:
-                await self.store.insert(connection, kind, changes, now_ms=now_ms())
+                await self.store.insert(connection, kind, upserts, now_ms=now_ms())
             except FencedOff as error:
                 raise LeaseLost(str(error)) from None
             except (RejectedByDatabase, Contention, LockWaitTimeout, SchemaChanged):
@@ -168,13 +171,14 @@ class Repairer:
 
         return await self.reading(insert)
 
-    def _changes(
+    def _upserts(
         self, kind: str, objects: Sequence[dict[str, Any]], began_ms: int, tally: Tally
-    ) -> dict[str, Change]:
-        changes = {}
+    ) -> list[Upsert]:
+        table = self._mapping.tables[kind]
+        upserts: dict[str, Upsert] = {}
         for data in objects:
             try:
-                change = change_for(events.read(kind, data, at_ms=began_ms), self._mapping)
+                upsert = upsert_of(events.read(kind, data, at_ms=began_ms), table)
             except InvalidEvent as error:
                 log.warning(
                     "invalid_value",
@@ -185,16 +189,18 @@ class Repairer:
                 )
                 tally.found[Verdict.UNFIT] += 1
                 continue
-            changes[change.clerk_id or ""] = change
-        return changes
+            upserts[upsert.entity[1]] = upsert
+        return [*upserts.values()]
 
     async def rewind(self, kind: str, one: Comparison) -> None:
         """Lower the version of an entity that is ahead, so that Clerk's is newer again."""
         if self._committer is None or one.ahead is None or one.repair is None:
             return
-        seen = (one.ahead.version_ms, one.ahead.event_ms)
-        # Without an event's time, so that the repair, which has one, is newer.
-        await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=one.repair.version_ms))
+        match one.repair.effect:
+            case Upsert(version=(version_ms, _, _)):
+                seen = (one.ahead.version_ms, one.ahead.event_ms)
+                # Without an event's time, so that the repair, which has one, is newer.
+                await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=version_ms))
 
     async def apply(self, kind: str, found: Sequence[Comparison]) -> list[str]:
         """Write these repairs, and count what became of them.

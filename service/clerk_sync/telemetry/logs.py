@@ -1,4 +1,4 @@
-"""Logging: one JSON object per line, or plain text on a terminal; never a body, never a secret."""
+"""Log one JSON object per line, or plain text on a terminal; never a body, never a secret."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
 
-def hush() -> None:
-    """Silence the libraries that quote data or secrets, or let strangers fill the log."""
+def silence_noisy_loggers() -> None:
+    """Silence the libraries that quote data or secrets, or log what unverified clients send."""
     # The last one quotes headers that it cannot read, and they hold a collector's token.
     quoting = ("asyncmy", "sqlalchemy", "opentelemetry.util.re")
     for name in (*quoting, "aiohttp.server", "aiohttp.access"):
@@ -28,8 +28,8 @@ def hush() -> None:
 def configure(level: str, format_: str | None, *, file: TextIO | None = None) -> None:
     """Set up structlog, and send what libraries log the same way.
 
-    Libraries are heard from warnings on. The database driver and aiohttp's server are not:
-    the one quotes rows, the other lets any stranger fill the log with broken requests.
+    Libraries are logged from warnings on. The database driver and aiohttp's server are not: the
+    one quotes rows, and with the other any client could fill the log with broken requests.
     """
     file = file or sys.stdout
     as_json = (format_ or ("console" if file.isatty() else "json")) == "json"
@@ -47,7 +47,7 @@ def configure(level: str, format_: str | None, *, file: TextIO | None = None) ->
     handler = _Forward(logging.WARNING)
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
     stamina.instrumentation.set_on_retry_hooks([_retried])
-    hush()
+    silence_noisy_loggers()
 
 
 def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
@@ -70,7 +70,7 @@ def _stamped(_: Any, level: str, event: MutableMapping[str, Any]) -> MutableMapp
 
 
 def _retried(details: stamina.instrumentation.RetryDetails) -> None:
-    """In words of our own: the library's line quotes what a call was given."""
+    """Log a retry in our own words, as the library's line quotes the arguments of the call."""
     structlog.get_logger().warning(
         "retry",
         error=str(details.caused_by),
@@ -79,10 +79,10 @@ def _retried(details: stamina.instrumentation.RetryDetails) -> None:
     )
 
 
-class Ration:
-    """At most so many lines of a kind in a minute; one more then says how many were left out.
+class LogRateLimiter:
+    """Limits the lines per kind and minute, and then logs how many were dropped.
 
-    A kind is the fields that its lines have in common. There have to be few of them.
+    A kind is the fields that its lines have in common. There have to be few kinds.
     """
 
     def __init__(self, *, lines: int = 10, seconds: float = 60.0) -> None:
@@ -91,7 +91,7 @@ class Ration:
         self._counts: dict[tuple[tuple[str, str | None], ...], int] = {}
 
     def allows(self, **kind: str | None) -> bool:
-        """Whether one more line of this kind may be written now."""
+        """Count a line of this kind, and return whether it may be logged."""
         key = tuple(kind.items())
         if key not in self._counts:
             self._counts[key] = 0
@@ -100,7 +100,7 @@ class Ration:
         return self._counts[key] <= self._lines
 
     def end(self) -> None:
-        """Say now what was left out."""
+        """Log now how many lines were dropped."""
         for key in [*self._counts]:
             self._end(key)
 
@@ -113,7 +113,7 @@ class Ration:
 
 
 class _Forward(logging.Handler):
-    """Hands a library's record to structlog."""
+    """Passes a library's records to structlog."""
 
     def emit(self, record: logging.LogRecord) -> None:
         structlog.get_logger().log(

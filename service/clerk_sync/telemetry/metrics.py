@@ -16,8 +16,6 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from clerk_sync import __version__
-from clerk_sync.clerk import samples
-from clerk_sync.clerk.events import LISTED, PROBE
 from clerk_sync.outcomes import (
     DRIFTS,
     QUARANTINES,
@@ -30,7 +28,6 @@ from clerk_sync.outcomes import (
 )
 
 OTHER: Final = "other"
-TYPES: Final = (*samples.TYPES, PROBE, OTHER)
 CLERK_STATUSES: Final = ("200", "404", "429", "4xx", "5xx", "none", "other")
 SETTLED: Final = (
     Outcome.APPLIED,
@@ -52,7 +49,6 @@ SECRETS: Final = (
     "api_key",
     "app_token",
 )
-_KNOWN: Final = frozenset(TYPES)
 _VERSION: Final = re.compile(r"[0-9]{1,3}(\.[0-9]{1,3}){0,3} *", re.ASCII)
 
 _Made = TypeVar("_Made", bound=MetricWrapperBase)
@@ -65,7 +61,16 @@ class Metrics:
     of its series from the start. `units` has the units by name, as the registry has it.
     """
 
-    def __init__(self) -> None:
+    def __init__(
+        self, *, event_types: Iterable[str], probe_type: str, kinds: Iterable[str]
+    ) -> None:
+        """Declare them for these event types, and for these kinds of objects in Clerk's API.
+
+        An event of `probe_type` is counted, but is no sign that Clerk's events arrive.
+        """
+        types = (*event_types, probe_type, OTHER)
+        self._kinds = tuple(kinds)
+        self._probe_type = probe_type
         self.registry = CollectorRegistry()
         self.units: dict[str, str] = {}
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
@@ -78,7 +83,7 @@ class Metrics:
             "Verified events by Clerk's type and what became of them. A probe's type is its own; "
             "types that Clerk does not have yet are other.",
             "events",
-            type=(*samples.TYPES, PROBE, OTHER),
+            type=types,
             outcome=SETTLED,
         )
         self.rejected = self._counter(
@@ -98,7 +103,7 @@ class Metrics:
         )
         self.unread = self._counter(
             "unread",
-            "Requests answered 503 before their signature was looked at. Anybody can make such.",
+            "Requests answered 503 before their signature was verified. Anybody can send them.",
             "requests",
         )
         self.errors = self._counter(
@@ -194,19 +199,19 @@ class Metrics:
             "clerk_entities",
             "Objects that Clerk counted when it was last asked, by whichever process.",
             "objects",
-            kind=LISTED,
+            kind=self._kinds,
         )
         self.table_entities = self._gauge(
             "table_entities",
             "Rows that the mapped table had at the same time, without marked ones.",
             "rows",
-            kind=LISTED,
+            kind=self._kinds,
         )
         self.drift = self._gauge(
             "reconcile_drift_entities",
             "What the last reconcile found out of step, wherever it ran.",
             "rows",
-            kind=LISTED,
+            kind=self._kinds,
             drift=DRIFTS,
         )
         self.reconcile_result = self._gauge(
@@ -235,7 +240,7 @@ class Metrics:
         # Looking a child up by its labels takes a lock: the hot path has them ready.
         self._outcomes = {
             (type_, outcome): self.outcomes.labels(type_, outcome.value)
-            for type_ in (*samples.TYPES, PROBE, OTHER)
+            for type_ in types
             for outcome in SETTLED
         }
         self._rejected = {reason: self.rejected.labels(reason.value) for reason in REJECTIONS}
@@ -316,7 +321,7 @@ class Metrics:
             self.reconcile_result.labels(one.value).set(one is ending)
         self.reconcile_finished.set(finished)
         self.reconcile_seconds.set(seconds)
-        for kind in LISTED:
+        for kind in self._kinds:
             for name in DRIFTS:
                 self.drift.labels(kind, name.value).set(drift.get(kind, {}).get(name.value, 0))
 
@@ -338,9 +343,9 @@ class Metrics:
         """Count one answered delivery; the exemplar is of its trace, if that is kept."""
         self.request_seconds.observe(seconds, exemplar)
         if answer.outcome in SETTLED:
-            known = type_ if type_ in _KNOWN else OTHER
-            self._outcomes[known or OTHER, answer.outcome].inc()
-            if type_ != PROBE:  # it says nothing about whether Clerk's events come
+            known = self._outcomes.get((type_ or OTHER, answer.outcome))
+            (known or self._outcomes[OTHER, answer.outcome]).inc()
+            if type_ != self._probe_type:
                 self.last_success.set(now)
             if answer.outcome is Outcome.QUARANTINED and answer.reason is not None:
                 self._quarantined[answer.reason].inc()

@@ -1,4 +1,4 @@
-"""A delivery's way in spans: the request, and in it verify, queue and apply.
+"""Trace a delivery in spans: the request, and in it verify, queue and apply.
 
 Imported only where traces are asked for. While it is under way a delivery only notes times;
 spans are made once it is known who sent it, so that a stranger's `traceparent` is never
@@ -36,10 +36,6 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from opentelemetry.sdk.trace import SpanProcessor
-
-    from clerk_sync.clerk.signature import Delivery
-    from clerk_sync.mapping.model import Change
-    from clerk_sync.outcomes import Answer
 
 # What waits to be sent when the process ends has this long.
 _FLUSH_SECONDS: Final = 2.0
@@ -103,30 +99,30 @@ class Trace:
         self._span: Span | None = None
 
     def verifying(self) -> None:
-        """The body is read, its signature is looked at."""
+        """Note that the body is read, and its signature is being verified."""
         self._verifying = time.time_ns()
 
     def verified(self, headers: Mapping[str, str]) -> None:
-        """It is Clerk's: whoever began a trace on its way is followed."""
+        """Note that the signature is valid, and continue the trace that the headers name."""
         self._verified = time.time_ns()
         self._span = self._request(_PROPAGATOR.extract(headers, Context()))
 
     def queued(self) -> None:
-        """It waits for a writer."""
+        """Note that it waits for a writer."""
         self._queued = time.time_ns()
 
     def taken(self) -> None:
-        """A writer has it. On a second connection it has it still."""
+        """Note that a writer has it. A second attempt changes nothing."""
         self._taken = self._taken or time.time_ns()
 
     def settled(self, events: int) -> None:
-        """Its transaction is over, with so many events in it, whatever became of them."""
+        """Note that its transaction, with so many events, is over."""
         self._settled = time.time_ns()
         self._batch = events
 
     @property
     def exemplar(self) -> dict[str, str] | None:
-        """What leads from a metric to this trace, if it is kept."""
+        """The labels that lead from a metric to this trace; None if it is not sampled."""
         context = self._span.get_span_context() if self._span is not None else None
         if context is None or not context.trace_flags.sampled:
             return None
@@ -135,24 +131,33 @@ class Trace:
             "span_id": format_span_id(context.span_id),
         }
 
-    def answered(self, answer: Answer, delivery: Delivery | None, change: Change | None) -> None:
-        """The answer is known: end the request's span, and make those of its parts."""
+    def answered(
+        self,
+        status: int,
+        outcome: str,
+        reason: str | None,
+        *,
+        svix_id: str | None,
+        type_: str | None,
+        clerk_id: str | None,
+    ) -> None:
+        """End the request's span with its HTTP status and outcome, and make those of its parts."""
         now = time.time_ns()
         span = self._span = self._span or self._request(Context())
         if not span.is_recording():
             return
-        about = {
-            "http.response.status_code": answer.status,
-            "clerk_sync.outcome": answer.outcome.value,
-            "clerk_sync.reason": answer.reason.value if answer.reason else None,
-            "clerk_sync.svix_id": delivery.id if delivery else None,
-            "clerk_sync.type": change.type if change else None,
-            "clerk_sync.clerk_id": change.clerk_id if change else None,
+        about: dict[str, str | int | None] = {
+            "http.response.status_code": status,
+            "clerk_sync.outcome": outcome,
+            "clerk_sync.reason": reason,
+            "clerk_sync.svix_id": svix_id,
+            "clerk_sync.type": type_,
+            "clerk_sync.clerk_id": clerk_id,
         }
         span.set_attributes({name: value for name, value in about.items() if value is not None})
-        if answer.status >= 500:  # noqa: PLR2004 -- of a 4xx the caller is at fault
+        if status >= 500:  # noqa: PLR2004 -- of a 4xx the caller is at fault
             span.set_status(Status(StatusCode.ERROR))
-            span.set_attribute("error.type", str(answer.reason or answer.outcome))
+            span.set_attribute("error.type", reason or outcome)
         context = set_span_in_context(span, Context())
         self._part("verify", context, self._verifying, self._verified or now)
         self._part("queue", context, self._queued, self._taken or now)

@@ -7,10 +7,10 @@ from itertools import chain
 
 import pytest
 
+from clerk_sync.http.responses import response_to
 from clerk_sync.outcomes import (
     QUARANTINES,
     REJECTIONS,
-    STATUS,
     UNAVAILABILITIES,
     Answer,
     Outcome,
@@ -56,32 +56,35 @@ ANSWERS = [
     ],
 )
 def test_each_outcome_has_its_status(outcome: str, reason: str | None, status: int) -> None:
-    assert Answer(Outcome(outcome), Reason(reason) if reason else None).status == status
+    answer = Answer(Outcome(outcome), Reason(reason) if reason else None)
+    assert response_to(answer).status == status
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
-def test_every_answer_is_a_status_and_a_short_json_object(answer: Answer) -> None:
-    assert answer.status in set(STATUS.values())
+def test_every_response_is_a_short_json_object(answer: Answer) -> None:
+    response = response_to(answer)
+    assert response.headers["Content-Type"] == "application/json"
     expected = {"outcome": answer.outcome.value}
     if answer.reason:
         expected["reason"] = answer.reason.value
-    assert json.loads(answer.body) == expected
-    assert len(answer.body) < 100
+    assert json.loads(response.body) == expected
+    assert len(response.body) < 100
 
 
 def test_the_body_is_as_documented() -> None:
-    assert Answer(Outcome.APPLIED).body == b'{"outcome": "applied"}'
+    assert response_to(Answer(Outcome.APPLIED)).body == b'{"outcome": "applied"}'
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 def test_only_what_may_succeed_later_is_to_be_sent_again(answer: Answer) -> None:
-    assert ("Retry-After" in answer.headers) == (answer.status == 503)
-    assert int(answer.headers.get("Retry-After", 1)) > 0
+    response = response_to(answer)
+    assert ("Retry-After" in response.headers) == (response.status == 503)
+    assert int(response.headers.get("Retry-After", 1)) > 0
 
 
 @pytest.mark.parametrize("answer", ANSWERS, ids=str)
 def test_only_another_instances_deliveries_are_stopped(answer: Answer) -> None:
-    assert answer.headers.get("webhook-delivery") == (
+    assert response_to(answer).headers.get("webhook-delivery") == (
         "abort-message" if answer.reason is Reason.INSTANCE else None
     )
 
@@ -91,5 +94,5 @@ def test_every_reason_belongs_to_exactly_one_outcome() -> None:
 
 
 def test_svix_counts_as_success_only_what_is_settled() -> None:
-    successes = {answer.outcome for answer in ANSWERS if answer.status // 100 == 2}
+    successes = {answer.outcome for answer in ANSWERS if response_to(answer).status // 100 == 2}
     assert successes == {*map(Outcome, SETTLED), Outcome.QUARANTINED}
