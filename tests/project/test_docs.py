@@ -271,7 +271,7 @@ def test_spans_are_those_of_the_code() -> None:
 
 def test_internal_paths_are_those_of_the_code() -> None:
     found = re.findall(
-        r'add_(\w+)\("(/[^"]+)"', (SOURCE / "http" / "internal.py").read_text("utf-8")
+        r'web\.(get|post)\("(/[^"]+)"', (SOURCE / "http" / "internal.py").read_text("utf-8")
     )
     routes = [("" if method == "get" else f"{method.upper()} ") + path for method, path in found]
     routes = [route.replace("{user_id}", "USER_ID") for route in routes]
