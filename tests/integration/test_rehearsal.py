@@ -12,7 +12,11 @@ import sqlalchemy as sa
 
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping import loader
-from clerk_sync.schema import checks, rehearsal
+from clerk_sync.schema import rehearsal
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.migrate import migrate
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.store import erasure
 from tests.histories import NOW, OWN, Clerk, Database, mapped
 
@@ -80,11 +84,11 @@ async def tried(database: Database, text: str, *ddl: str) -> Rehearsed | tuple[s
     """What was found by trying; where looking was enough, the faults."""
     await database.ddl(*ddl)
     mapping = mapped(text)
-    await checks.migrate(database.engine, mapping)
-    live = await checks.reflected(database.engine, mapping)
+    await migrate(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
+        store_of(mapping, live)
+    except SchemaMismatch as error:
         return error.faults
     before = await counted(database, mapping, live)
     found = await rehearsal.rehearse(database.engine, mapping, live)
@@ -218,8 +222,8 @@ async def test_the_presets_are_tried(database: Database, preset: str) -> None:
             maker(NAME, "display_name VARCHAR(255)", "img_url VARCHAR(255)", name="users"),
             maker("user_id BIGINT", name="blocks"),
         )
-    await checks.migrate(database.engine, mapping)
-    live = await checks.reflected(database.engine, mapping)
+    await migrate(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     found = await rehearsal.rehearse(database.engine, mapping, live)
     tables = [table.table for table in mapping.tables.values()]
     assert found == rehearsal.Rehearsed(tables, [], [])
@@ -532,7 +536,7 @@ async def test_a_history_that_keeps_what_is_erased_is_told(database: Database) -
     found = await tried(database, people(), table)
     assert found == rehearsal.Rehearsed(["people"], [], [])
     mapping = mapped(people())
-    (told,) = checks.advice(mapping, await checks.reflected(database.engine, mapping))
+    (told,) = advice(mapping, await live_tables(database.engine, mapping))
     assert "SYSTEM VERSIONING" in told
 
 
@@ -558,7 +562,7 @@ async def test_nothing_is_committed_and_few_numbers_are_used(database: Database)
         pytest.skip("SQLite counts no commits")
     await database.ddl(maker(KEY, NAME))
     mapping = mapped(people())
-    live = await checks.reflected(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     before = dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'"))
     await rehearsal.rehearse(database.engine, mapping, live)
     assert dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'")) == before

@@ -14,7 +14,7 @@ from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.change import ApiRead, Change
 from clerk_sync.outcomes import Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped, upsert_of
 
 if TYPE_CHECKING:
@@ -173,7 +173,7 @@ def prepared(shared_url: str) -> tuple[str, dict[str, Store]]:
             await database.ddl(*APP, *TUTORIAL)
             await database.execute("INSERT INTO users (username) VALUES ('before')")
             for mapping in (MIRROR, ORBYTAL):
-                await checks.migrate(database.engine, mapping)
+                await migrate(database.engine, mapping)
 
     asyncio.run(prepare())
     return shared_url, {}

@@ -18,12 +18,15 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.database.errors import translate_engine_errors
+from clerk_sync.store import tables as own_tables
 from clerk_sync.store.values import Other, declared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.mapping.model import Mapping
 
 Spelling = dict[str, set[str]]
 """Tables, each with the names by which the mapping knows its columns."""
@@ -103,8 +106,34 @@ class TableNames:
         return name.lower() if self._folds else name
 
 
-async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
-    """Those of the tables that are there. Raises DatabaseUnavailable."""
+def _own_names() -> Spelling:
+    return {name: set(table.c.keys()) for name, table in own_tables.metadata.tables.items()}
+
+
+def names_of(mapping: Mapping) -> Spelling:
+    """The tables that matter, with the mapping's spelling of their columns."""
+    names = _own_names()
+    for table in mapping.tables.values():
+        columns = names.setdefault(table.table, set())
+        columns |= {table.key, *([table.mark] if table.mark else [])}
+        columns |= {one.name for one in (*table.columns, *table.adopt)}
+        columns |= {one.name for one in table.sets}
+        for owned in table.owns:
+            columns.add(owned.references)
+            names.setdefault(owned.table, set()).add(owned.column)
+    return names
+
+
+async def live_tables(engine: AsyncEngine, mapping: Mapping | None = None) -> Live:
+    """Reflect clerk-sync's own tables and those that the mapping names.
+
+    Raises DatabaseUnavailable.
+    """
+    return await inspect_tables(engine, _own_names() if mapping is None else names_of(mapping))
+
+
+async def inspect_tables(engine: AsyncEngine, names: Spelling) -> Live:
+    """Reflect those of these tables that exist. Raises DatabaseUnavailable."""
 
     def inspect(connection: sa.Connection) -> Live:
         if connection.dialect.name == "sqlite":

@@ -35,7 +35,8 @@ from clerk_sync.mapping.change import Change, Delete, Delivered, Upsert
 from clerk_sync.mapping.expressions import row_of
 from clerk_sync.mapping.model import Column, Mapping, TableMapping
 from clerk_sync.outcomes import Outcome, Reason
-from clerk_sync.schema.checks import store_of, type_text, unfilled
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import type_text, unfilled
 from clerk_sync.store import erasure, profiles
 from clerk_sync.store.target import unique_keys
 from clerk_sync.store.values import InvalidValue, as_text, fit_for

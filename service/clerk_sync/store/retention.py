@@ -1,4 +1,4 @@
-"""What expires on clerk-sync's own tables, and whether the database takes writes."""
+"""Retention: ledger and quarantine rows expire."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import sqlalchemy as sa
 
 from clerk_sync.clerk.catalog import PROBE, PROBE_IDS
 from clerk_sync.database.errors import translate_engine_errors
-from clerk_sync.store.tables import entities, events, quarantine
+from clerk_sync.store.tables import events, quarantine
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -45,43 +45,6 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
                     await connection.execute(sa.delete(table).where(table.c.svix_id.in_(ids)))
             gone += len(ids)
     return gone
-
-
-async def probe(engine: AsyncEngine) -> None:
-    """Ask the database whether it takes writes, with one that changes nothing.
-
-    Raises DatabaseUnavailable.
-
-    After a failover the old primary still answers every SELECT. A server's full disk stops the
-    server, or shows in its numbers; SQLite's shows when pages are written, and in nothing less.
-    """
-    none = entities.c.kind == ""
-    nothing = sa.update(entities).where(none).values(synced_at=None)
-    with translate_engine_errors():
-        async with engine.connect() as connection:
-            await connection.execute(nothing)
-            if connection.dialect.name == "sqlite":
-                now = datetime.now(UTC).replace(tzinfo=None)
-                row = entities.insert().values(
-                    kind="", clerk_id="", version_ms=0, event_ms=0, source="", synced_at=now
-                )
-                await connection.execute(row)
-                await connection.execute(sa.delete(entities).where(none))
-                await connection.commit()
-
-
-async def probe_rights(engine: AsyncEngine) -> None:
-    """As `probe`, and with every right that serving needs. Raises DatabaseUnavailable.
-
-    It is asked of one table: rights are mostly given for a whole database.
-    """
-    none = entities.c.kind == ""
-    rows = sa.select(entities).where(none)
-    with translate_engine_errors():
-        async with engine.connect() as connection:
-            await connection.execute(sa.insert(entities).from_select(entities.c.keys(), rows))
-            await connection.execute(sa.update(entities).where(none).values(synced_at=None))
-            await connection.execute(sa.delete(entities).where(none))
 
 
 async def _run(engine: AsyncEngine, query: sa.Select[Any]) -> list[dict[str, Any]]:
