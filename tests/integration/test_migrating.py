@@ -143,4 +143,4 @@ async def test_first_migrations_of_four_at_once(database: Database, tmp_path: Pa
     processes = [await begun(database, tmp_path / "new.yaml") for _ in range(4)]
     done = sorted([await done_by(one) for one in processes], key=len)
     assert done[:3] == [[], [], []]
-    assert "made table made" in done[3]
+    assert "created table made" in done[3]

@@ -96,7 +96,7 @@ async def folding(database_url: str, servers: Servers) -> AsyncIterator[Database
 
 
 async def test_a_table_with_capitals_is_made_once_and_found(folding: Database) -> None:
-    assert "made table Users" in await migrate(folding.engine, MADE)
+    assert "created table Users" in await migrate(folding.engine, MADE)
     assert await migrate(folding.engine, MADE) == []
     assert (await migration_sql(folding.engine, MADE)).strip() == ""
     store = await folding.store(MADE)
@@ -138,7 +138,7 @@ async def test_names_of_tables_that_differ_by_case_are_two_where_the_server_says
     if database.sqlite or await database.value("SELECT @@lower_case_table_names"):
         return
     await database.ddl("CREATE TABLE users (id SERIAL) OPTIONS")
-    assert "made table Users" in await migrate(database.engine, MADE)
+    assert "created table Users" in await migrate(database.engine, MADE)
     assert await migrate(database.engine, MADE) == []
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -15,7 +13,6 @@ import sqlalchemy as sa
 from clerk_sync.mapping import loader
 from clerk_sync.schema.checks import SchemaMismatch, advice
 from clerk_sync.schema.migrate import migrate, migration_sql
-from clerk_sync.schema.migrations import versions
 from clerk_sync.schema.reflection import live_tables
 from clerk_sync.store import tables
 from tests.histories import Clerk, Database, mapped
@@ -162,7 +159,7 @@ async def test_migrate_makes_what_is_declared_and_then_has_nothing_to_do(
     database: Database,
 ) -> None:
     done = await migrate(database.engine, MIRROR)
-    assert "made table clerk_users" in done
+    assert "created table clerk_users" in done
     await assert_as_declared(database, MIRROR)
     await database.store(MIRROR)
     assert await migrate(database.engine, MIRROR) == []
@@ -204,7 +201,7 @@ async def test_four_processes_migrate_at_once_and_one_does_the_work(database: Da
     assert [process.returncode for process in processes] == [0] * 4
     done = sorted((json.loads(out) for out, _ in said), key=len)
     assert done[:3] == [[], [], []]
-    assert "made table clerk_users" in done[3]
+    assert "created table clerk_users" in done[3]
     await assert_as_declared(database, MIRROR)
 
 
@@ -213,7 +210,6 @@ async def test_migration_that_broke_off_is_resumed(database: Database, printed: 
     await migrate(database.engine, MIRROR)
     on_table = "" if database.sqlite else " ON clerk_sync_events"
     await database.execute(
-        "DELETE FROM clerk_sync_version",
         "DROP TABLE clerk_sync_quarantine",
         "DROP TABLE clerk_organizations",
         f"DROP INDEX clerk_sync_events_committed_at{on_table}",
@@ -224,7 +220,6 @@ async def test_migration_that_broke_off_is_resumed(database: Database, printed: 
         assert (await migration_sql(database.engine, MIRROR)).strip() == ""
     await migrate(database.engine, MIRROR)
     await assert_as_declared(database, MIRROR)
-    assert await database.value("SELECT COUNT(*) FROM clerk_sync_version") == 1
     assert await migrate(database.engine, MIRROR) == []
 
 
@@ -241,7 +236,7 @@ async def test_a_table_of_its_own_that_somebody_dropped_is_made_again(
         await database.execute(*filter(str.strip, sql.split(";")))
     else:
         done = await migrate(database.engine, MIRROR)
-        assert "made table clerk_sync_leases anew, as it was gone" in done
+        assert "created table clerk_sync_leases" in done
     await assert_as_declared(database, MIRROR)
     await database.store(MIRROR)
     assert await migrate(database.engine, MIRROR) == []
@@ -260,55 +255,61 @@ async def test_printed_sql_run_by_hand_makes_the_same(database: Database) -> Non
 
 async def test_tables_of_a_newer_version_are_left_as_they_are(database: Database) -> None:
     await migrate(database.engine, MIRROR)
-    await database.execute("UPDATE clerk_sync_version SET version_num = '9999'")
-    (done,) = await migrate(database.engine, MIRROR)
-    assert done.startswith("clerk-sync's own tables are of version 9999, newer than this")
+    await database.execute(
+        "ALTER TABLE clerk_sync_runs ADD COLUMN later VARCHAR(9)",
+        "CREATE TABLE clerk_sync_later (name VARCHAR(9) PRIMARY KEY)",
+    )
     assert (await migration_sql(database.engine, MIRROR)).strip() == ""
-    assert await database.value("SELECT version_num FROM clerk_sync_version") == "9999"
-    await database.store(MIRROR)
-
-
-async def test_deploy_request_without_the_version_table_is_enough(database: Database) -> None:
-    await migrate(database.engine, MIRROR)
-    await database.execute("DROP TABLE clerk_sync_version")
-    await database.store(MIRROR)
-    assert (await migration_sql(database.engine, MIRROR)).strip() == ""
-    (done,) = await migrate(database.engine, MIRROR)
-    assert done.startswith("recorded version")
     assert await migrate(database.engine, MIRROR) == []
+    await database.store(MIRROR)
+    assert await database.rows("SELECT later FROM clerk_sync_runs") == []
+    assert await database.rows("SELECT name FROM clerk_sync_later") == []
+
+
+async def test_a_version_table_that_was_left_behind_is_left_alone(database: Database) -> None:
+    await migrate(database.engine, MIRROR)
+    await database.execute(
+        "CREATE TABLE clerk_sync_version (version_num VARCHAR(32) PRIMARY KEY)",
+        "INSERT INTO clerk_sync_version VALUES ('0001')",
+    )
+    await database.store(MIRROR)
+    assert (await migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await migrate(database.engine, MIRROR) == []
+    assert await database.rows("SELECT * FROM clerk_sync_version") == [("0001",)]
 
 
 LATER: Final = ("clerk_sync_leases", "clerk_sync_cursors", "clerk_sync_runs")
-FIRST: Final = "UPDATE clerk_sync_version SET version_num = '0001'"
-VERSIONS: Final = sorted(
-    (
-        importlib.import_module(f"{versions.__name__}.{found.name}")
-        for found in pkgutil.iter_modules(versions.__path__)
-    ),
-    key=lambda version: str(version.revision),
-)
-HEAD: Final[str] = VERSIONS[-1].revision
-# What later versions add to tables of earlier ones.
+# What a later version may have added: every column of clerk-sync's own tables that takes null.
 ADDED: Final = [
-    (table, column)
-    for version in VERSIONS
-    for table, columns in getattr(version, "COLUMNS", {}).items()
-    for column in sorted(columns)
+    (table.name, column.name)
+    for table in tables.metadata.tables.values()
+    for column in table.columns
+    if column.nullable
 ]
 
 
-@pytest.mark.parametrize(
-    ("since", "recorded"),
-    [
-        ((FIRST, *(f"DROP TABLE {name}" for name in LATER)), True),
-        ((FIRST, *(f"DROP TABLE {name}" for name in LATER[1:])), True),
-        (("DELETE FROM clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
-        (("DROP TABLE clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
-    ],
-    ids=["recorded", "half done", "no row", "no version table"],
-)
+def dropping(database: Database) -> list[str]:
+    """The statements that leave the columns in `ADDED` out of tables that have them."""
+    over = [
+        (index.name, table)
+        for table, column in ADDED
+        for index in tables.metadata.tables[table].indexes
+        if column in index.columns
+    ]
+    on = {table: "" if database.sqlite else f" ON {table}" for _, table in over}
+    return [  # SQLite drops no column that an index is on
+        *(f"DROP INDEX {name}{on[table]}" for name, table in over),
+        *(f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED),
+    ]
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+@pytest.mark.parametrize("dropped", [LATER, LATER[1:]], ids=["first version", "half done"])
 async def test_first_version_with_its_data_becomes_this_one(
-    database: Database, since: tuple[str, ...], *, recorded: bool
+    database: Database,
+    dropped: tuple[str, ...],
+    *,
+    printed: bool,
 ) -> None:
     mapping = mapped(MADE)
     await migrate(database.engine, mapping)
@@ -316,70 +317,46 @@ async def test_first_version_with_its_data_becomes_this_one(
     await database.apply(store, Clerk(mapping).user("user_1", username="ada"))
     before = await database.snapshot("made")
 
-    await database.execute(*since)
+    await database.execute(
+        *(f"DROP TABLE {name}" for name in dropped),
+        *(one for one in dropping(database) if "retry_at" in one),
+    )
     fault = (await faults(database, mapping))[-1]
     assert fault.startswith("table clerk_sync_runs is missing: run `clerk-sync migrate`")
     sql = await migration_sql(database.engine, mapping)
     assert "clerk_sync_entities" not in sql
-    await database.execute(*filter(str.strip, sql.split(";")))
+    if printed:
+        await database.execute(*filter(str.strip, sql.split(";")))
+    else:
+        assert sorted(await migrate(database.engine, mapping)) == [
+            "added column clerk_sync_quarantine.retry_at",
+            "added index clerk_sync_quarantine_retry_at",
+            *sorted(f"created table {name}" for name in dropped),
+        ]
     await assert_as_declared(database, mapping)
     assert (await migration_sql(database.engine, mapping)).strip() == ""
-    told = [] if recorded else [f"recorded version {HEAD}, whose tables were there"]
-    assert await migrate(database.engine, mapping) == told
-
-    await database.execute(*since)
-    told = [] if recorded else ["recorded version 0001, whose tables were there"]
-    assert await migrate(database.engine, mapping) == [
-        *told,
-        f"clerk-sync's own tables: from 0001 to version {HEAD}",
-        *(f"added column {table}.{column}" for table, column in ADDED if table in LATER),
-    ]
-    await assert_as_declared(database, mapping)
-    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
     assert await migrate(database.engine, mapping) == []
     assert await database.snapshot("made") == before
 
 
 @pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
-@pytest.mark.parametrize(
-    "version",
-    [
-        "UPDATE clerk_sync_version SET version_num = '0002'",
-        "DELETE FROM clerk_sync_version",
-        "DROP TABLE clerk_sync_version",
-    ],
-    ids=["recorded", "no row", "no version table"],
-)
-async def test_columns_that_a_later_version_adds(
-    database: Database, version: str, *, printed: bool
-) -> None:
+async def test_columns_that_a_later_version_adds(database: Database, *, printed: bool) -> None:
     mapping = mapped(MADE)
     await migrate(database.engine, mapping)
-    drops = [f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED]
-    if database.sqlite:  # which drops no column that an index is on
-        over = [
-            index.name
-            for table, column in ADDED
-            for index in tables.metadata.tables[table].indexes
-            if column in index.columns
-        ]
-        drops = [*(f"DROP INDEX {name}" for name in over), *drops]
-    await database.execute(*drops, version)
+    await database.execute(*dropping(database))
     lacking = [fault.partition(",")[0] for fault in await faults(database, mapping)]
     assert sorted(lacking) == sorted(f"{table} has no column {one}" for table, one in ADDED)
     if printed:
         sql = await migration_sql(database.engine, mapping)
         assert "CREATE TABLE" not in sql
         await database.execute(*filter(str.strip, sql.split(";")))
-        assert (await migration_sql(database.engine, mapping)).strip() == ""
     else:
         done = await migrate(database.engine, mapping)
         assert sorted(f"added column {table}.{column}" for table, column in ADDED) == sorted(
             one for one in done if "column" in one
         )
     await database.store(mapping)
-    await migrate(database.engine, mapping)
-    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
+    assert (await migration_sql(database.engine, mapping)).strip() == ""
     assert await migrate(database.engine, mapping) == []
     await assert_as_declared(database, mapping)
 

@@ -23,6 +23,8 @@ _EXACT: Final[dict[str, Any]] = {**_INNODB, "mysql_collate": "utf8mb4_bin"}
 _TIME: Final = sa.DateTime().with_variant(mysql.DATETIME(fsp=3), *_MYSQL)
 _LONG: Final = sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)
 
+# Declared once: `migrate` adds what a database lacks of these, and `serve` and `check` compare the
+# live tables with them. A column that a later version adds takes null, as rows are there before it.
 metadata: Final = sa.MetaData()
 
 # Where order is decided: the newest content seen of each entity, and its deletion. Both only
