@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 import stamina
+from asyncmy.constants import ER
 from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk import samples
@@ -26,6 +27,7 @@ from clerk_sync.database.connection import COMMIT, Connection, Result, Step, sha
 from clerk_sync.database.errors import (
     Contention,
     DatabaseUnavailable,
+    ErrorNumber,
     LockWaitTimeout,
     RejectedByDatabase,
     SchemaChanged,
@@ -56,11 +58,16 @@ _ATTEMPTS: Final = 4
 _MARK: Final = "clerk-sync-probe-"
 _LETTERS: Final = string.digits + string.ascii_lowercase
 _MEANWHILE_MS: Final = 1000
-# The errors of rights, of an AUTO_INCREMENT at its end, and of a foreign key's missing parent.
-_DENIED: Final = frozenset({1044, 1142, 1143, 1370})
-_USED_UP: Final = frozenset({167, 1467})
-_DUPLICATE: Final = 1062
-_PARENTLESS: Final = frozenset({1216, 1452})
+_DENIED: Final = frozenset(
+    {
+        ER.DBACCESS_DENIED_ERROR,
+        ER.TABLEACCESS_DENIED_ERROR,
+        ER.COLUMNACCESS_DENIED_ERROR,
+        ER.PROCACCESS_DENIED_ERROR,
+    }
+)
+_USED_UP: Final = frozenset({ErrorNumber.AUTOINC_OUT_OF_RANGE, ErrorNumber.AUTOINC_READ_FAILED})
+_PARENTLESS: Final = frozenset({ER.NO_REFERENCED_ROW, ER.NO_REFERENCED_ROW_2})
 # What is tried for a column that may not be null where the example is null.
 _FILLERS: Final[tuple[Any, ...]] = (
     *("probe", 1, {}, "00:00:00", "192.0.2.1", "2001:db8::1"),
@@ -349,7 +356,7 @@ class _Rehearsal:
         if reason is Reason.NOT_NULL and unfilled(table, self._live):
             return  # it is among the advice already
         used_up = _used_up(self._live.tables[table.table])
-        if number in _USED_UP or (number == _DUPLICATE and used_up and ".PRIMARY'" in text):
+        if number in _USED_UP or (number == ER.DUP_ENTRY and used_up and ".PRIMARY'" in text):
             self._told.faults.append(f"{table.at}: `{table.table}`: {text}: {used_up}")
             return
         if reason is Reason.CONFLICT:
