@@ -35,7 +35,7 @@ Read = tuple[Statement, Sequence[Sequence[object]]]
 
 
 def union(reads: Sequence[Read]) -> Read:
-    """Several SELECTs of the same columns as one statement."""
+    """The same question of several kinds as one statement."""
     text = " UNION ALL ".join([statement.head for statement, _ in reads])
     return Statement(text), [[value for _, ((*values,),) in reads for value in values]]
 
@@ -171,7 +171,6 @@ class OwnStatements:
             )
             for kind in KINDS
         }
-        # Both reads have the same columns, so that one statement can hold them all.
         self.states = {kind: compiler.for_ids(functools.partial(_state, kind)) for kind in KINDS}
         self.present = {kind: compiler.for_ids(functools.partial(_there, kind)) for kind in KINDS}
         self.free = {kind: compiler.for_ids(functools.partial(_free, kind)) for kind in KINDS}
@@ -258,16 +257,7 @@ def _free(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
 
 
 def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    nothing = sa.null()
-    return sa.select(
-        sa.literal_column("''").label("kind"),
-        events.c.svix_id,
-        nothing.label("version_ms"),
-        nothing.label("event_ms"),
-        events.c.outcome,
-        nothing.label("deleted_at"),
-        nothing.label("synced_at"),
-    ).where(events.c.svix_id.op("IN")(ids))
+    return sa.select(events.c.svix_id, events.c.outcome).where(events.c.svix_id.op("IN")(ids))
 
 
 def _advanced(new: New) -> list[tuple[str, Any]]:
