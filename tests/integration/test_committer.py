@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from clerk_sync.database.connection import (
-    CONNECT_SECONDS,
     Connection,
     Statement,
     connect,
@@ -22,6 +21,7 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     translate_engine_errors,
 )
+from clerk_sync.database.session import CONNECT_SECONDS
 from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.mapping.change import Change, Delivered, Quarantine
 from clerk_sync.outcomes import Reason
