@@ -162,7 +162,7 @@ async def _of_schema(
             looked += f"; written, read back and rolled back: {', '.join(rehearsed.tables)}"
         for finding in _failed_or("schema", rehearsed.faults, looked):
             yield finding
-        warnings += rehearsed.doubts
+        warnings += rehearsed.warnings
     for warning in warnings:
         yield Finding("warn", "schema", warning)
 

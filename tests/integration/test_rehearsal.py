@@ -324,8 +324,8 @@ LOOKED_ON_MYSQL: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         people(),
         (maker("clerk_id VARCHAR(128) EXACT", NAME, "UNIQUE KEY one (clerk_id(10))"),),
         (
-            "test.yaml:5: `one` of `people` looks at the first 10 characters of `clerk_id` only, "
-            "so that two objects are one row: ALTER TABLE people DROP INDEX one, "
+            "test.yaml:5: `one` of `people` covers only the first 10 characters of `clerk_id`, "
+            "so that two objects could share a row: ALTER TABLE people DROP INDEX one, "
             "ADD UNIQUE INDEX people_clerk_id (clerk_id)"
         ),
     ),
@@ -338,14 +338,14 @@ LOOKED_ON_MYSQL: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
             ),
         ),
         (
-            "only, so that two objects are one row: "
+            "`clerk_id`, so that two objects could share a row: "
             "ALTER TABLE people DROP PRIMARY KEY, ADD PRIMARY KEY (clerk_id)"
         ),
     ),
     "prefix beside the whole": (
         people(),
         (maker(KEY, NAME, "UNIQUE KEY one (clerk_id(10))"),),
-        "test.yaml:5: `one` of `people` looks at the first 10 characters of `clerk_id` only",
+        "test.yaml:5: `one` of `people` covers only the first 10 characters of `clerk_id`",
     ),
     "words for a key": (
         people(),
@@ -509,7 +509,7 @@ async def test_a_parent_that_is_not_mapped_is_no_fault(database: Database) -> No
     told = "test.yaml:3: `people` is not tried: a foreign key asks for a row of `plans`"
     assert not isinstance(found, tuple)
     assert (found.tables, found.faults) == ([], [])
-    assert found.doubts[0].startswith(told)
+    assert found.warnings[0].startswith(told)
 
 
 async def test_numbers_that_are_used_up_are_told(database: Database) -> None:
@@ -552,7 +552,7 @@ async def test_triggers_are_named(database: Database) -> None:
     )
     assert not isinstance(found, tuple)
     assert (found.tables, found.faults) == (["people"], [])
-    (doubt,) = found.doubts
+    (doubt,) = found.warnings
     assert "trigger `tells` of `people` runs for the probe row, too" in doubt
     assert doubt.endswith("CLERK_SYNC_PROBE_ROWS=false leaves this out")
 

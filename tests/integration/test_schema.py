@@ -557,7 +557,7 @@ async def test_a_unique_column_that_cannot_be_null_has_to_be_mended_first(
     await database.ddl(_SETTABLE % ", UNIQUE (username)")
     mapping = setting("email: null")
     (found,) = advice(mapping, await live_tables(database.engine, mapping))
-    assert found.endswith("written: let it be null, and add `set: {username: null}`")
+    assert found.endswith("the same value: let it be null, and add `set: {username: null}`")
     removing = mapped(SETTING.partition("    on_delete")[0])
     assert not list(advice(removing, await live_tables(database.engine, removing)))
 

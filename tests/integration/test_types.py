@@ -22,7 +22,7 @@ from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.outcomes import QUARANTINES, Reason
 from clerk_sync.schema import reflection
 from clerk_sync.schema.migrate import migrate
-from clerk_sync.store.values import Fit, InvalidValue, fit_for, same_for
+from clerk_sync.store.values import Encode, InvalidValue, encoder_for, same_for
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -100,7 +100,7 @@ VALUES: Final[tuple[Any, ...]] = (
 REFUSALS: Final = frozenset(f"!{reason.value}" for reason in QUARANTINES)
 
 
-def answer(fit: Fit, value: Any) -> Any:
+def answer(fit: Encode, value: Any) -> Any:
     """What the column is given; the reason as `!reason` where it is not."""
     try:
         return fit(value)
@@ -236,7 +236,7 @@ async def test_a_value_is_refused_or_is_what_the_column_gives_back(database: Dat
     await database.connect()
     wrong = []
     for declared, column in (await columns_of(database)).items():
-        fit = fit_for(column, json_text=False, sqlite=database.sqlite)
+        fit = encoder_for(column, json_text=False, sqlite=database.sqlite)
         same = comparison(declared, sqlite=database.sqlite)
         took = [
             (value, fitted)
@@ -311,8 +311,8 @@ async def test_sqlite_which_checks_nothing_answers_as_mysql(
         column = (
             (await reflection.inspect_tables(database.engine, {"one": set()})).tables["one"].c.x
         )
-    ours = fit_for(column, json_text=False, sqlite=True)
-    theirs = fit_for(sa.Column("x", type_), json_text=False, sqlite=False)
+    ours = encoder_for(column, json_text=False, sqlite=True)
+    theirs = encoder_for(sa.Column("x", type_), json_text=False, sqlite=False)
     assert {str(value): answer(ours, value) for value in VALUES} == {
         str(value): answer(theirs, value) for value in VALUES
     }

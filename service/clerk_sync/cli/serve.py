@@ -147,8 +147,8 @@ async def migrated(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -
         except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
             click.echo(f"advice: no row was tried: {error}", err=True)
             return
-        for doubt in rehearsed.doubts:
-            click.echo(f"advice: {doubt}", err=True)
+        for warning in rehearsed.warnings:
+            click.echo(f"advice: {warning}", err=True)
         if rehearsed.faults:
             fail(*rehearsed.faults)
 

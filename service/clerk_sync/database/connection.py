@@ -1,4 +1,4 @@
-"""Connections to the database, which run scripts and know nothing of what they say."""
+"""Connections to the database: they run statements, and know nothing of what those say."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ NO_PARAMETERS: Final[Rows] = ((),)
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """What one statement gave: rows affected, and rows read."""
+    """The result of one statement: how many rows it changed, and the rows it read."""
 
     affected: int
     rows: Rows
@@ -57,7 +57,7 @@ class Connection(Protocol):
     """One session with one transaction at a time, opened by the first statement."""
 
     async def run(self, steps: Sequence[Step]) -> list[Result]:
-        """Run all statements in order; a result for each.
+        """Run all statements in order, and return a result for each.
 
         Raises RejectedByDatabase, Contention, LockWaitTimeout or SchemaChanged, after which
         `rollback` makes it usable again, or another DatabaseUnavailable, after which the connection
@@ -68,19 +68,19 @@ class Connection(Protocol):
     async def try_each(
         self, steps: Sequence[Step]
     ) -> dict[int, RejectedByDatabase | SchemaChanged]:
-        """Run all statements in order, past those that are refused; which these are, by place.
+        """Run all statements in order, stepping over rejected ones, and return those by place.
 
-        Each step is one statement. One that is refused changes nothing, and the transaction
-        stays open. Raises what `run` raises for everything else.
+        Each step is one statement. A rejected one changes nothing, and the transaction stays open.
+        Raises what `run` raises for everything else.
         """
         ...
 
     async def rollback(self) -> None:
-        """Forget the open transaction. Raises DatabaseUnavailable."""
+        """Roll the open transaction back. Raises DatabaseUnavailable."""
         ...
 
     def close(self) -> None:
-        """Drop the session; the server rolls back what was open."""
+        """Close the session. The server rolls back an open transaction."""
         ...
 
 
@@ -142,11 +142,11 @@ class _MySQLConnection:
         return refused
 
     def _packet(self, steps: Sequence[Step]) -> bytes:
-        """The steps as one packet. Raises RejectedByDatabase for a text that is not valid Unicode.
+        """Return the steps as one packet.
 
-        And when the server would not take it: it would hang up, which looks like any lost
-        connection. The driver would send some lone surrogates as raw bytes, as it does with the
-        bytes of a binary value, and so store another text.
+        Raises RejectedByDatabase for a text that is not valid Unicode: the driver would send some
+        lone surrogates as raw bytes, as it does with binary values, and so store another text. Also
+        for a packet that is too large: the server would hang up, as if the connection was lost.
         """
         literal = self._connection.literal
         try:
@@ -165,7 +165,7 @@ class _MySQLConnection:
         return packet
 
     async def _query(self, packet: bytes, results: list[Result]) -> None:
-        """Fill in the results one by one: where a statement fails, those before it are there."""
+        """Append the results one by one: where a statement fails, those before it are known."""
         cursor = self._connection.cursor()
         await cursor.execute(packet)
         while True:
@@ -292,9 +292,9 @@ async def _open_sqlite(path: str, seconds: float) -> Connection:
 
 
 async def shared(connection: AsyncConnection, *, seconds: float) -> Connection:
-    """The session and transaction of SQLAlchemy's connection, as the hot path uses one.
+    """Return SQLAlchemy's connection as a Connection, in the same session and transaction.
 
-    It stays SQLAlchemy's to close. Raises DatabaseUnavailable.
+    SQLAlchemy closes it. Raises DatabaseUnavailable.
     """
     if connection.dialect.name == "sqlite":
 
@@ -307,9 +307,9 @@ async def shared(connection: AsyncConnection, *, seconds: float) -> Connection:
 
 
 def engine_of(locate: Locate, *, size: int) -> AsyncEngine:
-    """SQLAlchemy's pooled engine, for everything that is not the hot path.
+    """Return SQLAlchemy's pooled engine, for everything but the hot path.
 
-    Statements are never shown with their parameters: those are people's data.
+    Errors never show a statement's parameters: those are people's data.
     """
     target = locate()
     if target.path is not None:
@@ -335,6 +335,6 @@ async def close_idle(engine: AsyncEngine) -> None:
     """Close what the engine's pool keeps open, unless some of it is in use."""
     pool: Any = engine.sync_engine.pool
     if not pool.checkedout():
-        # First another in its place: what is taken while this one closes would be lost with it.
+        # First another pool in its place: a connection taken from this one would be closed.
         await engine.dispose(close=False)
         await greenlet_spawn(pool.dispose)

@@ -48,7 +48,7 @@ def store_of(mapping: Mapping, live: Live) -> Store:
 
 
 def _read_text_of_bytes(table: TableMapping, live: Live) -> None:
-    """Have both ways to the database take what the mapping writes for text, also in bytes."""
+    """Make both the driver and SQLAlchemy read and write text in the mapped columns of bytes."""
     there = live.tables[table.table]
     columns = [there.c[one.name] for one in (*table.columns, *table.adopt)]
     columns.append(there.c[table.key])
@@ -63,10 +63,10 @@ def _read_text_of_bytes(table: TableMapping, live: Live) -> None:
 
 
 def _owners(mapping: Mapping, table: TableMapping) -> list[tuple[str, str]]:
-    """The mapped objects whose removal takes rows of this table, with the column that says whose.
+    """Return the kinds that own rows of this table, each with the column that says whose.
 
-    Only where that column holds the owner's Clerk id: then a late row can be told from its
-    values alone to have lost its owner.
+    Only where that column holds the owner's Clerk id, so that a row's values alone show whether its
+    owner was deleted.
     """
     return [
         (owner.kind, owned.column)

@@ -11,7 +11,7 @@ from clerk_sync.clerk import samples
 from clerk_sync.mapping.loader import nearest
 from clerk_sync.store import tables
 from clerk_sync.store.target import unique_keys
-from clerk_sync.store.values import BINARY, InvalidValue, TextOfBytes, fit_for
+from clerk_sync.store.values import BINARY, InvalidValue, TextOfBytes, encoder_for
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -23,7 +23,7 @@ RUN_MIGRATE: Final = "run `clerk-sync migrate` (or `clerk-sync migrate --print` 
 
 
 class SchemaMismatch(Exception):
-    """The live schema is not what is needed: one message per fault."""
+    """The live tables are not what the mapping needs: one message per fault."""
 
     def __init__(self, faults: list[str]) -> None:
         self.faults = tuple(faults)
@@ -31,7 +31,7 @@ class SchemaMismatch(Exception):
 
 
 def faults(mapping: Mapping, live: Live) -> list[str]:
-    """Everything that keeps the mapping from being bound to the live tables."""
+    """Return everything that keeps the mapping from being bound to the live tables."""
     return [*own_faults(live), *_mapping_faults(mapping, live)]
 
 
@@ -88,7 +88,7 @@ def _absence(name: str, live: Live, hint: str = "") -> str:
 
 
 def _set_faults(table: TableMapping, there: sa.Table, *, sqlite: bool) -> Iterator[str]:
-    """What `set` asks of columns that cannot take it."""
+    """Yield the values of `set` that their columns cannot take."""
     types = {column.name: column.type for column in table.columns}
     for one in table.sets:
         yield from _missing(there, one.name, one.at)
@@ -105,7 +105,9 @@ def _set_faults(table: TableMapping, there: sa.Table, *, sqlite: bool) -> Iterat
                 )
         else:
             try:
-                fit_for(column, json_text=types.get(one.name) == "json", sqlite=sqlite)(one.value)
+                encoder_for(column, json_text=types.get(one.name) == "json", sqlite=sqlite)(
+                    one.value
+                )
             except InvalidValue as error:
                 yield (
                     f"{one.at}: `{one.name}` of `{there.name}` is {column.type}, which does not "
@@ -120,7 +122,7 @@ def _missing(table: sa.Table, column: str, at: Place, hint: str = "") -> Iterato
 
 
 def _engine_faults(table: sa.Table, live: Live, at: Place) -> Iterator[str]:
-    """A table whose rows cannot be written together with what is known of them."""
+    """Yield a storage engine without transactions: rows and state could not be kept together."""
     if (engine := live.details[table.name].engine) is not None:
         (name,) = live.quoted(table.name)
         yield (
@@ -141,7 +143,7 @@ def _generated(table: sa.Table, column: str, at: Place, live: Live) -> Iterator[
 
 
 def type_text(type_: sa.types.TypeEngine[Any], live: Live) -> str:
-    """A column's type for people, without what its table says for all of its columns."""
+    """Return a column's type for people, without the table's character set and collation."""
     try:
         text = type_.compile(live.dialect)
     except sa.exc.CompileError:  # a type that SQLAlchemy does not know
@@ -155,15 +157,15 @@ def _mark_faults(table: sa.Table, mark: str, at: Place, live: Live) -> Iterator[
         return
     column, about = table.c[mark], f"{at}: `{mark}` of `{table.name}`"
     name, quoted = live.quoted(table.name, mark)
-    mend = f"ALTER TABLE {name} MODIFY {quoted} DATETIME(3) NULL"
+    remedy = f"ALTER TABLE {name} MODIFY {quoted} DATETIME(3) NULL"
     if mark in live.details[table.name].generated:
         yield from _generated(table, mark, at, live)
     elif not isinstance(column.type, sa.DateTime):
-        yield f"{about} is {type_text(column.type, live)}: a mark needs a DATETIME: {mend}"
+        yield f"{about} is {type_text(column.type, live)}: a mark needs a DATETIME: {remedy}"
     elif not column.nullable:
-        yield f"{about} may not be null, and is null until the delete: {mend}"
+        yield f"{about} may not be null, and is null until the delete: {remedy}"
     elif mark in live.details[table.name].stamped:
-        yield f"{about} gets the time of every UPDATE, and would mark a row that is alive: {mend}"
+        yield f"{about} gets the time of every UPDATE, and would mark a row that is alive: {remedy}"
 
 
 def _key_faults(table: TableMapping, there: sa.Table, live: Live) -> Iterator[str]:
@@ -187,8 +189,8 @@ def _key_faults(table: TableMapping, there: sa.Table, live: Live) -> Iterator[st
         drops = "PRIMARY KEY" if primary else f"INDEX {live.quoted(prefixed)[0]}"
         adds = "PRIMARY KEY" if primary else f"UNIQUE INDEX {index}"
         yield (
-            f"{at}: `{prefixed}` of `{there.name}` looks at the first {length} characters of "
-            f"`{table.key}` only, so that two objects are one row: "
+            f"{at}: `{prefixed}` of `{there.name}` covers only the first {length} characters of "
+            f"`{table.key}`, so that two objects could share a row: "
             f"ALTER TABLE {name} DROP {drops}, ADD {adds} ({key})"
         )
     if not short and {table.key} not in unique_keys(there):
@@ -220,36 +222,36 @@ def _is_number(type_: sa.types.TypeEngine[Any]) -> bool:
 
 
 def _id_faults(table: sa.Table, column: str, at: Place, live: Live, *, kind: str) -> Iterator[str]:
-    """A column of Clerk ids that does not take them, or takes two of them for one."""
+    """Yield what keeps a column from holding Clerk ids, or makes two of them equal."""
     yield from _generated(table, column, at, live)
     type_ = table.c[column].type
     about = f"{at}: `{column}` of `{table.name}`"
     name, quoted = live.quoted(table.name, column)
     null = "" if table.c[column].nullable else " NOT NULL"
-    mend = (
+    remedy = (
         f"ALTER TABLE {name} MODIFY {quoted} "
         f"VARCHAR({tables.ID_LENGTH}) CHARACTER SET utf8mb4 COLLATE utf8mb4_bin{null}"
     )
     if not isinstance(type_, (sa.String, TextOfBytes, *BINARY)) or isinstance(
         type_, sa.Enum | mysql.SET
     ):
-        yield f"{about} is {type_text(type_, live)}, and Clerk's ids are text: {mend}"
+        yield f"{about} is {type_text(type_, live)}, and Clerk's ids are text: {remedy}"
         return
     example = samples.IDS[kind]
     try:
-        fit_for(table.c[column], json_text=False, sqlite=live.dialect.name == "sqlite")(example)
+        encoder_for(table.c[column], json_text=False, sqlite=live.dialect.name == "sqlite")(example)
     except InvalidValue:
         why = f"Clerk's ids have {len(example)} characters and more"
         if isinstance(type_, sa.BINARY):
             why = f"fills up with zeros what is shorter, such as Clerk's ids of {len(example)}"
-        yield f"{about} is {type_text(type_, live)}, and {why}: {mend}"
+        yield f"{about} is {type_text(type_, live)}, and {why}: {remedy}"
     collation = getattr(type_, "collation", None)
     if isinstance(collation, str) and collation.endswith("_ci"):
-        yield f"{about} compares by {collation}, but Clerk's ids are case-sensitive: {mend}"
+        yield f"{about} compares by {collation}, but Clerk's ids are case-sensitive: {remedy}"
 
 
 def advice(mapping: Mapping, live: Live) -> Iterator[str]:
-    """What works, but slowly or not as the mapping says."""
+    """Yield what works, but slowly or not as the mapping says."""
     for table in mapping.tables.values():
         there = live.tables.get(table.table)
         if there is None:
@@ -287,7 +289,7 @@ def advice(mapping: Mapping, live: Live) -> Iterator[str]:
 
 
 def _kept_unique(table: TableMapping, there: sa.Table) -> Iterator[str]:
-    """Unique indexes that marked rows still count in, and so keep others out of the table."""
+    """Yield unique indexes in which soft-deleted rows can collide with others."""
     if table.mark is None:
         return
     at = table.places["on_delete"]
@@ -305,8 +307,8 @@ def _kept_unique(table: TableMapping, there: sa.Table) -> Iterator[str]:
             yield f"{unique}, and `set` can make deleted rows the same in it: {remedy}"
         else:
             yield (
-                f"{unique}, and a deleted row stays in it: who comes back with the same cannot be "
-                f"written: {remedy}"
+                f"{unique}, and a deleted row stays in it: no other row can have the same value: "
+                f"{remedy}"
             )
 
 
@@ -321,12 +323,12 @@ def _advice_on_history(table: TableMapping, live: Live) -> Iterator[str]:
         if column.name in details.stamped:
             yield (
                 f"{column.at}: `{column.name}` of `{there.name}` gets the time of every UPDATE "
-                "that leaves it out: the app's own updates put it out of step with Clerk"
+                "that leaves it out: the app's own updates make it drift from Clerk"
             )
 
 
 def unfilled(table: TableMapping, live: Live) -> list[str]:
-    """The columns that nobody gives a new row's value."""
+    """Return the columns that get no value in a new row."""
     written = {table.key, table.mark, *(column.name for column in table.columns)}
     return [
         column.name

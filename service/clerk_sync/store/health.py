@@ -15,12 +15,10 @@ if TYPE_CHECKING:
 
 
 async def check_writes(engine: AsyncEngine) -> None:
-    """Ask the database whether it takes writes, with one that changes nothing.
-
-    Raises DatabaseUnavailable.
+    """Make a write that changes nothing. Raises DatabaseUnavailable.
 
     After a failover the old primary still answers every SELECT. A server's full disk stops the
-    server, or shows in its numbers; SQLite's shows when pages are written, and in nothing less.
+    server, or shows in its metrics. SQLite's only shows when pages are written.
     """
     none = entities.c.kind == ""
     nothing = sa.update(entities).where(none).values(synced_at=None)
@@ -38,9 +36,9 @@ async def check_writes(engine: AsyncEngine) -> None:
 
 
 async def check_privileges(engine: AsyncEngine) -> None:
-    """As `check_writes`, and with every right that serving needs. Raises DatabaseUnavailable.
+    """Use every privilege that `serve` needs on one table. Raises DatabaseUnavailable.
 
-    It is asked of one table: rights are mostly given for a whole database.
+    Privileges are mostly granted for a whole database.
     """
     none = entities.c.kind == ""
     rows = sa.select(entities).where(none)

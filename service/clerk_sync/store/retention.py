@@ -19,9 +19,10 @@ _CHUNK: Final = 1000
 
 
 async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int) -> int:
-    """Delete what has outlived its days, in small transactions; how many rows went.
+    """Delete expired rows of ledger and quarantine in small transactions. Returns how many.
 
-    Of probes, which may come every minute for years, an hour is kept.
+    Ledger rows of end-to-end probes, which may come every minute for years, expire after an hour.
+    Raises DatabaseUnavailable.
     """
     now = datetime.now(UTC).replace(tzinfo=None)
     gone = 0

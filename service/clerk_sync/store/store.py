@@ -338,9 +338,8 @@ class Store:
                     learn.append(functools.partial(batch.learn_present, kind))
         deliveries = [svix_id for change in changes if (svix_id := change.svix_id) is not None]
         if deliveries:
-            # A statement of its own, though a UNION with the states would be one result set less:
-            # for a batch of one that is some 5 % of the service's CPU, for 8 or more nothing that
-            # can be measured, nor ever for the server.
+            # A statement of its own, though a UNION with the states would save a result set: 30 to
+            # 75 µs of the service's CPU per batch, which a batch of 8 or more does not notice.
             steps.append(self.own.known.of(deliveries))
             learn.append(batch.learn_deliveries)
         for kind, of_kind in batch.deletes.items():
