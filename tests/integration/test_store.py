@@ -15,6 +15,7 @@ from clerk_sync.mapping import loader
 from clerk_sync.mapping.change import ApiRead, Change
 from clerk_sync.outcomes import Reason
 from clerk_sync.schema.migrate import migrate
+from clerk_sync.store.store import FencedOff
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped, upsert_of
 
 if TYPE_CHECKING:
@@ -1032,3 +1033,39 @@ async def test_deleted_user_adopts_nothing_any_more(world: World) -> None:
     await world.apply(store, clerk.deleted("user_1"))
     assert await world.apply(store, clerk.user("user_1", 20, username="ada")) == ["stale"]
     assert await world.rows("SELECT clerk_id, tagline FROM users") == [(None, "mine")]
+
+
+LEASE: Final = "INSERT INTO clerk_sync_leases VALUES ('walk', 'a run', 1, 0)"
+TAKEN_OVER: Final = "UPDATE clerk_sync_leases SET token = 2 WHERE name = 'walk'"
+
+
+async def test_nothing_is_written_under_a_lease_that_another_process_has(world: World) -> None:
+    clerk = Clerk(PEOPLE)
+    store = (await world.of(PEOPLE)).fenced("walk", 1)
+    await world.execute("DELETE FROM clerk_sync_leases", LEASE)
+    assert await world.apply(store, clerk.user("user_1", username="ada")) == ["applied"]
+    await world.execute(TAKEN_OVER)
+    before = await world.snapshot("people")
+    with pytest.raises(FencedOff):
+        await world.apply(store, clerk.user("user_1", 2, username="ida"))
+    connection = await world.connect()
+    with pytest.raises(FencedOff):
+        await store.insert(connection, "user", [upsert_of(clerk.user("user_2"))], now_ms=at(99))
+    await connection.rollback()
+    assert await world.snapshot("people") == before
+
+
+async def test_a_lease_is_acquired_only_after_what_is_written_under_it(world: World) -> None:
+    clerk = Clerk(PEOPLE)
+    store = (await world.of(PEOPLE)).fenced("walk", 1)
+    await world.execute("DELETE FROM clerk_sync_leases", LEASE)
+    writing = Halting(await world.connect())
+    change = clerk.user("user_1", username="ada")
+    write = asyncio.create_task(world.apply(store, change, connection=writing))
+    await writing.decided.wait()
+    takeover = asyncio.create_task(world.execute(TAKEN_OVER))
+    await asyncio.sleep(0.1)
+    assert not takeover.done(), "the lease's row is locked"
+    writing.go_on.set()
+    assert await write == ["applied"]
+    await takeover

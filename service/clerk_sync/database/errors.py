@@ -85,7 +85,7 @@ class ErrorNumber(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class _Meaning:
-    """What an error number means.
+    """The meaning of an error number.
 
     `becomes` is the exception, or the reason of a RejectedByDatabase. `text` is added to the
     number wherever it is shown, `advice` only to what an operator reads at the start or from a

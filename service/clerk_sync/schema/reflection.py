@@ -36,7 +36,7 @@ _TABLES: Final = ("BASE TABLE", "SYSTEM VERSIONED")
 
 @dataclass(slots=True)
 class Details:
-    """What is known of a table beside its columns and keys.
+    """Properties of a table besides its columns and keys.
 
     `engine` is its storage engine where that has no transactions. `prefixes` has unique keys of
     one column that cover only its beginning: (index, column, characters). `generated` are columns

@@ -98,7 +98,7 @@ class _Untried(Exception):
 
 
 async def rehearse(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehearsed:
-    """Try every mapped table of a schema that looks right.
+    """Write a probe row to every mapped table of a schema without faults.
 
     Raises AccessDenied or DatabaseUnavailable.
     """
@@ -111,7 +111,7 @@ async def _rehearsed(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehea
         async with engine.connect() as connection:
             transaction = await connection.begin()
             try:
-                # Said, not assumed: what follows may not be kept, whatever the session's setting.
+                # Explicitly: nothing that follows may be kept, whatever the session's autocommit.
                 sqlite = live.dialect.name == "sqlite"
                 await connection.exec_driver_sql("BEGIN IMMEDIATE" if sqlite else "BEGIN")
                 rehearsal = _Rehearsal(connection, mapping, live)
@@ -172,7 +172,7 @@ class _Rehearsal:
         return self._found
 
     async def _tried(self, session: Connection, table: TableMapping, what: Any) -> bool:
-        """Whether it went well; what did not is undone and noted."""
+        """Return whether it succeeded. What failed is rolled back and noted."""
         await self._connection.exec_driver_sql("SAVEPOINT rehearsal")
         try:
             await what(session, table)
@@ -255,7 +255,7 @@ class _Rehearsal:
     # The row
 
     def _upsert(self, table: TableMapping, what: str, now_ms: int) -> tuple[Delivered, Upsert]:
-        """What Clerk's event makes of the row, with values that no other row has."""
+        """Return the upsert of Clerk's event, with values that no other row has."""
         type_ = f"{table.kind}.{what}"
         if type_ not in TYPES:
             type_ = f"{table.kind}.created"
@@ -269,7 +269,7 @@ class _Rehearsal:
         return Delivered(svix_id, type_, now_ms), upsert
 
     def _value(self, table: TableMapping, column: Column, data: Names[str, Any]) -> Any:
-        """The column's value for this object. Raises _Fault where the column does not take it."""
+        """Return the column's value for this object. Raises _Fault where the column rejects it."""
         about = f"{column.at}: `{column.name}` of `{table.table}`"
         live = self._live.tables[table.table].c[column.name]
         try:
@@ -305,7 +305,7 @@ class _Rehearsal:
         return (*labels, *_FILLERS, self._now_ms)
 
     def _rejection(self, column: Column, live: sa.Column[Any], value: Any) -> Reason | None:
-        """Why the column does not take the value; None where it does."""
+        """Return why the column rejects the value, or None where it takes it."""
         sqlite = self._live.dialect.name == "sqlite"
         try:
             encoder_for(live, json_text=column.type == "json", sqlite=sqlite)(value)
@@ -335,7 +335,7 @@ class _Rehearsal:
     # What went wrong
 
     def _note_engine(self, table: TableMapping, error: sa.exc.DBAPIError) -> None:
-        """What the way of `erase` and `ensure` met. Raises what is not the table's fault."""
+        """Note a failure of SQLAlchemy's way. Raises what is not the table's fault."""
         number, text = _said(error)
         if number in _DENIED:
             raise AccessDenied(f"`{table.table}`: {text}") from error
@@ -344,7 +344,7 @@ class _Rehearsal:
         self._found.faults.append(f"{table.at}: `{table.table}`: {text}")
 
     def _unavailable(self, table: TableMapping, error: DatabaseUnavailable) -> DatabaseUnavailable:
-        """The same, with the table and the database's own words."""
+        """Note a failure of the driver's way, with the database's own words."""
         if isinstance(error, Contention | LockWaitTimeout):
             return type(error)(str(error))
         number, text = _said(error)
@@ -385,7 +385,7 @@ class _Rehearsal:
         )
 
     def _written(self, mapped: set[str]) -> set[str]:
-        """The mapped tables in which the probe has a row."""
+        """Return the mapped tables in which the probe has a row."""
         failed = {one for one in mapped if any(f"`{one}`" in f for f in self._found.faults)}
         return mapped - failed
 
@@ -400,7 +400,7 @@ class _Rehearsal:
 
 
 def _said(error: Exception) -> tuple[int, str]:
-    """The database's number and words for it; the words quote the probe row at most."""
+    """Return the database's number and words, which quote at most the probe row."""
     cause = error.__cause__
     if isinstance(cause, MySQLError) and len(cause.args) > 1:
         return int(cause.args[0]), str(cause.args[1])
@@ -408,7 +408,7 @@ def _said(error: Exception) -> tuple[int, str]:
 
 
 def _used_up(table: sa.Table) -> str:
-    """What to say where the numbers of a table are at their end; empty where it has none."""
+    """Return the remedy for a used-up AUTO_INCREMENT, empty where the table has none."""
     numbered = [column.name for column in table.columns if column.autoincrement is True]
     return (
         f"the AUTO_INCREMENT `{numbered[0]}` is used up: give it a wider type" if numbered else ""
@@ -416,7 +416,7 @@ def _used_up(table: sa.Table) -> str:
 
 
 def _ids() -> dict[str, str]:
-    """An id for each kind: as long as Clerk's, and none of Clerk's."""
+    """Return an id for each kind: as long as Clerk's, and none of Clerk's."""
     ids = {}
     for kind in KINDS:
         real = samples.IDS[kind]

@@ -35,7 +35,7 @@ Read = tuple[Statement, Sequence[Sequence[object]]]
 
 
 def union(reads: Sequence[Read]) -> Read:
-    """The same question of several kinds as one statement."""
+    """Return SELECTs of the same columns, one for each kind, as one statement."""
     text = " UNION ALL ".join([statement.head for statement, _ in reads])
     return Statement(text), [[value for _, ((*values,),) in reads for value in values]]
 

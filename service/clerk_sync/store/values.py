@@ -543,7 +543,7 @@ def _milliseconds(value: Any) -> int:
 
 
 def _moment(type_: sa.DateTime) -> Encode:
-    """A time, cut to the column's unit here: MySQL would round it, and MariaDB cut it off."""
+    """Return the encoder of times, cut to the column's unit: MySQL would round, MariaDB cut."""
     if not isinstance(type_, mysql.DATETIME | mysql.TIMESTAMP):
         unit = 1
     else:
