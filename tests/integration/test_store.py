@@ -19,8 +19,9 @@ from clerk_sync.store.store import FencedOff
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped, upsert_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from clerk_sync.database.connection import Connection, Result, Step
     from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.store import Store
 
@@ -345,6 +346,39 @@ async def test_same_delivery_on_two_connections_has_one_effect(world: World) -> 
     assert not two.done(), "the second waits for the first one's commit"
     first.go_on.set()
     assert (await one, await two) == (["applied"], ["duplicate"])
+
+
+class Noting(Halting):
+    """A real connection that keeps the steps that it was given."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.packets: list[Sequence[Step]] = []
+        self.go_on.set()
+
+    async def run(self, steps: Sequence[Step]) -> list[Result]:
+        self.packets.append(steps)
+        return await super().run(steps)
+
+
+async def test_entities_are_locked_in_one_order_whatever_order_they_come_in(world: World) -> None:
+    clerk = Clerk(MIRROR)
+    store = await world.of(MIRROR)
+    connection = Noting(await world.connect())
+    changes = [
+        clerk.user("user_2"),
+        clerk.membership("m_1", "user_3", "org_1"),
+        clerk.user("user_1"),
+    ]
+    await world.apply(store, *changes, connection=connection)
+    await store.insert(
+        connection, "user", [upsert_of(clerk.user(f"user_{n}")) for n in (5, 4)], now_ms=at(99)
+    )
+    (_, advanced), (_, begun) = connection.packets[0][0], connection.packets[2][0]
+    locked = [tuple(row[:2]) for row in advanced]
+    assert len(locked) == 5
+    assert locked == sorted(locked)
+    assert [row[0] for row in begun] == ["user_4", "user_5"]
 
 
 async def test_same_deliveries_racing_on_two_connections_are_applied_once(world: World) -> None:
