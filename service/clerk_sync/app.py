@@ -23,9 +23,10 @@ from clerk_sync.http.internal import ENSURE_SECONDS, InternalListener, Readiness
 from clerk_sync.http.webhook import WebhookListener
 from clerk_sync.outcomes import UNREADINESSES, Reason
 from clerk_sync.rotation import Rotation
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
+from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.settings import InvalidSettings, Settings
-from clerk_sync.store import housekeeping, quarantine
+from clerk_sync.store import health, quarantine, retention
 from clerk_sync.store.committer import Committer
 from clerk_sync.store.held import HOLD_SECONDS
 from clerk_sync.store.retries import Retries
@@ -122,7 +123,7 @@ class Watch:
         commits = status.commits
         try:
             async with asyncio.timeout(PING_SECONDS):
-                await housekeeping.probe(self._engine)
+                await health.check_writes(self._engine)
         except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             if status.commits > commits:
                 return self.readiness  # what is written shows more than a look that failed
@@ -149,9 +150,9 @@ class Watch:
         known = status.store is not None
         try:
             async with asyncio.timeout(BINDING_SECONDS):
-                status.store = await checks.bound(self._engine, self._mapping)
+                status.store = await bind(self._engine, self._mapping)
             return Readiness(ready=True)
-        except checks.SchemaMismatch as error:
+        except SchemaMismatch as error:
             status.store, status.storeless = None, Reason.SCHEMA
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))
         except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
@@ -187,7 +188,7 @@ class Watch:
             await asyncio.sleep(KEEP_SECONDS if self.readiness.ready else LOOK_SECONDS_READY)
 
     async def _keep(self) -> None:
-        gone = await housekeeping.expire(
+        gone = await retention.expire(
             self._reads,
             ledger_days=self._settings.ledger_days,
             quarantine_days=self._settings.quarantine_days,
@@ -238,7 +239,7 @@ async def committing(settings: Settings, mapping: Mapping) -> AsyncIterator[Comm
     committer = database_committer(settings, new_metrics())
     engine = engine_of(settings.locate, size=1)
     try:
-        committer.store = await checks.bound(engine, mapping)
+        committer.store = await bind(engine, mapping)
     finally:
         await engine.dispose()
     committer.start()

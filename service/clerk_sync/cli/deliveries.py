@@ -25,7 +25,8 @@ from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.mapping.ingest import change_of
 from clerk_sync.mapping.model import Mapping
 from clerk_sync.outcomes import Answer, Outcome, Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import SchemaMismatch, own_faults
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.settings import Settings
 from clerk_sync.store import quarantine as dead_letters
 from clerk_sync.telemetry import logs
@@ -226,7 +227,7 @@ async def _applied(
         async with app.committing(settings, mapping) as committer:
             async for group in groups:
                 await asyncio.gather(*(told(name, delivery) for name, delivery in group))
-    except checks.SchemaMismatch as error:
+    except SchemaMismatch as error:
         fail(*error.faults)
     click.echo(
         ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"
@@ -245,7 +246,7 @@ def _engine_work(work: Callable[[AsyncEngine], Coroutine[Any, Any, int]]) -> NoR
     async def around() -> int:
         engine = engine_of(settings.locate, size=1)
         try:
-            if faults := await checks.own_faults(engine):
+            if faults := [*own_faults(await live_tables(engine))]:
                 fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
             return await work(engine)
         finally:

@@ -13,7 +13,11 @@ from clerk_sync.check import findings
 from clerk_sync.cli.common import command, fail, run, settled
 from clerk_sync.database.connection import engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.schema import checks, rehearsal
+from clerk_sync.schema import migrate as ddl
+from clerk_sync.schema import rehearsal
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.settings import load as load_settings
 from clerk_sync.telemetry import logs
 
@@ -125,38 +129,38 @@ def migrate(*, print_: bool) -> None:
 
 async def printed(engine: AsyncEngine, mapping: Mapping) -> None:
     """Print the SQL that is missing."""
-    if sql := await checks.migration_sql(engine, mapping):
+    if sql := await ddl.migration_sql(engine, mapping):
         click.echo(sql, nl=False)
         return
-    await looked_at(engine, mapping)
+    await checked(engine, mapping)
     click.echo("-- Nothing to do: the schema is what clerk-sync needs.")
 
 
 async def migrated(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -> None:
     """Run what is missing, and try whether the tables take rows."""
-    for line in await checks.migrate(engine, mapping) or ["nothing to do"]:
+    for line in await ddl.migrate(engine, mapping) or ["nothing to do"]:
         click.echo(line)
-    live = await looked_at(engine, mapping)
+    live = await checked(engine, mapping)
     if probe_rows:
         try:
             rehearsed = await rehearsal.rehearse(engine, mapping, live)
         except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
             click.echo(f"advice: no row was tried: {error}", err=True)
             return
-        for doubt in rehearsed.doubts:
-            click.echo(f"advice: {doubt}", err=True)
+        for warning in rehearsed.warnings:
+            click.echo(f"advice: {warning}", err=True)
         if rehearsed.faults:
             fail(*rehearsed.faults)
 
 
-async def looked_at(engine: AsyncEngine, mapping: Mapping) -> Live:
-    """The live tables, once they are what the mapping needs."""
-    live = await checks.reflected(engine, mapping)
+async def checked(engine: AsyncEngine, mapping: Mapping) -> Live:
+    """Return the live tables, or exit with their faults."""
+    live = await live_tables(engine, mapping)
     try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
+        store_of(mapping, live)
+    except SchemaMismatch as error:
         fail(*error.faults)
-    for warning in checks.advice(mapping, live):
+    for warning in advice(mapping, live):
         click.echo(f"advice: {warning}", err=True)
     return live
 

@@ -218,15 +218,16 @@ def erase(user_id: str) -> None:
 
     async def work() -> int:
         from clerk_sync.database.connection import engine_of  # noqa: PLC0415
-        from clerk_sync.schema import checks  # noqa: PLC0415 -- see `serve`
+        from clerk_sync.schema.binding import bind  # noqa: PLC0415 -- see `serve`
+        from clerk_sync.schema.checks import SchemaMismatch  # noqa: PLC0415
         from clerk_sync.store import erasure  # noqa: PLC0415
 
         engine = engine_of(settings.locate, size=2)
         try:
-            store = await checks.bound(engine, mapping)
+            store = await bind(engine, mapping)
             now_ms = time.time_ns() // 1_000_000
             removed = await erasure.erase(engine, store, user_id, now_ms=now_ms)
-        except checks.SchemaMismatch as error:
+        except SchemaMismatch as error:
             fail(*error.faults, *unnamed(settings))
         except ValueError as error:
             fail(f"{user_id}: {error}")

@@ -19,7 +19,7 @@ from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.database.connection import Connection, connect, engine_of
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Ending
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
 from clerk_sync.settings import InvalidSettings, Settings
 from clerk_sync.store.committer import Committer
 from clerk_sync.store.lease import Lease, held, holder_name
@@ -330,7 +330,7 @@ async def walks(
     engine = engine_of(settings.locate, size=3)
     try:
         async with clerk_of(settings, metrics) as clerk:
-            store = await ridden_out(lambda: checks.bound(engine, mapping), patience)
+            store = await ridden_out(lambda: bind(engine, mapping), patience)
             yield Walks(settings, mapping, clerk, engine, store, metrics)
     finally:
         await engine.dispose()
