@@ -42,6 +42,7 @@ generate: install ## Rewrite what is made of the code: reference pages, rules, d
 	$(BIN)/python -m monitoring
 	$(BIN)/python -m tools.reference
 	$(BIN)/python -m tools.cli_reference
+	$(BIN)/python -m tools.sql_reference
 
 chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
 	$(BIN)/python -m tests.chart.generate

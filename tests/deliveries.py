@@ -36,7 +36,7 @@ from clerk_sync.clerk import samples
 from clerk_sync.database.connection import engine_of
 from clerk_sync.mapping import loader
 from clerk_sync.mapping import model as mappings
-from clerk_sync.schema import checks
+from clerk_sync.schema import migrate as ddl
 from clerk_sync.settings import Secret, Settings
 from tests.waiting import until
 from tools import servers
@@ -236,7 +236,7 @@ async def migrate(database_url: str, mapping: mappings.Mapping | None = None) ->
         return
     engine = engine_of(settings_of(database_url).locate, size=1)
     try:
-        await checks.migrate(engine, mapping or loader.load("mirror"))
+        await ddl.migrate(engine, mapping or loader.load("mirror"))
     finally:
         await engine.dispose()
     if copied:

@@ -18,7 +18,7 @@ from clerk_sync.database.url import target_of
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.change import Change, Upsert
 from clerk_sync.mapping.ingest import change_of
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
 from clerk_sync.store import tables
 from clerk_sync.store.committer import Committer
 
@@ -162,7 +162,7 @@ class Database:
         await self.execute(*(f"DELETE FROM {name}" for name in (*OWN, *names)))
 
     async def store(self, mapping: Mapping) -> Store:
-        return await checks.bound(self.engine, mapping)
+        return await bind(self.engine, mapping)
 
     async def apply(
         self,

@@ -13,7 +13,7 @@ from clerk_sync.clerk.catalog import LISTED
 from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping.ingest import change_of
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.settings import Secret, Settings
 from clerk_sync.sync.report import Report
 from tests import clerk_api
@@ -171,6 +171,6 @@ async def walking(
 async def prepare(url: str, *ddl: str) -> dict[bool, Store]:
     """Make the tables; the stores of what marks and what removes."""
     async with Database.at(url) as database:
-        await checks.migrate(database.engine, MARKING)
+        await migrate(database.engine, MARKING)
         await database.ddl(*ddl)
         return {one is MARKING: await database.store(one) for one in (MARKING, REMOVING)}

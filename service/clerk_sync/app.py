@@ -27,9 +27,9 @@ from clerk_sync.http.internal import ENSURE_SECONDS, InternalListener
 from clerk_sync.http.webhook import WebhookListener
 from clerk_sync.outcomes import UNREADINESSES, Reason
 from clerk_sync.rotation import Rotation
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
 from clerk_sync.settings import InvalidSettings, Settings
-from clerk_sync.store import housekeeping, quarantine
+from clerk_sync.store import quarantine, retention
 from clerk_sync.store.committer import Committer
 from clerk_sync.store.held import HOLD_SECONDS
 from clerk_sync.store.retries import Retries
@@ -81,7 +81,7 @@ async def _expire(
         if health.readiness.ready:
             try:
                 async with asyncio.timeout(EXPIRE_SECONDS):
-                    rows = await housekeeping.expire(
+                    rows = await retention.expire(
                         engine,
                         ledger_days=settings.ledger_days,
                         quarantine_days=settings.quarantine_days,
@@ -189,7 +189,7 @@ async def open_committer(settings: Settings, mapping: Mapping) -> AsyncIterator[
     Raises SchemaMismatch, DatabaseUnavailable.
     """
     async with open_engine(settings, size=1) as engine:
-        store = await checks.bound(engine, mapping)
+        store = await bind(engine, mapping)
     async with _started(database_committer(settings, new_metrics()), store) as committer:
         yield committer
 
@@ -204,7 +204,7 @@ async def open_ensure(settings: Settings, mapping: Mapping) -> AsyncIterator[Ens
         open_engine(settings, size=1) as engine,
         open_clerk(settings, new_metrics()) as clerk,
     ):
-        store = await wait_for_database(lambda: checks.bound(engine, mapping))
+        store = await wait_for_database(lambda: bind(engine, mapping))
         async with _started(database_committer(settings, new_metrics()), store) as committer:
             yield Ensure(clerk, mapping, committer, engine, lambda: store.targets.get("user"))
 
@@ -261,7 +261,7 @@ async def open_runs(
         open_engine(settings, size=3) as engine,
         open_clerk(settings, metrics) as clerk,
     ):
-        store = await wait_for_database(lambda: checks.bound(engine, mapping), patience)
+        store = await wait_for_database(lambda: bind(engine, mapping), patience)
         yield runs_of(settings, mapping, clerk, engine, store, metrics=metrics)
 
 

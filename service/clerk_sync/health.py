@@ -15,9 +15,10 @@ import structlog
 from clerk_sync.database.connection import close_idle
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.outcomes import Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
+from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.settings import InvalidSettings
-from clerk_sync.store import housekeeping
+from clerk_sync.store import health
 from clerk_sync.store.writer import Trouble
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ class Health:
         commits = self._committer.commits
         try:
             async with asyncio.timeout(WRITE_CHECK_SECONDS):
-                await housekeeping.probe(self._engine)
+                await health.check_writes(self._engine)
         except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             if self._committer.commits > commits:
                 return self.readiness  # a commit proves more than a check that failed
@@ -139,10 +140,10 @@ class Health:
         unready = Readiness(ready=False, reason=Reason.DATABASE, detail="the schema check failed")
         try:
             async with asyncio.timeout(SCHEMA_CHECK_SECONDS):
-                self._store = await checks.bound(self._engine, self._mapping)
+                self._store = await bind(self._engine, self._mapping)
             self._committer.resume(self._store)
             return Readiness(ready=True)
-        except checks.SchemaMismatch as error:
+        except SchemaMismatch as error:
             self._store = None
             self._committer.suspend(Reason.SCHEMA)
             return Readiness(ready=False, reason=Reason.SCHEMA, detail=str(error))

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 
-from clerk_sync.schema.checks import migrate
+from clerk_sync.schema.migrate import migrate
 from tests.chart import rules
 from tests.chart.helm import CHART, FULLNAME, HELMS, LEAST, PARENT, Object, merged, render
 

@@ -327,7 +327,7 @@ def test_events_to_tick_are_those_that_have_an_effect() -> None:
 
 def test_paths_of_probes_and_monitors_are_there() -> None:
     source = (ROOT / "service" / "clerk_sync" / "http" / "internal.py").read_text("utf-8")
-    routes = set(re.findall(r'add_get\("(/[^"]+)"', source))
+    routes = set(re.findall(r'web\.get\("(/[^"]+)"', source))
     objects = render(LEAST | {"monitor": {"enabled": True}})
     (container,) = rules.the(objects, "Deployment")["spec"]["template"]["spec"]["containers"]
     probes = {

@@ -16,7 +16,7 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.outcomes import QUARANTINES
-from clerk_sync.store.values import InvalidValue, Other, fit_for, time_text
+from clerk_sync.store.values import InvalidValue, Other, encoder_for, time_text
 
 # In a fresh clone, the first text waits until hypothesis has made its tables of characters.
 patient = hypothesis_settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
@@ -34,7 +34,7 @@ def fitted(
     """What the column would be given; the reason as `!reason` where it is not."""
     column = sa.Column("x", type_)
     try:
-        return fit_for(column, json_text=json_text, sqlite=sqlite)(value)
+        return encoder_for(column, json_text=json_text, sqlite=sqlite)(value)
     except InvalidValue as error:
         reason = error.reason
     assert reason in QUARANTINES

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from clerk_sync.database.connection import (
-    CONNECT_SECONDS,
     Connection,
     Statement,
     connect,
@@ -22,10 +21,11 @@ from clerk_sync.database.errors import (
     RejectedByDatabase,
     translate_engine_errors,
 )
+from clerk_sync.database.session import CONNECT_SECONDS
 from clerk_sync.database.url import InvalidDatabaseUrl, target_of
 from clerk_sync.mapping.change import Change, Delivered, Quarantine
 from clerk_sync.outcomes import Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.store.committer import AWAY_SECONDS
 from clerk_sync.store.writer import Trouble
 from tests.histories import Clerk, Committing, Database, Halting, mapped, told
@@ -56,7 +56,7 @@ def prepared(shared_url: str) -> str:
     async def prepare() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(DDL)
-            await checks.migrate(database.engine, PEOPLE)
+            await migrate(database.engine, PEOPLE)
 
     asyncio.run(prepare())
     return shared_url
@@ -75,7 +75,7 @@ async def on(server: Managed) -> AsyncIterator[tuple[Database, Store]]:
     url = server.create_database(f"committer_{next(_databases)}")
     async with Database.at(url) as database:
         await database.ddl(DDL)
-        await checks.migrate(database.engine, PEOPLE)
+        await migrate(database.engine, PEOPLE)
         yield database, await database.store(PEOPLE)
 
 

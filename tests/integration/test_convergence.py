@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 
 from clerk_sync.mapping.change import Upsert
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from tests.histories import Clerk, Committing, Database, mapped
 
 if TYPE_CHECKING:
@@ -258,7 +258,7 @@ def prepared(shared_url: str) -> str:
     async def prepare() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(*DDL)
-            await checks.migrate(database.engine, REMOVING)
+            await migrate(database.engine, REMOVING)
 
     asyncio.run(prepare())
     return shared_url

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from clerk_sync.database.connection import engine_of, open_mysql
+from clerk_sync.database.connection import engine_of
+from clerk_sync.database.session import open_mysql
 from clerk_sync.database.url import Target
 
 if TYPE_CHECKING:

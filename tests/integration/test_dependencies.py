@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from clerk_sync.mapping.change import from_quarantine
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.store import quarantine
 from clerk_sync.store.retries import Retries
 from clerk_sync.store.values import time_text
@@ -80,7 +80,7 @@ async def committing_to(url: str, **options: Any) -> AsyncIterator[tuple[Databas
     """A committer on the app's own tables."""
     await make_tables(url)
     async with Database.at(url) as database:
-        await checks.migrate(database.engine, OWN)
+        await migrate(database.engine, OWN)
         store = await database.store(OWN)
         async with Committing(database, store, **options) as committing:
             yield database, committing
@@ -426,7 +426,7 @@ async def converge(url: str, changes: Sequence[Change], cuts: Sequence[int]) -> 
     async with Database.at(url) as database:
         if "people" not in await table_names(database):
             await database.ddl(*OWN_TABLES)
-            await checks.migrate(database.engine, OWN)
+            await migrate(database.engine, OWN)
         await database.empty("members", "people", "teams")
         store = await database.store(OWN)
         async with Committing(database, store, writers=2, hold_seconds=0.05) as committing:
@@ -481,7 +481,7 @@ tables:
         await database.execute(
             "INSERT INTO old_people (username, email) VALUES ('ada', 'old'), ('bob', 'taken')"
         )
-        await checks.migrate(database.engine, adopting)
+        await migrate(database.engine, adopting)
         clerk = Clerk(adopting)
         store = await database.store(adopting)
         async with Committing(database, store, hold_seconds=0.1) as committing:
@@ -508,7 +508,7 @@ async def test_an_event_that_is_held_takes_no_value_from_rows_that_refer_to_it(
             "CREATE TABLE posts (id SERIAL, author VARCHAR(255),"
             " FOREIGN KEY (author) REFERENCES people (email) ON UPDATE SET NULL) OPTIONS"
         )
-        await checks.migrate(database.engine, OWN)
+        await migrate(database.engine, OWN)
         store = await database.store(OWN)
         clerk = Clerk(OWN)
 
@@ -602,7 +602,7 @@ async def test_a_row_that_the_app_inserts_meanwhile_is_updated(mysql_server: Man
     url = mysql_server.create_database("clerk_sync_race")
     await make_tables(url)
     async with Database.at(url) as database:
-        await checks.migrate(database.engine, OWN)
+        await migrate(database.engine, OWN)
         inserts = ["INSERT INTO people (clerk_id, username) VALUES ('user_1', 'mine')"]
 
         async def opened() -> Connection:
@@ -634,7 +634,7 @@ tables:
             "CREATE TABLE numbered (n TINYINT AUTO_INCREMENT PRIMARY KEY,"
             " clerk_id VARCHAR(64) EXACT NOT NULL UNIQUE, username VARCHAR(50)) OPTIONS"
         )
-        await checks.migrate(database.engine, numbered)
+        await migrate(database.engine, numbered)
         store = await database.store(numbered)
         clerk = Clerk(numbered)
         async with Committing(database, store, hold_seconds=0.05) as committing:

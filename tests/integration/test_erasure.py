@@ -16,7 +16,7 @@ from clerk_sync.database.errors import (
     LockWaitTimeout,
     translate_engine_errors,
 )
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.store import erasure
 from clerk_sync.store.store import REMOVED
 from tests.histories import NOW, Clerk, Database, Halting, at, mapped
@@ -102,7 +102,7 @@ def world_url(shared_url: str) -> str:
     async def made() -> None:
         async with Database.at(shared_url) as database:
             await database.ddl(*APP)
-            await checks.migrate(database.engine, PURGED)
+            await migrate(database.engine, PURGED)
 
     asyncio.run(made())
     return shared_url

@@ -6,7 +6,7 @@ from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Final
 
 from clerk_sync.outcomes import Ending
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from tests.histories import Database, mapped
 from tests.walking import walking
 
@@ -50,7 +50,7 @@ tables:
 @asynccontextmanager
 async def referring(url: str, users: int = 0, organizations: int = 1) -> AsyncIterator[Walking]:
     async with Database.at(url) as database:
-        await checks.migrate(database.engine, mapped("tables: {}"))
+        await migrate(database.engine, mapped("tables: {}"))
         await database.ddl(*OWN)
     async with walking(url, MAPPING, most=25) as world:
         api = world.api

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from clerk_sync.health import Health
 from clerk_sync.outcomes import Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from tests.histories import Clerk, Committing, Database, mapped
 from tests.waiting import until
 
@@ -29,7 +29,7 @@ tables:
 async def watched(url: str) -> AsyncIterator[tuple[Database, Committing, Health]]:
     """A committer that gets its store from health alone."""
     async with Database.at(url) as database:
-        await checks.migrate(database.engine, PEOPLE)
+        await migrate(database.engine, PEOPLE)
         async with Committing(database, None) as committing:
             health = Health(database.engine, PEOPLE, committing.committer, reads=database.engine)
             watching = asyncio.create_task(health.watch())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 
 from clerk_sync.mapping.change import ApiRead
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.store import erasure, profiles
 from clerk_sync.sync.diff import compare
 from tests.histories import NOW, Clerk, Database, at, mapped, upsert_of
@@ -69,7 +69,7 @@ async def database(request: pytest.FixtureRequest, shared_url: str) -> AsyncIter
             f"CREATE UNIQUE INDEX people_key ON people (clerk_id{part})",
             f"CREATE UNIQUE INDEX members_key ON members (clerk_id{part})",
         )
-        await checks.migrate(database.engine, MAPPING)
+        await migrate(database.engine, MAPPING)
         await database.empty()
         yield database
 

@@ -326,9 +326,9 @@ def test_held_says_who_until_when_and_that_it_ends() -> None:
     error = LeaseHeld("sync", holder, 1_700_000_015_400)
     assert (error.holder, error.expires_ms) == (holder, 1_700_000_015_400)
     assert str(error) == (
-        "backfill on clerk-sync-7c9f (pid 1) is at work, and one at a time may be: wait for its "
-        "end, then try again. It holds the lease `sync` until 2023-11-14 22:13:35 UTC, and longer "
-        "while it lives"
+        "backfill on clerk-sync-7c9f (pid 1) is at work, and only one may be: wait until it "
+        "ends, then try again. It holds the lease `sync` until 2023-11-14 22:13:35 UTC, and renews "
+        "it while it lives"
     )
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.store import lease
 from tests.histories import Database, mapped
 from tests.waiting import until
@@ -36,14 +36,14 @@ NEW: Final = (
 SCRIPT: Final = """
 import asyncio, json, sys
 from clerk_sync.mapping import loader
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from clerk_sync.database.url import target_of
 from clerk_sync.database.connection import engine_of
 
 async def main():
     target = target_of(sys.argv[1])
     engine = engine_of(lambda: target, size=2)
-    print(json.dumps(await checks.migrate(engine, loader.load(sys.argv[2]))))
+    print(json.dumps(await migrate(engine, loader.load(sys.argv[2]))))
     await engine.dispose()
 
 asyncio.run(main())
@@ -87,7 +87,7 @@ async def done_by(process: asyncio.subprocess.Process) -> list[str]:
 
 
 async def test_who_waits_is_told_whom_it_waits_for(database: Database, tmp_path: Path) -> None:
-    await checks.migrate(database.engine, mapped(OLD))
+    await migrate(database.engine, mapped(OLD))
     (tmp_path / "new.yaml").write_text(NEW)
     async with held_up(database):
         first = await begun(database, tmp_path / "new.yaml")
@@ -95,8 +95,8 @@ async def test_who_waits_is_told_whom_it_waits_for(database: Database, tmp_path:
         with pytest.raises(
             DatabaseUnavailable, match=rf"\(pid {first.pid}\) is at work.*`migrate`"
         ):
-            await checks.migrate(database.engine, mapped(NEW), patience_seconds=0)
-        second = asyncio.create_task(checks.migrate(database.engine, mapped(NEW)))
+            await migrate(database.engine, mapped(NEW), patience_seconds=0)
+        second = asyncio.create_task(migrate(database.engine, mapped(NEW)))
         # It takes longer than a lease lasts: the first renews its own.
         query = "SELECT expires_ms FROM clerk_sync_leases WHERE name = 'migrate'"
         at_first = await database.value(query)
@@ -115,7 +115,7 @@ async def test_one_that_was_killed_in_the_middle_is_taken_over(
 ) -> None:
     # MySQL ends the statement of a client that is gone, MariaDB drops it.
     ends = mysql_server.flavour == "mysql"
-    await checks.migrate(database.engine, mapped(OLD))
+    await migrate(database.engine, mapped(OLD))
     (tmp_path / "new.yaml").write_text(NEW)
     async with held_up(database):
         dead = await begun(database, tmp_path / "new.yaml")
@@ -135,7 +135,7 @@ async def test_one_that_was_killed_in_the_middle_is_taken_over(
     # Whoever added it: MariaDB notices a moment later that its client is gone.
     assert done in ([], ["added column made.email"])
     await database.store(mapped(NEW))
-    assert await checks.migrate(database.engine, mapped(NEW)) == []
+    assert await migrate(database.engine, mapped(NEW)) == []
 
 
 async def test_first_migrations_of_four_at_once(database: Database, tmp_path: Path) -> None:
@@ -143,4 +143,4 @@ async def test_first_migrations_of_four_at_once(database: Database, tmp_path: Pa
     processes = [await begun(database, tmp_path / "new.yaml") for _ in range(4)]
     done = sorted([await done_by(one) for one in processes], key=len)
     assert done[:3] == [[], [], []]
-    assert "made table made" in done[3]
+    assert "created table made" in done[3]

@@ -6,7 +6,9 @@ from typing import TYPE_CHECKING, Final
 
 import pytest
 
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import advice
+from clerk_sync.schema.migrate import migrate, migration_sql
+from clerk_sync.schema.reflection import live_tables
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -94,16 +96,16 @@ async def folding(database_url: str, servers: Servers) -> AsyncIterator[Database
 
 
 async def test_a_table_with_capitals_is_made_once_and_found(folding: Database) -> None:
-    assert "made table Users" in await checks.migrate(folding.engine, MADE)
-    assert await checks.migrate(folding.engine, MADE) == []
-    assert (await checks.migration_sql(folding.engine, MADE)).strip() == ""
+    assert "created table Users" in await migrate(folding.engine, MADE)
+    assert await migrate(folding.engine, MADE) == []
+    assert (await migration_sql(folding.engine, MADE)).strip() == ""
     store = await folding.store(MADE)
     assert await folding.apply(store, Clerk(MADE).user("user_1", username="ada")) == ["applied"]
     # The mapping's author changes nothing but the case, and adds a column.
-    assert await checks.migrate(folding.engine, MADE_LATER) == [
+    assert await migrate(folding.engine, MADE_LATER) == [
         f"added column {'Users' if folding.sqlite else 'users'}.Email"
     ]
-    assert await checks.migrate(folding.engine, MADE_LATER) == []
+    assert await migrate(folding.engine, MADE_LATER) == []
     store = await folding.store(MADE_LATER)
     change = Clerk(MADE_LATER).user("user_1", 2, username="eve", svix_id="msg_later")
     assert await folding.apply(store, change) == ["applied"]
@@ -114,7 +116,7 @@ async def test_tables_are_found_by_other_cases_of_their_names(folding: Database)
     if folding.sqlite:
         await folding.execute("PRAGMA foreign_keys = ON")
     await folding.ddl(*APPS)
-    await checks.migrate(folding.engine, SPELT)
+    await migrate(folding.engine, SPELT)
     store = await folding.store(SPELT)
     clerk = Clerk(SPELT)
     user = clerk.user("user_1", username="ada", public_metadata={"team": "org_1"})
@@ -136,19 +138,19 @@ async def test_names_of_tables_that_differ_by_case_are_two_where_the_server_says
     if database.sqlite or await database.value("SELECT @@lower_case_table_names"):
         return
     await database.ddl("CREATE TABLE users (id SERIAL) OPTIONS")
-    assert "made table Users" in await checks.migrate(database.engine, MADE)
-    assert await checks.migrate(database.engine, MADE) == []
+    assert "created table Users" in await migrate(database.engine, MADE)
+    assert await migrate(database.engine, MADE) == []
 
 
 async def test_columns_are_found_by_other_cases_of_their_names(database: Database) -> None:
     await database.ddl(*(one.replace("Posts", "posts") for one in APPS))
-    await checks.migrate(database.engine, SPELT)
+    await migrate(database.engine, SPELT)
     store = await database.store(SPELT)
     clerk = Clerk(SPELT)
     await database.execute("INSERT INTO People (UserName) VALUES ('ada')")
     assert await database.apply(store, clerk.user("user_1", username="ada")) == ["applied"]
     assert await database.rows("SELECT Clerk_ID, UserName FROM People") == [("user_1", "ada")]
-    assert await checks.migrate(database.engine, SPELT) == []
+    assert await migrate(database.engine, SPELT) == []
 
 
 VECTOR: Final = {"mysql": "VECTOR(3)", "mariadb": "INET6"}
@@ -185,10 +187,10 @@ async def test_what_is_not_mapped_may_be_of_any_type_and_name(database: Database
         + ", ".join(one.replace("%", "%%") for one in columns)
         + ") OPTIONS"
     )
-    await checks.migrate(database.engine, ODD)
+    await migrate(database.engine, ODD)
     store = await database.store(ODD)
     assert await database.apply(store, Clerk(ODD).user("user_1", username="ada")) == ["applied"]
-    assert list(checks.advice(ODD, await checks.reflected(database.engine, ODD))) == []
+    assert list(advice(ODD, await live_tables(database.engine, ODD))) == []
 
 
 async def test_a_mapped_column_may_have_a_back_tick_in_its_name(database: Database) -> None:
@@ -208,7 +210,7 @@ tables:
         f"CREATE TABLE people ({quoted[0]} VARCHAR(128) EXACT PRIMARY KEY,"
         f" {quoted[1]} VARCHAR(5) EXACT) OPTIONS"
     )
-    await checks.migrate(database.engine, mapping)
+    await migrate(database.engine, mapping)
     store = await database.store(mapping)
     clerk = Clerk(mapping)
     assert await database.apply(store, clerk.user("user_1", username="ada")) == ["applied"]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Final
 import pytest
 
 from clerk_sync.database.errors import RejectedByDatabase
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
 from tests import deliveries
 from tests.deliveries import served, settings_of
 from tests.histories import Clerk, Committing, Database, mapped
@@ -56,7 +56,7 @@ LOCKED: Final = "unavailable: database"
 async def own_tables(url: str) -> AsyncIterator[tuple[Database, Store]]:
     async with Database.at(url) as database:
         await database.ddl(*OWN_TABLES)
-        await checks.migrate(database.engine, OWN)
+        await migrate(database.engine, OWN)
         yield database, await database.store(OWN)
 
 

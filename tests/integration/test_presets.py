@@ -16,7 +16,9 @@ from clerk_sync.clerk.catalog import ACTIONS, KINDS, SECRET_TYPES, Action
 from clerk_sync.clerk.signature import Delivery
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.ingest import change_of
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import advice
+from clerk_sync.schema.migrate import migrate
+from clerk_sync.schema.reflection import live_tables
 from tests.histories import NOW, Database, upsert_of
 
 if TYPE_CHECKING:
@@ -70,8 +72,8 @@ def test_one_table_alone_can_be_taken(kind: str) -> None:
 async def test_clerk_s_events_find_their_tables(database_url: str) -> None:
     moments = count(1)
     async with Database.at(database_url) as database:
-        await checks.migrate(database.engine, WHOLE)
-        assert list(checks.advice(WHOLE, await checks.reflected(database.engine, WHOLE))) == []
+        await migrate(database.engine, WHOLE)
+        assert list(advice(WHOLE, await live_tables(database.engine, WHOLE))) == []
         store = await database.store(WHOLE)
         last: dict[str, Any] = {}
         types = defaultdict(list)
@@ -112,7 +114,7 @@ async def test_clerk_s_events_find_their_tables(database_url: str) -> None:
 async def test_what_belongs_to_somebody_goes_and_stays_away_with_them(shared_url: str) -> None:
     moments = count(100)
     async with Database.at(shared_url) as database:
-        await checks.migrate(database.engine, WHOLE)
+        await migrate(database.engine, WHOLE)
         store = await database.store(WHOLE)
         session = sample("session.created", "sess_1", next(moments))
         invitation = sample("organizationInvitation.created", "orginv_1", next(moments))
@@ -152,7 +154,7 @@ async def test_a_payer_s_empty_id_is_no_owner(shared_url: str) -> None:
     mapping = loader.read(text, source="m")
     assert mapping.tables["organization"].owns[-1].table == "clerk_payment_attempts"
     async with Database.at(shared_url) as database:
-        await checks.migrate(database.engine, mapping)
+        await migrate(database.engine, mapping)
         await database.empty("clerk_payment_attempts")
         change = sample("paymentAttempt.updated", "pa_1", 1)
         assert upsert_of(change).values["organization_id"] == ""

@@ -12,7 +12,11 @@ import sqlalchemy as sa
 
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping import loader
-from clerk_sync.schema import checks, rehearsal
+from clerk_sync.schema import rehearsal
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.migrate import migrate
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.store import erasure
 from tests.histories import NOW, OWN, Clerk, Database, mapped
 
@@ -80,11 +84,11 @@ async def tried(database: Database, text: str, *ddl: str) -> Rehearsed | tuple[s
     """What was found by trying; where looking was enough, the faults."""
     await database.ddl(*ddl)
     mapping = mapped(text)
-    await checks.migrate(database.engine, mapping)
-    live = await checks.reflected(database.engine, mapping)
+    await migrate(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
+        store_of(mapping, live)
+    except SchemaMismatch as error:
         return error.faults
     before = await counted(database, mapping, live)
     found = await rehearsal.rehearse(database.engine, mapping, live)
@@ -218,8 +222,8 @@ async def test_the_presets_are_tried(database: Database, preset: str) -> None:
             maker(NAME, "display_name VARCHAR(255)", "img_url VARCHAR(255)", name="users"),
             maker("user_id BIGINT", name="blocks"),
         )
-    await checks.migrate(database.engine, mapping)
-    live = await checks.reflected(database.engine, mapping)
+    await migrate(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     found = await rehearsal.rehearse(database.engine, mapping, live)
     tables = [table.table for table in mapping.tables.values()]
     assert found == rehearsal.Rehearsed(tables, [], [])
@@ -320,8 +324,8 @@ LOOKED_ON_MYSQL: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
         people(),
         (maker("clerk_id VARCHAR(128) EXACT", NAME, "UNIQUE KEY one (clerk_id(10))"),),
         (
-            "test.yaml:5: `one` of `people` looks at the first 10 characters of `clerk_id` only, "
-            "so that two objects are one row: ALTER TABLE people DROP INDEX one, "
+            "test.yaml:5: `one` of `people` covers only the first 10 characters of `clerk_id`, "
+            "so that two objects could share a row: ALTER TABLE people DROP INDEX one, "
             "ADD UNIQUE INDEX people_clerk_id (clerk_id)"
         ),
     ),
@@ -334,14 +338,14 @@ LOOKED_ON_MYSQL: Final[dict[str, tuple[str, tuple[str, ...], str]]] = {
             ),
         ),
         (
-            "only, so that two objects are one row: "
+            "`clerk_id`, so that two objects could share a row: "
             "ALTER TABLE people DROP PRIMARY KEY, ADD PRIMARY KEY (clerk_id)"
         ),
     ),
     "prefix beside the whole": (
         people(),
         (maker(KEY, NAME, "UNIQUE KEY one (clerk_id(10))"),),
-        "test.yaml:5: `one` of `people` looks at the first 10 characters of `clerk_id` only",
+        "test.yaml:5: `one` of `people` covers only the first 10 characters of `clerk_id`",
     ),
     "words for a key": (
         people(),
@@ -505,7 +509,7 @@ async def test_a_parent_that_is_not_mapped_is_no_fault(database: Database) -> No
     told = "test.yaml:3: `people` is not tried: a foreign key asks for a row of `plans`"
     assert not isinstance(found, tuple)
     assert (found.tables, found.faults) == ([], [])
-    assert found.doubts[0].startswith(told)
+    assert found.warnings[0].startswith(told)
 
 
 async def test_numbers_that_are_used_up_are_told(database: Database) -> None:
@@ -532,7 +536,7 @@ async def test_a_history_that_keeps_what_is_erased_is_told(database: Database) -
     found = await tried(database, people(), table)
     assert found == rehearsal.Rehearsed(["people"], [], [])
     mapping = mapped(people())
-    (told,) = checks.advice(mapping, await checks.reflected(database.engine, mapping))
+    (told,) = advice(mapping, await live_tables(database.engine, mapping))
     assert "SYSTEM VERSIONING" in told
 
 
@@ -548,7 +552,7 @@ async def test_triggers_are_named(database: Database) -> None:
     )
     assert not isinstance(found, tuple)
     assert (found.tables, found.faults) == (["people"], [])
-    (doubt,) = found.doubts
+    (doubt,) = found.warnings
     assert "trigger `tells` of `people` runs for the probe row, too" in doubt
     assert doubt.endswith("CLERK_SYNC_PROBE_ROWS=false leaves this out")
 
@@ -558,7 +562,7 @@ async def test_nothing_is_committed_and_few_numbers_are_used(database: Database)
         pytest.skip("SQLite counts no commits")
     await database.ddl(maker(KEY, NAME))
     mapping = mapped(people())
-    live = await checks.reflected(database.engine, mapping)
+    live = await live_tables(database.engine, mapping)
     before = dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'"))
     await rehearsal.rehearse(database.engine, mapping, live)
     assert dict(await database.rows("SHOW GLOBAL STATUS LIKE 'Com_commit'")) == before

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import importlib
 import json
-import pkgutil
 import sys
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,8 +11,9 @@ import pytest
 import sqlalchemy as sa
 
 from clerk_sync.mapping import loader
-from clerk_sync.schema import checks
-from clerk_sync.schema.migrations import versions
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.migrate import migrate, migration_sql
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.store import tables
 from tests.histories import Clerk, Database, mapped
 
@@ -151,7 +150,7 @@ async def assert_as_declared(database: Database, mapping: Mapping) -> None:
 
 
 async def faults(database: Database, mapping: Mapping) -> tuple[str, ...]:
-    with pytest.raises(checks.SchemaMismatch) as found:
+    with pytest.raises(SchemaMismatch) as found:
         await database.store(mapping)
     return found.value.faults
 
@@ -159,17 +158,19 @@ async def faults(database: Database, mapping: Mapping) -> tuple[str, ...]:
 async def test_migrate_makes_what_is_declared_and_then_has_nothing_to_do(
     database: Database,
 ) -> None:
-    done = await checks.migrate(database.engine, MIRROR)
-    assert "made table clerk_users" in done
+    done = await migrate(database.engine, MIRROR)
+    assert "created table clerk_users" in done
     await assert_as_declared(database, MIRROR)
     await database.store(MIRROR)
-    assert await checks.migrate(database.engine, MIRROR) == []
+    assert await migrate(database.engine, MIRROR) == []
 
 
 MIGRATE: Final = """
 import asyncio, json, sys
 from clerk_sync.mapping import loader
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.migrate import migrate, migration_sql
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.database.url import target_of
 from clerk_sync.database.connection import engine_of
 
@@ -178,7 +179,7 @@ async def main():
     engine = engine_of(lambda: target, size=2)
     print("ready", flush=True)
     sys.stdin.readline()
-    print(json.dumps(await checks.migrate(engine, loader.load("mirror"))))
+    print(json.dumps(await migrate(engine, loader.load("mirror"))))
     await engine.dispose()
 
 asyncio.run(main())
@@ -200,28 +201,26 @@ async def test_four_processes_migrate_at_once_and_one_does_the_work(database: Da
     assert [process.returncode for process in processes] == [0] * 4
     done = sorted((json.loads(out) for out, _ in said), key=len)
     assert done[:3] == [[], [], []]
-    assert "made table clerk_users" in done[3]
+    assert "created table clerk_users" in done[3]
     await assert_as_declared(database, MIRROR)
 
 
 @pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
 async def test_migration_that_broke_off_is_resumed(database: Database, printed: bool) -> None:  # noqa: FBT001
-    await checks.migrate(database.engine, MIRROR)
+    await migrate(database.engine, MIRROR)
     on_table = "" if database.sqlite else " ON clerk_sync_events"
     await database.execute(
-        "DELETE FROM clerk_sync_version",
         "DROP TABLE clerk_sync_quarantine",
         "DROP TABLE clerk_organizations",
         f"DROP INDEX clerk_sync_events_committed_at{on_table}",
     )
     if printed:
-        sql = await checks.migration_sql(database.engine, MIRROR)
+        sql = await migration_sql(database.engine, MIRROR)
         await database.execute(*filter(str.strip, sql.split(";")))
-        assert (await checks.migration_sql(database.engine, MIRROR)).strip() == ""
-    await checks.migrate(database.engine, MIRROR)
+        assert (await migration_sql(database.engine, MIRROR)).strip() == ""
+    await migrate(database.engine, MIRROR)
     await assert_as_declared(database, MIRROR)
-    assert await database.value("SELECT COUNT(*) FROM clerk_sync_version") == 1
-    assert await checks.migrate(database.engine, MIRROR) == []
+    assert await migrate(database.engine, MIRROR) == []
 
 
 @pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
@@ -229,161 +228,143 @@ async def test_a_table_of_its_own_that_somebody_dropped_is_made_again(
     database: Database,
     printed: bool,  # noqa: FBT001
 ) -> None:
-    await checks.migrate(database.engine, MIRROR)
+    await migrate(database.engine, MIRROR)
     await database.execute("DROP TABLE clerk_sync_leases", "DROP TABLE clerk_sync_events")
     assert len(await faults(database, MIRROR)) == 2
     if printed:
-        sql = await checks.migration_sql(database.engine, MIRROR)
+        sql = await migration_sql(database.engine, MIRROR)
         await database.execute(*filter(str.strip, sql.split(";")))
     else:
-        done = await checks.migrate(database.engine, MIRROR)
-        assert "made table clerk_sync_leases anew, as it was gone" in done
+        done = await migrate(database.engine, MIRROR)
+        assert "created table clerk_sync_leases" in done
     await assert_as_declared(database, MIRROR)
     await database.store(MIRROR)
-    assert await checks.migrate(database.engine, MIRROR) == []
+    assert await migrate(database.engine, MIRROR) == []
 
 
 async def test_printed_sql_run_by_hand_makes_the_same(database: Database) -> None:
-    sql = await checks.migration_sql(database.engine, MIRROR)
+    sql = await migration_sql(database.engine, MIRROR)
     assert "clerk_sync_events" in sql
     assert "table clerk_sync_events is missing" in (await faults(database, MIRROR))[1], "printed"
     await database.execute(*filter(str.strip, sql.split(";")))
     await assert_as_declared(database, MIRROR)
     await database.store(MIRROR)
-    assert (await checks.migration_sql(database.engine, MIRROR)).strip() == ""
-    assert await checks.migrate(database.engine, MIRROR) == []
+    assert (await migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await migrate(database.engine, MIRROR) == []
 
 
 async def test_tables_of_a_newer_version_are_left_as_they_are(database: Database) -> None:
-    await checks.migrate(database.engine, MIRROR)
-    await database.execute("UPDATE clerk_sync_version SET version_num = '9999'")
-    (done,) = await checks.migrate(database.engine, MIRROR)
-    assert done.startswith("clerk-sync's own tables are of version 9999, newer than this")
-    assert (await checks.migration_sql(database.engine, MIRROR)).strip() == ""
-    assert await database.value("SELECT version_num FROM clerk_sync_version") == "9999"
+    await migrate(database.engine, MIRROR)
+    await database.execute(
+        "ALTER TABLE clerk_sync_runs ADD COLUMN later VARCHAR(9)",
+        "CREATE TABLE clerk_sync_later (name VARCHAR(9) PRIMARY KEY)",
+    )
+    assert (await migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await migrate(database.engine, MIRROR) == []
     await database.store(MIRROR)
+    assert await database.rows("SELECT later FROM clerk_sync_runs") == []
+    assert await database.rows("SELECT name FROM clerk_sync_later") == []
 
 
-async def test_deploy_request_without_the_version_table_is_enough(database: Database) -> None:
-    await checks.migrate(database.engine, MIRROR)
-    await database.execute("DROP TABLE clerk_sync_version")
+async def test_a_version_table_that_was_left_behind_is_left_alone(database: Database) -> None:
+    await migrate(database.engine, MIRROR)
+    await database.execute(
+        "CREATE TABLE clerk_sync_version (version_num VARCHAR(32) PRIMARY KEY)",
+        "INSERT INTO clerk_sync_version VALUES ('0001')",
+    )
     await database.store(MIRROR)
-    assert (await checks.migration_sql(database.engine, MIRROR)).strip() == ""
-    (done,) = await checks.migrate(database.engine, MIRROR)
-    assert done.startswith("recorded version")
-    assert await checks.migrate(database.engine, MIRROR) == []
+    assert (await migration_sql(database.engine, MIRROR)).strip() == ""
+    assert await migrate(database.engine, MIRROR) == []
+    assert await database.rows("SELECT * FROM clerk_sync_version") == [("0001",)]
 
 
 LATER: Final = ("clerk_sync_leases", "clerk_sync_cursors", "clerk_sync_runs")
-FIRST: Final = "UPDATE clerk_sync_version SET version_num = '0001'"
-VERSIONS: Final = sorted(
-    (
-        importlib.import_module(f"{versions.__name__}.{found.name}")
-        for found in pkgutil.iter_modules(versions.__path__)
-    ),
-    key=lambda version: str(version.revision),
-)
-HEAD: Final[str] = VERSIONS[-1].revision
-# What later versions add to tables of earlier ones.
+# What a later version may have added: every column of clerk-sync's own tables that takes null.
 ADDED: Final = [
-    (table, column)
-    for version in VERSIONS
-    for table, columns in getattr(version, "COLUMNS", {}).items()
-    for column in sorted(columns)
+    (table.name, column.name)
+    for table in tables.metadata.tables.values()
+    for column in table.columns
+    if column.nullable
 ]
 
 
-@pytest.mark.parametrize(
-    ("since", "recorded"),
-    [
-        ((FIRST, *(f"DROP TABLE {name}" for name in LATER)), True),
-        ((FIRST, *(f"DROP TABLE {name}" for name in LATER[1:])), True),
-        (("DELETE FROM clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
-        (("DROP TABLE clerk_sync_version", *(f"DROP TABLE {name}" for name in LATER)), False),
-    ],
-    ids=["recorded", "half done", "no row", "no version table"],
-)
+def dropping(database: Database) -> list[str]:
+    """The statements that leave the columns in `ADDED` out of tables that have them."""
+    over = [
+        (index.name, table)
+        for table, column in ADDED
+        for index in tables.metadata.tables[table].indexes
+        if column in index.columns
+    ]
+    on = {table: "" if database.sqlite else f" ON {table}" for _, table in over}
+    return [  # SQLite drops no column that an index is on
+        *(f"DROP INDEX {name}{on[table]}" for name, table in over),
+        *(f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED),
+    ]
+
+
+@pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
+@pytest.mark.parametrize("dropped", [LATER, LATER[1:]], ids=["first version", "half done"])
 async def test_first_version_with_its_data_becomes_this_one(
-    database: Database, since: tuple[str, ...], *, recorded: bool
+    database: Database,
+    dropped: tuple[str, ...],
+    *,
+    printed: bool,
 ) -> None:
     mapping = mapped(MADE)
-    await checks.migrate(database.engine, mapping)
+    await migrate(database.engine, mapping)
     store = await database.store(mapping)
     await database.apply(store, Clerk(mapping).user("user_1", username="ada"))
     before = await database.snapshot("made")
 
-    await database.execute(*since)
+    await database.execute(
+        *(f"DROP TABLE {name}" for name in dropped),
+        *(one for one in dropping(database) if "retry_at" in one),
+    )
     fault = (await faults(database, mapping))[-1]
     assert fault.startswith("table clerk_sync_runs is missing: run `clerk-sync migrate`")
-    sql = await checks.migration_sql(database.engine, mapping)
+    sql = await migration_sql(database.engine, mapping)
     assert "clerk_sync_entities" not in sql
-    await database.execute(*filter(str.strip, sql.split(";")))
+    if printed:
+        await database.execute(*filter(str.strip, sql.split(";")))
+    else:
+        assert sorted(await migrate(database.engine, mapping)) == [
+            "added column clerk_sync_quarantine.retry_at",
+            "added index clerk_sync_quarantine_retry_at",
+            *sorted(f"created table {name}" for name in dropped),
+        ]
     await assert_as_declared(database, mapping)
-    assert (await checks.migration_sql(database.engine, mapping)).strip() == ""
-    told = [] if recorded else [f"recorded version {HEAD}, whose tables were there"]
-    assert await checks.migrate(database.engine, mapping) == told
-
-    await database.execute(*since)
-    told = [] if recorded else ["recorded version 0001, whose tables were there"]
-    assert await checks.migrate(database.engine, mapping) == [
-        *told,
-        f"clerk-sync's own tables: from 0001 to version {HEAD}",
-        *(f"added column {table}.{column}" for table, column in ADDED if table in LATER),
-    ]
-    await assert_as_declared(database, mapping)
-    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
-    assert await checks.migrate(database.engine, mapping) == []
+    assert (await migration_sql(database.engine, mapping)).strip() == ""
+    assert await migrate(database.engine, mapping) == []
     assert await database.snapshot("made") == before
 
 
 @pytest.mark.parametrize("printed", [False, True], ids=["run", "printed"])
-@pytest.mark.parametrize(
-    "version",
-    [
-        "UPDATE clerk_sync_version SET version_num = '0002'",
-        "DELETE FROM clerk_sync_version",
-        "DROP TABLE clerk_sync_version",
-    ],
-    ids=["recorded", "no row", "no version table"],
-)
-async def test_columns_that_a_later_version_adds(
-    database: Database, version: str, *, printed: bool
-) -> None:
+async def test_columns_that_a_later_version_adds(database: Database, *, printed: bool) -> None:
     mapping = mapped(MADE)
-    await checks.migrate(database.engine, mapping)
-    drops = [f"ALTER TABLE {table} DROP COLUMN {column}" for table, column in ADDED]
-    if database.sqlite:  # which drops no column that an index is on
-        over = [
-            index.name
-            for table, column in ADDED
-            for index in tables.metadata.tables[table].indexes
-            if column in index.columns
-        ]
-        drops = [*(f"DROP INDEX {name}" for name in over), *drops]
-    await database.execute(*drops, version)
+    await migrate(database.engine, mapping)
+    await database.execute(*dropping(database))
     lacking = [fault.partition(",")[0] for fault in await faults(database, mapping)]
     assert sorted(lacking) == sorted(f"{table} has no column {one}" for table, one in ADDED)
     if printed:
-        sql = await checks.migration_sql(database.engine, mapping)
+        sql = await migration_sql(database.engine, mapping)
         assert "CREATE TABLE" not in sql
         await database.execute(*filter(str.strip, sql.split(";")))
-        assert (await checks.migration_sql(database.engine, mapping)).strip() == ""
     else:
-        done = await checks.migrate(database.engine, mapping)
+        done = await migrate(database.engine, mapping)
         assert sorted(f"added column {table}.{column}" for table, column in ADDED) == sorted(
             one for one in done if "column" in one
         )
     await database.store(mapping)
-    await checks.migrate(database.engine, mapping)
-    assert await database.rows("SELECT * FROM clerk_sync_version") == [(HEAD,)]
-    assert await checks.migrate(database.engine, mapping) == []
+    assert (await migration_sql(database.engine, mapping)).strip() == ""
+    assert await migrate(database.engine, mapping) == []
     await assert_as_declared(database, mapping)
 
 
 async def test_table_made_for_the_mapping_gets_later_columns_and_indexes(
     database: Database,
 ) -> None:
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     store = await database.store(mapped(MADE))
     await database.apply(store, Clerk(mapped(MADE)).user("user_1", username="ada"))
     later = mapped(MADE_LATER)
@@ -391,7 +372,7 @@ async def test_table_made_for_the_mapping_gets_later_columns_and_indexes(
         "`made` has no column `email`: run `clerk-sync migrate`" in fault
         for fault in await faults(database, later)
     )
-    assert await checks.migrate(database.engine, later) == [
+    assert await migrate(database.engine, later) == [
         "added column made.email",
         "added column made.deleted_at",
         "added index made_email",
@@ -407,27 +388,27 @@ async def test_tutorials_tables_need_one_statement(database: Database) -> None:
     assert "preset orbytal:6: table `users` has no column `clerk_id`: run `clerk-sync migrate`" in (
         "\n".join(await faults(database, ORBYTAL)).replace(":5:", ":6:")
     )
-    sql = await checks.migration_sql(database.engine, ORBYTAL)
+    sql = await migration_sql(database.engine, ORBYTAL)
     statements = [text for text in sql.split(";") if "users" in text]
     assert len(statements) == (2 if database.sqlite else 1)
     assert "ALTER TABLE users ADD COLUMN clerk_id VARCHAR(128)" in statements[0]
-    done = await checks.migrate(database.engine, ORBYTAL)
+    done = await migrate(database.engine, ORBYTAL)
     assert "added column users.clerk_id" in done
     assert await database.rows("SELECT id, username, tagline, clerk_id FROM users") == [
         (1, "ada", "mine", None)
     ]
     await database.store(ORBYTAL)
-    assert await checks.migrate(database.engine, ORBYTAL) == []
+    assert await migrate(database.engine, ORBYTAL) == []
 
 
 async def test_printed_statement_for_the_tutorial_run_by_hand_is_enough(
     database: Database,
 ) -> None:
     await database.ddl(*TUTORIAL)
-    sql = await checks.migration_sql(database.engine, ORBYTAL)
+    sql = await migration_sql(database.engine, ORBYTAL)
     await database.execute(*filter(str.strip, sql.split(";")))
     await database.store(ORBYTAL)
-    assert await checks.migrate(database.engine, ORBYTAL) == []
+    assert await migrate(database.engine, ORBYTAL) == []
 
 
 # What is wrong is said at start, with the line of the mapping file that asks for it.
@@ -443,7 +424,7 @@ async def test_empty_database_says_which_tables_are_missing_and_what_to_run(
 
 
 async def test_every_fault_of_a_mapped_table_is_told_with_its_line(database: Database) -> None:
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     await database.ddl(
         """CREATE TABLE people (
             clerk_id VARCHAR(128) EXACT, username VARCHAR(9), display_name VARCHAR(9),
@@ -470,7 +451,7 @@ async def test_every_fault_of_a_mapped_table_is_told_with_its_line(database: Dat
 
 
 async def test_mark_that_cannot_hold_a_time_is_a_fault(database: Database) -> None:
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     await database.ddl(
         """CREATE TABLE people (
             clerk_id VARCHAR(128) EXACT PRIMARY KEY, username VARCHAR(9),
@@ -502,7 +483,7 @@ def setting(*lines: str) -> Mapping:
 
 @pytest.mark.past_vitess
 async def test_what_a_delete_cannot_set_is_a_fault(database: Database) -> None:
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     await database.ddl(_SETTABLE % "")
     found = await faults(
         database,
@@ -527,7 +508,7 @@ async def test_what_a_delete_can_set_is_no_fault_and_is_set(database: Database) 
     mapping = setting(
         *("email: null", "username: ''", "level: -3", "seen: 1700000000000", "meta: \"a 'text'\"")
     )
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     await database.ddl(_SETTABLE % "")
     store = await database.store(mapping)
     clerk = Clerk(mapping)
@@ -561,7 +542,7 @@ async def test_a_unique_index_that_marked_rows_stay_in_is_told(
 ) -> None:
     await database.ddl(_SETTABLE % f", UNIQUE ({unique})")
     mapping = setting(*lines) if lines else mapped(SETTING.replace("      set:\n", ""))
-    found = list(checks.advice(mapping, await checks.reflected(database.engine, mapping)))
+    found = list(advice(mapping, await live_tables(database.engine, mapping)))
     assert len(found) == (told is not None)
     if told is not None:
         assert told in found[0]
@@ -575,15 +556,15 @@ async def test_a_unique_column_that_cannot_be_null_has_to_be_mended_first(
 ) -> None:
     await database.ddl(_SETTABLE % ", UNIQUE (username)")
     mapping = setting("email: null")
-    (found,) = checks.advice(mapping, await checks.reflected(database.engine, mapping))
-    assert found.endswith("written: let it be null, and add `set: {username: null}`")
+    (found,) = advice(mapping, await live_tables(database.engine, mapping))
+    assert found.endswith("the same value: let it be null, and add `set: {username: null}`")
     removing = mapped(SETTING.partition("    on_delete")[0])
-    assert not list(checks.advice(removing, await checks.reflected(database.engine, removing)))
+    assert not list(advice(removing, await live_tables(database.engine, removing)))
 
 
 @pytest.mark.parametrize("inherited", [True, False], ids=["of the table", "of the column"])
 async def test_ids_that_ignore_case_are_a_fault(database: Database, inherited: bool) -> None:  # noqa: FBT001
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     column = "" if inherited or database.sqlite else "COLLATE utf8mb4_general_ci"
     await database.ddl(
         f"""CREATE TABLE people (
@@ -606,19 +587,17 @@ async def test_ids_that_ignore_case_are_a_fault(database: Database, inherited: b
 async def test_schema_of_an_older_version_is_a_fault_that_says_what_to_run(
     database: Database,
 ) -> None:
-    await checks.migrate(database.engine, MIRROR)
+    await migrate(database.engine, MIRROR)
     await database.execute("ALTER TABLE clerk_sync_events DROP COLUMN reason")
     (fault,) = await faults(database, MIRROR)
     assert "clerk_sync_events has no column reason" in fault
     assert "run `clerk-sync migrate`" in fault
-    assert await checks.migrate(database.engine, MIRROR) == [
-        "added column clerk_sync_events.reason"
-    ]
+    assert await migrate(database.engine, MIRROR) == ["added column clerk_sync_events.reason"]
     await database.store(MIRROR)
 
 
 async def test_inline_unique_is_seen(database: Database) -> None:
-    await checks.migrate(database.engine, mapped(MADE))
+    await migrate(database.engine, mapped(MADE))
     await database.ddl(
         """CREATE TABLE people (
             id SERIAL, clerk_id VARCHAR(128) EXACT UNIQUE, username VARCHAR(9),

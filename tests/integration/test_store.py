@@ -14,12 +14,14 @@ from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.change import ApiRead, Change
 from clerk_sync.outcomes import Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.migrate import migrate
+from clerk_sync.store.store import FencedOff
 from tests.histories import Clerk, Committing, Database, Halting, at, mapped, upsert_of
 
 if TYPE_CHECKING:
-    from collections.abc import AsyncIterator
+    from collections.abc import AsyncIterator, Sequence
 
+    from clerk_sync.database.connection import Connection, Result, Step
     from clerk_sync.mapping.model import Mapping
     from clerk_sync.store.store import Store
 
@@ -173,7 +175,7 @@ def prepared(shared_url: str) -> tuple[str, dict[str, Store]]:
             await database.ddl(*APP, *TUTORIAL)
             await database.execute("INSERT INTO users (username) VALUES ('before')")
             for mapping in (MIRROR, ORBYTAL):
-                await checks.migrate(database.engine, mapping)
+                await migrate(database.engine, mapping)
 
     asyncio.run(prepare())
     return shared_url, {}
@@ -344,6 +346,39 @@ async def test_same_delivery_on_two_connections_has_one_effect(world: World) -> 
     assert not two.done(), "the second waits for the first one's commit"
     first.go_on.set()
     assert (await one, await two) == (["applied"], ["duplicate"])
+
+
+class Noting(Halting):
+    """A real connection that keeps the steps that it was given."""
+
+    def __init__(self, connection: Connection) -> None:
+        super().__init__(connection)
+        self.packets: list[Sequence[Step]] = []
+        self.go_on.set()
+
+    async def run(self, steps: Sequence[Step]) -> list[Result]:
+        self.packets.append(steps)
+        return await super().run(steps)
+
+
+async def test_entities_are_locked_in_one_order_whatever_order_they_come_in(world: World) -> None:
+    clerk = Clerk(MIRROR)
+    store = await world.of(MIRROR)
+    connection = Noting(await world.connect())
+    changes = [
+        clerk.user("user_2"),
+        clerk.membership("m_1", "user_3", "org_1"),
+        clerk.user("user_1"),
+    ]
+    await world.apply(store, *changes, connection=connection)
+    await store.insert(
+        connection, "user", [upsert_of(clerk.user(f"user_{n}")) for n in (5, 4)], now_ms=at(99)
+    )
+    (_, advanced), (_, begun) = connection.packets[0][0], connection.packets[2][0]
+    locked = [tuple(row[:2]) for row in advanced]
+    assert len(locked) == 5
+    assert locked == sorted(locked)
+    assert [row[0] for row in begun] == ["user_4", "user_5"]
 
 
 async def test_same_deliveries_racing_on_two_connections_are_applied_once(world: World) -> None:
@@ -1032,3 +1067,39 @@ async def test_deleted_user_adopts_nothing_any_more(world: World) -> None:
     await world.apply(store, clerk.deleted("user_1"))
     assert await world.apply(store, clerk.user("user_1", 20, username="ada")) == ["stale"]
     assert await world.rows("SELECT clerk_id, tagline FROM users") == [(None, "mine")]
+
+
+LEASE: Final = "INSERT INTO clerk_sync_leases VALUES ('walk', 'a run', 1, 0)"
+TAKEN_OVER: Final = "UPDATE clerk_sync_leases SET token = 2 WHERE name = 'walk'"
+
+
+async def test_nothing_is_written_under_a_lease_that_another_process_has(world: World) -> None:
+    clerk = Clerk(PEOPLE)
+    store = (await world.of(PEOPLE)).fenced("walk", 1)
+    await world.execute("DELETE FROM clerk_sync_leases", LEASE)
+    assert await world.apply(store, clerk.user("user_1", username="ada")) == ["applied"]
+    await world.execute(TAKEN_OVER)
+    before = await world.snapshot("people")
+    with pytest.raises(FencedOff):
+        await world.apply(store, clerk.user("user_1", 2, username="ida"))
+    connection = await world.connect()
+    with pytest.raises(FencedOff):
+        await store.insert(connection, "user", [upsert_of(clerk.user("user_2"))], now_ms=at(99))
+    await connection.rollback()
+    assert await world.snapshot("people") == before
+
+
+async def test_a_lease_is_acquired_only_after_what_is_written_under_it(world: World) -> None:
+    clerk = Clerk(PEOPLE)
+    store = (await world.of(PEOPLE)).fenced("walk", 1)
+    await world.execute("DELETE FROM clerk_sync_leases", LEASE)
+    writing = Halting(await world.connect())
+    change = clerk.user("user_1", username="ada")
+    write = asyncio.create_task(world.apply(store, change, connection=writing))
+    await writing.decided.wait()
+    takeover = asyncio.create_task(world.execute(TAKEN_OVER))
+    await asyncio.sleep(0.1)
+    assert not takeover.done(), "the lease's row is locked"
+    writing.go_on.set()
+    assert await write == ["applied"]
+    await takeover

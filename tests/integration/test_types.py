@@ -20,8 +20,9 @@ from sqlalchemy.dialects.mysql import mariadb
 from clerk_sync.database.connection import COMMIT, NO_PARAMETERS, Statement
 from clerk_sync.database.errors import RejectedByDatabase
 from clerk_sync.outcomes import QUARANTINES, Reason
-from clerk_sync.schema import checks, reflection
-from clerk_sync.store.values import Fit, InvalidValue, fit_for, same_for
+from clerk_sync.schema import reflection
+from clerk_sync.schema.migrate import migrate
+from clerk_sync.store.values import Encode, InvalidValue, encoder_for, same_for
 from tests.histories import Clerk, Database, mapped
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ VALUES: Final[tuple[Any, ...]] = (
 REFUSALS: Final = frozenset(f"!{reason.value}" for reason in QUARANTINES)
 
 
-def answer(fit: Fit, value: Any) -> Any:
+def answer(fit: Encode, value: Any) -> Any:
     """What the column is given; the reason as `!reason` where it is not."""
     try:
         return fit(value)
@@ -197,7 +198,7 @@ async def columns_of(database: Database) -> dict[str, sa.Column[Any]]:
         )
     columns = ", ".join(f"x{place} {type_}" for place, type_ in enumerate(declared))
     await database.ddl(f"CREATE TABLE everything (n INT PRIMARY KEY, {columns}) OPTIONS")
-    found = (await reflection.inspected(database.engine, {"everything": set()})).tables[
+    found = (await reflection.inspect_tables(database.engine, {"everything": set()})).tables[
         "everything"
     ]
     return {type_: found.c[f"x{place}"] for place, type_ in enumerate(declared)}
@@ -235,7 +236,7 @@ async def test_a_value_is_refused_or_is_what_the_column_gives_back(database: Dat
     await database.connect()
     wrong = []
     for declared, column in (await columns_of(database)).items():
-        fit = fit_for(column, json_text=False, sqlite=database.sqlite)
+        fit = encoder_for(column, json_text=False, sqlite=database.sqlite)
         same = comparison(declared, sqlite=database.sqlite)
         took = [
             (value, fitted)
@@ -264,7 +265,7 @@ tables:
         "CREATE TABLE people (clerk_id VARCHAR(128) EXACT PRIMARY KEY,"
         " plan ENUM('free', 'pro', 'enterprise')) OPTIONS"
     )
-    await checks.migrate(database.engine, mapping)
+    await migrate(database.engine, mapping)
     store, clerk = await database.store(mapping), Clerk(mapping)
     plans = ("pro", "3", 3, "03", "PRO", "", None)
     answers = await database.apply(
@@ -307,9 +308,11 @@ async def test_sqlite_which_checks_nothing_answers_as_mysql(
 ) -> None:
     async with Database.at(f"sqlite:///{tmp_path}/clerk-sync.db") as database:
         await database.execute(f"CREATE TABLE one (x {declared})")
-        column = (await reflection.inspected(database.engine, {"one": set()})).tables["one"].c.x
-    ours = fit_for(column, json_text=False, sqlite=True)
-    theirs = fit_for(sa.Column("x", type_), json_text=False, sqlite=False)
+        column = (
+            (await reflection.inspect_tables(database.engine, {"one": set()})).tables["one"].c.x
+        )
+    ours = encoder_for(column, json_text=False, sqlite=True)
+    theirs = encoder_for(sa.Column("x", type_), json_text=False, sqlite=False)
     assert {str(value): answer(ours, value) for value in VALUES} == {
         str(value): answer(theirs, value) for value in VALUES
     }

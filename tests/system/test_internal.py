@@ -22,7 +22,8 @@ from prometheus_client.parser import text_string_to_metric_families as plain
 
 from clerk_sync.clerk.metrics import new_metrics
 from clerk_sync.cli import cli
-from clerk_sync.database.connection import close_idle, engine_of, open_mysql
+from clerk_sync.database.connection import close_idle, engine_of
+from clerk_sync.database.session import open_mysql
 from clerk_sync.database.url import target_of
 from clerk_sync.http import internal
 from clerk_sync.http.access import InvalidToken, refusal, tokens

@@ -25,7 +25,7 @@ from clerk_sync.database.connection import engine_of
 from clerk_sync.http.responses import response_to
 from clerk_sync.mapping import loader
 from clerk_sync.outcomes import QUARANTINES, REJECTIONS, UNAVAILABILITIES, Answer, Outcome, Reason
-from clerk_sync.store import housekeeping
+from clerk_sync.store import retention
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, PATH, SECRET, rows
 from tools import servers
@@ -134,7 +134,7 @@ async def test_only_an_hour_of_probes_is_kept(database_url: str) -> None:
         )
     engine = engine_of(deliveries.settings_of(database_url).locate, size=1)
     try:
-        assert await housekeeping.expire(engine, ledger_days=100, quarantine_days=30) == len(gone)
+        assert await retention.expire(engine, ledger_days=100, quarantine_days=30) == len(gone)
     finally:
         await engine.dispose()
     assert (await deliveries.ledger(database_url)).keys() == kept.keys()

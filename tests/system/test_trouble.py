@@ -56,7 +56,7 @@ async def test_check_finds_a_right_that_serving_needs_and_its_user_lacks(
     rights = [right for right in ("SELECT", "INSERT", "UPDATE", "DELETE") if right != lacking]
     (found,) = await found_by_check(login_of(mysql_server, name, may=", ".join(rights)))
     assert f"{lacking} command denied" in found
-    assert "needs the rights SELECT, INSERT, UPDATE, DELETE" in found
+    assert "needs the privileges SELECT, INSERT, UPDATE, DELETE" in found
     mysql_server.execute(f"DROP USER {name}")
 
 

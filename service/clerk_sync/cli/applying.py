@@ -14,7 +14,7 @@ from clerk_sync.cli.exits import fail
 from clerk_sync.mapping.change import from_quarantine
 from clerk_sync.mapping.ingest import change_of
 from clerk_sync.outcomes import Answer, Outcome
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.telemetry import logs
 
 if TYPE_CHECKING:
@@ -63,7 +63,7 @@ async def apply(
         async with app.open_committer(settings, mapping) as committer:
             async for group in groups:
                 await asyncio.gather(*(show(name, delivery) for name, delivery in group))
-    except checks.SchemaMismatch as error:
+    except SchemaMismatch as error:
         fail(*error.faults)
     click.echo(
         ", ".join(f"{count} {outcome}" for outcome, count in sorted(counts.items())) or "none"

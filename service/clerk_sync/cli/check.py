@@ -19,9 +19,12 @@ from clerk_sync.database.url import Target
 from clerk_sync.mapping import loader
 from clerk_sync.mapping.model import Mapping
 from clerk_sync.rotation import signing_faults, token_faults
-from clerk_sync.schema import checks, rehearsal
+from clerk_sync.schema import rehearsal
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import RUN_MIGRATE, SchemaMismatch, advice, own_faults
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.settings import InvalidSettings, Settings, load
-from clerk_sync.store import housekeeping
+from clerk_sync.store import health
 
 _CLERK_SECONDS: Final = 10
 
@@ -97,7 +100,7 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
             yield Finding("FAIL", "database", fault)
         return
     if target.path is not None and not Path(target.path).exists():  # noqa: ASYNC240 -- once
-        missing = f"{target.where}: there is no such file yet: {checks.RUN_MIGRATE}"
+        missing = f"{target.where}: there is no such file yet: {RUN_MIGRATE}"
         yield Finding("FAIL", "database", missing)
         return
     async with app.open_engine(settings, size=1) as engine:
@@ -109,12 +112,12 @@ async def _of_schema(
     settings: Settings, engine: AsyncEngine, mapping: Mapping | None, target: Target
 ) -> AsyncIterator[Finding]:
     try:
-        live = await checks.reflected(engine, mapping or Mapping("", {}, ()))
+        live = await live_tables(engine, mapping)
         # After a failover the old primary answers every SELECT. Without tables there is nothing
         # to write to yet.
-        if not checks.lacks_own(live):
-            await housekeeping.probe_rights(engine)
-            await housekeeping.probe(engine)
+        if not any(own_faults(live)):
+            await health.check_privileges(engine)
+            await health.check_writes(engine)
     except DatabaseUnavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return
@@ -122,13 +125,13 @@ async def _of_schema(
     if mapping is None:
         return
     try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
+        store_of(mapping, live)
+    except SchemaMismatch as error:
         for fault in error.faults:
             yield Finding("FAIL", "schema", fault)
         return
     checked = "as the mapping needs it"
-    warnings = [*checks.advice(mapping, live)]
+    warnings = [*advice(mapping, live)]
     if settings.probe_rows == "false":
         warnings.append("no row was tried, as CLERK_SYNC_PROBE_ROWS is false")
         yield Finding("ok", "schema", checked)
@@ -142,7 +145,7 @@ async def _of_schema(
             checked += f"; written, read back and rolled back: {', '.join(rehearsed.tables)}"
         for finding in _failed_or("schema", rehearsed.faults, checked):
             yield finding
-        warnings += rehearsed.doubts
+        warnings += rehearsed.warnings
     for warning in warnings:
         yield Finding("warn", "schema", warning)
 

@@ -8,7 +8,8 @@ from clerk_sync import app
 from clerk_sync.cli.common import command, load, text, unnamed
 from clerk_sync.cli.exits import fail
 from clerk_sync.clock import now_ms
-from clerk_sync.schema import checks
+from clerk_sync.schema.binding import bind
+from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.store import erasure
 
 
@@ -23,9 +24,9 @@ async def erase(user_id: str) -> int:
     settings, mapping = load()
     try:
         async with app.open_engine(settings, size=2) as engine:
-            store = await checks.bound(engine, mapping)
+            store = await bind(engine, mapping)
             removed = await erasure.erase(engine, store, user_id, now_ms=now_ms())
-    except checks.SchemaMismatch as error:
+    except SchemaMismatch as error:
         fail(*error.faults, *unnamed(settings))
     except ValueError as error:
         fail(f"{user_id}: {error}")

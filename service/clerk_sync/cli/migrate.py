@@ -10,7 +10,11 @@ from clerk_sync import app
 from clerk_sync.cli.common import command, load
 from clerk_sync.cli.exits import fail
 from clerk_sync.database.errors import DatabaseUnavailable
-from clerk_sync.schema import checks, rehearsal
+from clerk_sync.schema import migrate as ddl
+from clerk_sync.schema import rehearsal
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import SchemaMismatch, advice
+from clerk_sync.schema.reflection import live_tables
 
 if TYPE_CHECKING:
     from sqlalchemy.ext.asyncio import AsyncEngine
@@ -43,7 +47,7 @@ async def migrate(*, print_: bool) -> int:
 
 async def _print(engine: AsyncEngine, mapping: Mapping) -> None:
     """Print the SQL that is missing."""
-    if sql := await checks.migration_sql(engine, mapping):
+    if sql := await ddl.migration_sql(engine, mapping):
         click.echo(sql, nl=False)
         return
     await _check(engine, mapping)
@@ -52,7 +56,7 @@ async def _print(engine: AsyncEngine, mapping: Mapping) -> None:
 
 async def _migrate(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -> None:
     """Run the SQL that is missing, and try whether the tables take rows."""
-    for line in await checks.migrate(engine, mapping) or ["nothing to do"]:
+    for line in await ddl.migrate(engine, mapping) or ["nothing to do"]:
         click.echo(line)
     live = await _check(engine, mapping)
     if probe_rows:
@@ -61,19 +65,19 @@ async def _migrate(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -
         except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
             click.echo(f"advice: no row was tried: {error}", err=True)
             return
-        for doubt in rehearsed.doubts:
-            click.echo(f"advice: {doubt}", err=True)
+        for warning in rehearsed.warnings:
+            click.echo(f"advice: {warning}", err=True)
         if rehearsed.faults:
             fail(*rehearsed.faults)
 
 
 async def _check(engine: AsyncEngine, mapping: Mapping) -> Live:
     """The live tables, once they are what the mapping needs; else the end."""
-    live = await checks.reflected(engine, mapping)
+    live = await live_tables(engine, mapping)
     try:
-        checks.store_of(mapping, live)
-    except checks.SchemaMismatch as error:
+        store_of(mapping, live)
+    except SchemaMismatch as error:
         fail(*error.faults)
-    for warning in checks.advice(mapping, live):
+    for warning in advice(mapping, live):
         click.echo(f"advice: {warning}", err=True)
     return live

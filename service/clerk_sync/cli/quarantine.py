@@ -14,7 +14,8 @@ from clerk_sync.cli.applying import AT_ONCE, apply
 from clerk_sync.cli.common import command, load, load_settings, text
 from clerk_sync.cli.exits import fail
 from clerk_sync.outcomes import Answer, Outcome, Reason
-from clerk_sync.schema import checks
+from clerk_sync.schema.checks import own_faults
+from clerk_sync.schema.reflection import live_tables
 from clerk_sync.store import quarantine as dead_letters
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ async def _open_engine() -> AsyncIterator[AsyncEngine]:
     """An engine on a database that has clerk-sync's tables; else the end of the command."""
     settings = load_settings()
     async with app.open_engine(settings, size=1) as engine:
-        if faults := await checks.own_faults(engine):
+        if faults := [*own_faults(await live_tables(engine))]:
             fail(*(f"{settings.locate().where}: {fault}" for fault in faults))
         yield engine
 

@@ -40,14 +40,14 @@ class Target:
 
     @property
     def where(self) -> str:
-        """The address without its secrets, for people."""
+        """Return the address without its secrets, for people."""
         if self.path is not None:
             return f"sqlite {self.path}"
         return f"mysql {self.server}/{self.name}"
 
     @property
     def secrecy(self) -> str:
-        """What keeps a connection over a network from being read, for people."""
+        """Return how a connection over a network is encrypted, for people."""
         if self.path is not None or self.socket is not None:
             return ""
         if self.tls is None:
@@ -56,13 +56,13 @@ class Target:
 
     @property
     def server(self) -> str:
-        """The server's address, for people."""
+        """Return the server's address, for people."""
         host = f"[{self.host}]" if ":" in self.host else self.host
         return self.socket or f"{host}:{self.port}"
 
 
 Locate = Callable[[], Target]
-"""Gives the target anew for every connection: its password may come from a rotated file."""
+"""Returns the target for a new connection: its password may come from a rotated file."""
 
 VERIFY: Final = "verify"
 VERIFY_CA: Final = "verify-ca"
@@ -141,7 +141,7 @@ def target_of(url: str) -> Target:
         )
     if url.count("@") > 1:
         # What follows the first would be taken for an address, and shown to people.
-        raise InvalidDatabaseUrl("has an @ too many: write the one in the password as %40")
+        raise InvalidDatabaseUrl("has more than one @: write the one in the password as %40")
     options = _Options(parsed.query)
     if scheme == "mysqls":
         options.modes["mysqls://"] = VERIFY
@@ -166,7 +166,7 @@ def mysql_target(
     tls: str | None = None,
     tls_ca: str | None = None,
 ) -> Target:
-    """A MySQL target from its pieces; a host that begins with / is a socket's path.
+    """Return a MySQL target from its pieces. A host that begins with / is a socket's path.
 
     Raises InvalidDatabaseUrl.
     """
@@ -210,7 +210,7 @@ def _context(tls: str, tls_ca: str | None) -> ssl.SSLContext:
 
 
 class _Options:
-    """What a URL has behind its `?`. Raises InvalidDatabaseUrl.
+    """The options behind a URL's `?`. Raises InvalidDatabaseUrl.
 
     `modes` is how far TLS has to verify, by the option that says so.
     """
@@ -254,7 +254,7 @@ class _Options:
             )
 
     def tls(self) -> str | None:
-        """How far TLS has to verify: the strictest that is asked for; None is the default."""
+        """Return how far TLS has to verify: the strictest asked for. None is the default."""
         asked = set(self.modes.values())
         if DISABLE in asked and len(asked) > 1:
             names = " and ".join(f"`{name}`" for name in sorted(self.modes))
@@ -263,7 +263,10 @@ class _Options:
 
 
 def _mode(name: str, meant: str, value: str) -> str | None:
-    """How far TLS has to verify, by one option; None leaves it open. Raises InvalidDatabaseUrl."""
+    """Return how far one option lets TLS verify, None if it leaves that open.
+
+    Raises InvalidDatabaseUrl.
+    """
     small = _small(value)
     if meant == "ssl" and value.lstrip().startswith("{"):
         # Drivers of Node take an object, which PlanetScale's dashboard writes into URLs.
@@ -306,7 +309,7 @@ def _small(word: str) -> str:
 
 
 def _misread(url: str) -> str:
-    """What is wrong with text that is no URL, and how to write it instead; none of it is shown."""
+    """Return why a text is no URL, and how to write it instead, without quoting it."""
     if url[:1] in ("'", '"'):
         return "is in quotes: leave them out"
     where = url.rpartition("@")[2].partition("/")[0]

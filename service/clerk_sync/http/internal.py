@@ -95,17 +95,16 @@ class InternalListener:
     def app(self) -> web.Application:
         """The aiohttp application."""
         app = web.Application(middlewares=[self._connections.answering])
-        handlers = {
-            "/livez": self.livez,
-            "/readyz": self.readyz,
-            "/metrics": self.metrics,
-            "/profiles": self._for_the_app(self.profiles),
-        }
-        for path, handler in handlers.items():
-            app.router.add_get(path, handler, expect_handler=_expected)
-        app.router.add_post(
-            "/ensure/{user_id}", self._for_the_app(self.ensure), expect_handler=_expected
-        )
+        routes = [
+            web.get("/livez", self.livez),
+            web.get("/readyz", self.readyz),
+            web.get("/metrics", self.metrics),
+            web.get("/profiles", self._for_the_app(self.profiles)),
+            web.post("/ensure/{user_id}", self._for_the_app(self.ensure)),
+        ]
+        for route in routes:
+            route.kwargs["expect_handler"] = _expected
+        app.add_routes(routes)
         return app
 
     def close(self) -> None:

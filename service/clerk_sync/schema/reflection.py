@@ -1,4 +1,4 @@
-"""The live tables as the database tells of them: reflection, and what reflection leaves out.
+"""The live tables: what SQLAlchemy reflects, and what it leaves out.
 
 Servers compare names in their own ways: columns never by case; tables by case or not, as
 `lower_case_table_names` says, and SQLite never. Here they have the names that the mapping gives
@@ -18,12 +18,15 @@ from sqlalchemy.dialects import mysql
 from sqlalchemy.dialects.mysql import mariadb
 
 from clerk_sync.database.errors import translate_engine_errors
+from clerk_sync.store import tables as own_tables
 from clerk_sync.store.values import Other, declared
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
 
     from sqlalchemy.ext.asyncio import AsyncEngine
+
+    from clerk_sync.mapping.model import Mapping
 
 Spelling = dict[str, set[str]]
 """Tables, each with the names by which the mapping knows its columns."""
@@ -33,10 +36,10 @@ _TABLES: Final = ("BASE TABLE", "SYSTEM VERSIONED")
 
 @dataclass(slots=True)
 class Details:
-    """What is known of a table beside its columns and keys.
+    """Properties of a table besides its columns and keys.
 
     `engine` is its storage engine where that has no transactions. `prefixes` has unique keys of
-    one column that look at its beginning only: (index, column, how much). `generated` are columns
+    one column that cover only its beginning: (index, column, characters). `generated` are columns
     that the database fills, `stamped` those that get the time of every UPDATE. `versioned` says
     that what is deleted stays in the table's history. `refers` are the tables of foreign keys.
     """
@@ -52,10 +55,10 @@ class Details:
 
 @dataclass(frozen=True, slots=True)
 class Live:
-    """The tables that matter, as they are, by the mapping's names; a missing one is absent.
+    """The live tables that matter, by the mapping's names. A missing one is absent.
 
-    `details` has them by the server's names, too. `names` are all tables there are, `views` all
-    views.
+    `details` also has them by the server's names. `names` are all tables of the database, `views`
+    all views.
     """
 
     tables: dict[str, sa.Table]
@@ -65,12 +68,12 @@ class Live:
     dialect: sa.Dialect
 
     def quoted(self, *names: str) -> tuple[str, ...]:
-        """The names as a statement for people has them."""
+        """Return the names as a statement for people has them."""
         return tuple(quoted(name, self.dialect) for name in names)
 
 
 def quoted(name: str, dialect: sa.Dialect) -> str:
-    """A name as a statement has it, where nothing formats the statement any more."""
+    """Return a name as a statement has it that is not formatted again."""
     text = dialect.identifier_preparer.quote(name)
     return text if dialect.name == "sqlite" else text.replace("%%", "%")
 
@@ -86,7 +89,7 @@ class TableNames:
 
     @classmethod
     def there(cls, connection: sa.Connection) -> TableNames:
-        """All tables of the database."""
+        """Return the names of all tables of the database."""
         return cls(connection, sa.inspect(connection).get_table_names())
 
     def __contains__(self, name: str) -> bool:
@@ -96,20 +99,46 @@ class TableNames:
         return iter(self._names.values())
 
     def of(self, name: str) -> str:
-        """The name that the table has on the server. Raises KeyError."""
+        """Return the table's name on the server. Raises KeyError."""
         return self._names[self._folded(name)]
 
     def _folded(self, name: str) -> str:
         return name.lower() if self._folds else name
 
 
-async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
-    """Those of the tables that are there. Raises DatabaseUnavailable."""
+def _own_names() -> Spelling:
+    return {name: set(table.c.keys()) for name, table in own_tables.metadata.tables.items()}
+
+
+def names_of(mapping: Mapping) -> Spelling:
+    """Return the tables that matter, with the mapping's spelling of their columns."""
+    names = _own_names()
+    for table in mapping.tables.values():
+        columns = names.setdefault(table.table, set())
+        columns |= {table.key, *([table.mark] if table.mark else [])}
+        columns |= {one.name for one in (*table.columns, *table.adopt)}
+        columns |= {one.name for one in table.sets}
+        for owned in table.owns:
+            columns.add(owned.references)
+            names.setdefault(owned.table, set()).add(owned.column)
+    return names
+
+
+async def live_tables(engine: AsyncEngine, mapping: Mapping | None = None) -> Live:
+    """Reflect clerk-sync's own tables and those that the mapping names.
+
+    Raises DatabaseUnavailable.
+    """
+    return await inspect_tables(engine, _own_names() if mapping is None else names_of(mapping))
+
+
+async def inspect_tables(engine: AsyncEngine, names: Spelling) -> Live:
+    """Reflect those of these tables that exist. Raises DatabaseUnavailable."""
 
     def inspect(connection: sa.Connection) -> Live:
         if connection.dialect.name == "sqlite":
-            looked = sa.inspect(connection)
-            there, views = set(looked.get_table_names()), set(looked.get_view_names())
+            inspector = sa.inspect(connection)
+            there, views = set(inspector.get_table_names()), set(inspector.get_view_names())
             versioned: set[str] = set()
         else:
             kinds = dict[str, str](
@@ -148,7 +177,7 @@ async def inspected(engine: AsyncEngine, names: Spelling) -> Live:
 
 
 def reflected(connection: sa.Connection, name: str, columns: Iterable[str]) -> sa.Table:
-    """One table, whatever its columns' types; those in `columns` are spelled as they are there."""
+    """Reflect one table, whatever its columns' types, with the spelling of `columns`."""
     dialect: Any = connection.dialect
     spelled = {column.lower(): column for column in sorted(columns)}
 
@@ -174,7 +203,7 @@ def reflected(connection: sa.Connection, name: str, columns: Iterable[str]) -> s
 
 
 def _column(table: sa.Table, name: str) -> sa.Column[Any] | None:
-    """A table's column by the server's name for it."""
+    """Return a table's column by the server's name for it."""
     return next((one for one in table.columns if one.name.lower() == name.lower()), None)
 
 
@@ -198,7 +227,7 @@ def _of_schema(
     where: str = "1 = 1",
     whose: str = "table_schema",
 ) -> Sequence[Any]:
-    """Rows about these tables, whose name is the first column. Without it MariaDB opens all."""
+    """Return rows about these tables, by name: without one MariaDB opens every table."""
     first, wanted = columns.partition(",")[0], tuple(names)
     marks = ", ".join(["%s"] * len(wanted))
     select = f"SELECT {columns} FROM information_schema.{what}"  # noqa: S608 -- our own words
@@ -312,7 +341,7 @@ def _complete_sqlite(connection: sa.Connection, table: sa.Table, details: Detail
 
 
 def _spelling(connection: sa.Connection) -> sa.Dialect:
-    """The dialect to compile for.
+    """Return the dialect to compile for.
 
     SQLAlchemy writes `VALUES … AS new` for MySQL 8.0.20 and later; not every Vitess that calls
     itself that version understands it, while all understand `VALUES(column)`.

@@ -1,8 +1,8 @@
-"""A rehearsal: in each mapped table a row is written, read back and deleted, and never committed.
+"""Probe rows: in each mapped table a row is written, read back and deleted, and never committed.
 
-What can be told of a schema by looking at it is `schema`'s. This tries the rest, through both
-ways to the database in one transaction: what webhooks go through, `store` with its driver, and
-what `erase`, `ensure` and `purge_after` go through, SQLAlchemy. Nobody else sees the rows.
+`checks` finds what the live tables show. This tries the rest in one transaction, both through the
+driver, as webhooks do, and through SQLAlchemy, as `erase`, `ensure` and `purge_after` do. No other
+session sees the rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 import stamina
+from asyncmy.constants import ER
 from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk import samples
@@ -26,6 +27,7 @@ from clerk_sync.database.connection import COMMIT, Connection, Result, Step, sha
 from clerk_sync.database.errors import (
     Contention,
     DatabaseUnavailable,
+    ErrorNumber,
     LockWaitTimeout,
     RejectedByDatabase,
     SchemaChanged,
@@ -35,10 +37,11 @@ from clerk_sync.mapping.change import Change, Delete, Delivered, Upsert
 from clerk_sync.mapping.expressions import row_of
 from clerk_sync.mapping.model import Column, Mapping, TableMapping
 from clerk_sync.outcomes import Outcome, Reason
-from clerk_sync.schema.checks import store_of, type_text, unfilled
+from clerk_sync.schema.binding import store_of
+from clerk_sync.schema.checks import type_text, unfilled
 from clerk_sync.store import erasure, profiles
 from clerk_sync.store.target import unique_keys
-from clerk_sync.store.values import InvalidValue, as_text, fit_for
+from clerk_sync.store.values import InvalidValue, as_text, encoder_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping as Names
@@ -55,11 +58,16 @@ _ATTEMPTS: Final = 4
 _MARK: Final = "clerk-sync-probe-"
 _LETTERS: Final = string.digits + string.ascii_lowercase
 _MEANWHILE_MS: Final = 1000
-# The errors of rights, of an AUTO_INCREMENT at its end, and of a foreign key's missing parent.
-_DENIED: Final = frozenset({1044, 1142, 1143, 1370})
-_USED_UP: Final = frozenset({167, 1467})
-_DUPLICATE: Final = 1062
-_PARENTLESS: Final = frozenset({1216, 1452})
+_DENIED: Final = frozenset(
+    {
+        ER.DBACCESS_DENIED_ERROR,
+        ER.TABLEACCESS_DENIED_ERROR,
+        ER.COLUMNACCESS_DENIED_ERROR,
+        ER.PROCACCESS_DENIED_ERROR,
+    }
+)
+_USED_UP: Final = frozenset({ErrorNumber.AUTOINC_OUT_OF_RANGE, ErrorNumber.AUTOINC_READ_FAILED})
+_PARENTLESS: Final = frozenset({ER.NO_REFERENCED_ROW, ER.NO_REFERENCED_ROW_2})
 # What is tried for a column that may not be null where the example is null.
 _FILLERS: Final[tuple[Any, ...]] = (
     *("probe", 1, {}, "00:00:00", "192.0.2.1", "2001:db8::1"),
@@ -70,27 +78,27 @@ OFF: Final = "CLERK_SYNC_PROBE_ROWS=false leaves this out"
 
 @dataclass(slots=True)
 class Rehearsed:
-    """What came of it: the tables that took a row, what is wrong, what could not be tried."""
+    """The result: the tables that took a row, the faults, and what could not be tried."""
 
     tables: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
 
 
 class AccessDenied(DatabaseUnavailable):
-    """The user of the database may not write, read or delete in a mapped table."""
+    """The database account lacks a privilege on a mapped table."""
 
 
 class _Fault(Exception):
-    """What is wrong, for people."""
+    """A fault, in words for people."""
 
 
 class _Untried(Exception):
-    """Why a table could not be tried, although it may be well; None where that is told already."""
+    """Why a table could not be tried, or None where a fault says so already."""
 
 
 async def rehearse(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehearsed:
-    """Try every mapped table of a schema that looks right.
+    """Write a probe row to every mapped table of a schema without faults.
 
     Raises AccessDenied or DatabaseUnavailable.
     """
@@ -103,7 +111,7 @@ async def _rehearsed(engine: AsyncEngine, mapping: Mapping, live: Live) -> Rehea
         async with engine.connect() as connection:
             transaction = await connection.begin()
             try:
-                # Said, not assumed: what follows may not be kept, whatever the session's setting.
+                # Explicitly: nothing that follows may be kept, whatever the session's autocommit.
                 sqlite = live.dialect.name == "sqlite"
                 await connection.exec_driver_sql("BEGIN IMMEDIATE" if sqlite else "BEGIN")
                 rehearsal = _Rehearsal(connection, mapping, live)
@@ -148,31 +156,31 @@ class _Rehearsal:
         self._mapping = mapping
         self._now_ms = time.time_ns() // 1_000_000
         self._ids = _ids()
-        self._told = Rehearsed()
+        self._found = Rehearsed()
 
     async def run(self, session: Connection) -> Rehearsed:
         for table in self._mapped:
             for trigger in self._live.details[table.table].triggers:
-                self._told.doubts.append(
+                self._found.warnings.append(
                     f"{table.places['table']}: trigger `{trigger}` of `{table.table}` runs for the "
                     f"probe row, too: what it does outside of the transaction stays; {OFF}"
                 )
         written = [table for table in self._mapped if await self._tried(session, table, self._save)]
         for table in reversed(written):
             if await self._tried(session, table, self._delete):
-                self._told.tables.insert(0, table.table)
-        return self._told
+                self._found.tables.insert(0, table.table)
+        return self._found
 
     async def _tried(self, session: Connection, table: TableMapping, what: Any) -> bool:
-        """Whether it went well; what did not is undone and noted."""
+        """Return whether it succeeded. What failed is rolled back and noted."""
         await self._connection.exec_driver_sql("SAVEPOINT rehearsal")
         try:
             await what(session, table)
         except _Fault as fault:
-            self._told.faults.append(str(fault))
+            self._found.faults.append(str(fault))
         except _Untried as untried:
             if untried.args:
-                self._told.doubts.append(f"{table.at}: `{table.table}` is not tried: {untried}")
+                self._found.warnings.append(f"{table.at}: `{table.table}` is not tried: {untried}")
         except (RejectedByDatabase, SchemaChanged) as error:
             self._note(table, error)
         except DatabaseUnavailable as error:
@@ -180,8 +188,8 @@ class _Rehearsal:
         except sa.exc.DBAPIError as error:
             self._note_engine(table, error)
         except (sa.exc.SQLAlchemyError, TypeError, ValueError) as error:
-            told = f"{type(error).__name__}: {error}"
-            self._told.faults.append(f"{table.at}: `{table.table}`: {told}")
+            text = f"{type(error).__name__}: {error}"
+            self._found.faults.append(f"{table.at}: `{table.table}`: {text}")
         else:
             return True
         await self._connection.exec_driver_sql("ROLLBACK TO SAVEPOINT rehearsal")
@@ -238,8 +246,8 @@ class _Rehearsal:
         changes = [Change(source, effect)]
         (answer,) = await self._store.apply(session, changes, now_ms=self._now_ms)
         if answer.outcome is not Outcome.APPLIED:
-            told = answer.reason.value if answer.reason else answer.outcome.value
-            raise _Fault(f"{table.at}: an event for `{table.table}` is not applied: {told}")
+            outcome = answer.reason.value if answer.reason else answer.outcome.value
+            raise _Fault(f"{table.at}: an event for `{table.table}` is not applied: {outcome}")
 
     def _delivery(self, what: str) -> str:
         return f"{PROBE_IDS}{self._ids['user']}_{what}"
@@ -247,7 +255,7 @@ class _Rehearsal:
     # The row
 
     def _upsert(self, table: TableMapping, what: str, now_ms: int) -> tuple[Delivered, Upsert]:
-        """What Clerk's event makes of the row, with values that no other row has."""
+        """Return the upsert of Clerk's event, with values that no other row has."""
         type_ = f"{table.kind}.{what}"
         if type_ not in TYPES:
             type_ = f"{table.kind}.created"
@@ -261,7 +269,7 @@ class _Rehearsal:
         return Delivered(svix_id, type_, now_ms), upsert
 
     def _value(self, table: TableMapping, column: Column, data: Names[str, Any]) -> Any:
-        """The column's value for this object. Raises _Fault where the column does not take it."""
+        """Return the column's value for this object. Raises _Fault where the column rejects it."""
         about = f"{column.at}: `{column.name}` of `{table.table}`"
         live = self._live.tables[table.table].c[column.name]
         try:
@@ -276,11 +284,13 @@ class _Rehearsal:
                 f"{about} may not be null, and `{column.expression}` may: "
                 "events without it go to quarantine"
             )
-            fitting = [one for one in self._fillers(live) if self._fits(column, live, one) is None]
+            fitting = [
+                one for one in self._fillers(live) if self._rejection(column, live, one) is None
+            ]
             if not fitting:
                 raise _Untried(f"no value for `{column.name}`")
             return fitting[0]
-        reason = None if value is None else self._fits(column, live, value)
+        reason = None if value is None else self._rejection(column, live, value)
         if reason is not None:
             shown = repr(value) if len(repr(value)) <= 80 else f"{len(str(value))} characters"  # noqa: PLR2004
             raise _Fault(
@@ -294,11 +304,11 @@ class _Rehearsal:
         labels = live.type.enums if isinstance(live.type, sa.Enum) else ()
         return (*labels, *_FILLERS, self._now_ms)
 
-    def _fits(self, column: Column, live: sa.Column[Any], value: Any) -> Reason | None:
-        """Why the column does not take the value; None where it does."""
+    def _rejection(self, column: Column, live: sa.Column[Any], value: Any) -> Reason | None:
+        """Return why the column rejects the value, or None where it takes it."""
         sqlite = self._live.dialect.name == "sqlite"
         try:
-            fit_for(live, json_text=column.type == "json", sqlite=sqlite)(value)
+            encoder_for(live, json_text=column.type == "json", sqlite=sqlite)(value)
         except InvalidValue as error:
             return error.reason
         return None
@@ -316,23 +326,25 @@ class _Rehearsal:
                 continue
             for name in ours:
                 text = "".join(secrets.choice(_LETTERS) for _ in str(row[name]))
-                if isinstance(row[name], str) and not self._fits(columns[name], live.c[name], text):
+                if isinstance(row[name], str) and not self._rejection(
+                    columns[name], live.c[name], text
+                ):
                     row[name] = text
                     break
 
     # What went wrong
 
     def _note_engine(self, table: TableMapping, error: sa.exc.DBAPIError) -> None:
-        """What the way of `erase` and `ensure` met. Raises what is not the table's fault."""
+        """Note a failure of SQLAlchemy's way. Raises what is not the table's fault."""
         number, text = _said(error)
         if number in _DENIED:
             raise AccessDenied(f"`{table.table}`: {text}") from error
         if error.connection_invalidated or not text:
             raise error
-        self._told.faults.append(f"{table.at}: `{table.table}`: {text}")
+        self._found.faults.append(f"{table.at}: `{table.table}`: {text}")
 
     def _unavailable(self, table: TableMapping, error: DatabaseUnavailable) -> DatabaseUnavailable:
-        """The same, with the table and the database's own words."""
+        """Note a failure of the driver's way, with the database's own words."""
         if isinstance(error, Contention | LockWaitTimeout):
             return type(error)(str(error))
         number, text = _said(error)
@@ -348,8 +360,8 @@ class _Rehearsal:
         if reason is Reason.NOT_NULL and unfilled(table, self._live):
             return  # it is among the advice already
         used_up = _used_up(self._live.tables[table.table])
-        if number in _USED_UP or (number == _DUPLICATE and used_up and ".PRIMARY'" in text):
-            self._told.faults.append(f"{table.at}: `{table.table}`: {text}: {used_up}")
+        if number in _USED_UP or (number == ER.DUP_ENTRY and used_up and ".PRIMARY'" in text):
+            self._found.faults.append(f"{table.at}: `{table.table}`: {text}: {used_up}")
             return
         if reason is Reason.CONFLICT:
             self._doubt(
@@ -367,19 +379,19 @@ class _Rehearsal:
             return
         named = re.search(r"[Cc]olumn '([^']+)'", text)
         place = self._place(table, named[1] if named else "")
-        self._told.faults.append(
+        self._found.faults.append(
             f"{place}: `{table.table}` refuses a row such as Clerk's events make"
             f"{f' ({reason.value})' if reason else ''}: {text}; {OFF}"
         )
 
     def _written(self, mapped: set[str]) -> set[str]:
-        """The mapped tables in which the probe has a row."""
-        failed = {one for one in mapped if any(f"`{one}`" in f for f in self._told.faults)}
+        """Return the mapped tables in which the probe has a row."""
+        failed = {one for one in mapped if any(f"`{one}`" in f for f in self._found.faults)}
         return mapped - failed
 
     def _doubt(self, text: str) -> None:
-        if text not in self._told.doubts:
-            self._told.doubts.append(text)
+        if text not in self._found.warnings:
+            self._found.warnings.append(text)
 
     def _place(self, table: TableMapping, column: str) -> object:
         if column == table.key:
@@ -388,7 +400,7 @@ class _Rehearsal:
 
 
 def _said(error: Exception) -> tuple[int, str]:
-    """The database's number and words for it; the words quote the probe row at most."""
+    """Return the database's number and words, which quote at most the probe row."""
     cause = error.__cause__
     if isinstance(cause, MySQLError) and len(cause.args) > 1:
         return int(cause.args[0]), str(cause.args[1])
@@ -396,7 +408,7 @@ def _said(error: Exception) -> tuple[int, str]:
 
 
 def _used_up(table: sa.Table) -> str:
-    """What to say where the numbers of a table are at their end; empty where it has none."""
+    """Return the remedy for a used-up AUTO_INCREMENT, empty where the table has none."""
     numbered = [column.name for column in table.columns if column.autoincrement is True]
     return (
         f"the AUTO_INCREMENT `{numbered[0]}` is used up: give it a wider type" if numbered else ""
@@ -404,7 +416,7 @@ def _used_up(table: sa.Table) -> str:
 
 
 def _ids() -> dict[str, str]:
-    """An id for each kind: as long as Clerk's, and none of Clerk's."""
+    """Return an id for each kind: as long as Clerk's, and none of Clerk's."""
     ids = {}
     for kind in KINDS:
         real = samples.IDS[kind]

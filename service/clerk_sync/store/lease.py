@@ -1,8 +1,8 @@
-"""A lease: of all processes on one database, one at a time does what only one may do.
+"""A lease: the right to do what only one process on a database may do at a time.
 
-A holder that is dead is told by its row, which it no longer renews. One that only seems dead is
-told by its token, which every taking moves on: what it still writes under the old one is late.
-Single statements on one row, which also Vitess takes.
+A dead holder stops renewing, so that its lease expires. A stalled one is fenced off: every
+acquisition increments the token, and writes with an old token fail. Each step is a single
+statement on one row, which works on Vitess, too.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ _MYSQL_NOW: Final = "(TIMESTAMPDIFF(MICROSECOND, '1970-01-01', UTC_TIMESTAMP(3))
 
 
 class LeaseHeld(Exception):
-    """Somebody else holds the lease: who, and until when at least, by the database's clock."""
+    """Another process holds the lease: who, and at least until when, by the database's clock."""
 
     def __init__(self, name: str, holder: str, expires_ms: int) -> None:
         until = datetime.fromtimestamp(expires_ms // 1000, UTC)
         super().__init__(
-            f"{holder} is at work, and one at a time may be: wait for its end, then try again. It "
-            f"holds the lease `{name}` until {until:%Y-%m-%d %H:%M:%S} UTC, and longer while it "
+            f"{holder} is at work, and only one may be: wait until it ends, then try again. It "
+            f"holds the lease `{name}` until {until:%Y-%m-%d %H:%M:%S} UTC, and renews it while it "
             "lives"
         )
         self.holder = holder
@@ -50,14 +50,14 @@ class LeaseHeld(Exception):
 
 
 class LeaseLost(Exception):
-    """The lease is somebody else's by now."""
+    """The lease expired, and another process holds it now."""
 
 
 @dataclass(frozen=True, slots=True)
 class Lease:
-    """A lease that is held. `lost` is set once somebody else holds it.
+    """A lease that this process holds, until `lost` is set.
 
-    `token` is greater than that of every holder before.
+    `token` is the fencing token: greater than that of every holder before.
     """
 
     name: str
@@ -65,7 +65,7 @@ class Lease:
     lost: asyncio.Event = field(default_factory=asyncio.Event)
 
     def check(self) -> None:
-        """Raise LeaseLost once somebody else holds it."""
+        """Raise LeaseLost once another process holds it."""
         if self.lost.is_set():
             raise LeaseLost("another process has taken over the lease")
 
@@ -76,7 +76,7 @@ def holds(lease: Lease) -> sa.Exists:
 
 
 def holder_name() -> str:
-    """What people may call this process: `clerk-sync-7c9f (pid 1)`."""
+    """Return this process's name for people: `clerk-sync-7c9f (pid 1)`."""
     return f"{socket.gethostname()} (pid {os.getpid()})"
 
 
@@ -89,11 +89,11 @@ async def held(
     seconds: float = LEASE_SECONDS,
     patience: bool = True,
 ) -> AsyncIterator[Lease]:
-    """Hold the lease `name` within, renewed three times in its `seconds`.
+    """Hold the lease `name` within, renewing it three times in its `seconds`.
 
-    With patience, one that is held already is waited for until its holder renews it, so is
-    alive, or it expires, so its holder is dead. The renewal needs a connection of the engine's
-    pool beside those used within. Raises LeaseHeld or DatabaseUnavailable.
+    With `patience`, wait while another process holds it: until that one renews it, and so is alive,
+    or until it expires. Renewing needs a connection of the engine's pool besides those used within.
+    Raises LeaseHeld or DatabaseUnavailable.
     """
     row = _Row(engine, name, seconds)
     lease = Lease(name, await row.taken(holder, patience=patience))
@@ -117,7 +117,7 @@ class _Row:
         self._expiry = self._now + round(seconds * 1000)
 
     async def taken(self, holder: str, *, patience: bool) -> int:
-        """Take the lease; its token. Raises LeaseHeld or DatabaseUnavailable."""
+        """Acquire the lease and return its token. Raises LeaseHeld or DatabaseUnavailable."""
         seen = None
         while True:
             row = await self._read()
@@ -126,7 +126,7 @@ class _Row:
             elif row.expires_ms <= row.now_ms:
                 if await self._take(holder, row.token + 1):
                     return int(row.token) + 1
-                patience = False  # who was faster is alive
+                patience = False  # the process that was faster is alive
             elif not patience or (seen and seen != (row.token, row.expires_ms)):
                 raise LeaseHeld(self._name, row.holder, row.expires_ms)
             else:
@@ -139,7 +139,7 @@ class _Row:
         while not lease.lost.is_set():
             await asyncio.sleep(pause)
             pause = self._seconds / 15
-            # Whatever fails: also after its time, it is ours while nobody else has taken it.
+            # Whatever fails: even an expired lease is ours until another process acquires it.
             with suppress(Exception):
                 if not await self._expire(lease.token, self._expiry):
                     # MySQL counts changed rows: one that would expire then anyway is not.
@@ -149,7 +149,7 @@ class _Row:
                 pause = self._seconds / 3
 
     async def released(self, token: int, *, after: asyncio.Task[Any]) -> None:
-        """Give the lease back once that task has ended, if the database can be told so in time."""
+        """Release the lease once that task has ended, if the database answers in time."""
         with suppress(Exception):
             async with asyncio.timeout(_RELEASE_SECONDS):
                 await asyncio.wait([after])
@@ -165,11 +165,11 @@ class _Row:
     async def _make(self) -> None:
         free = sa.insert(leases).values(name=self._name, holder="", token=0, expires_ms=0)
         async with self._transaction() as connection:
-            with suppress(sa.exc.IntegrityError):  # somebody else just did
+            with suppress(sa.exc.IntegrityError):  # another process just did
                 await connection.execute(free)
 
     async def _take(self, holder: str, token: int) -> bool:
-        """Take the lease, unless it was taken or renewed since it was read."""
+        """Acquire the lease, unless it was acquired or renewed since it was read."""
         update = sa.update(leases).where(
             leases.c.name == self._name,
             leases.c.token == token - 1,
@@ -181,7 +181,7 @@ class _Row:
         try:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
-            # Nobody would ever know whether it was ours, nor give it back.
+            # Otherwise a lease that was just acquired would never be released.
             with suppress(Exception):
                 async with asyncio.timeout(_RELEASE_SECONDS):
                     if await taking:
@@ -189,7 +189,7 @@ class _Row:
             raise
 
     async def _expire(self, token: int, at: sa.ColumnElement[int]) -> bool:
-        """Let the lease end at another time; False if nothing changed."""
+        """Set when the lease expires. Returns False if nothing changed."""
         ours = sa.update(leases).where(leases.c.name == self._name, leases.c.token == token)
         return await self._changed(ours.values(expires_ms=at))
 

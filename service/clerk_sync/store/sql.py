@@ -28,14 +28,14 @@ _INSERT: Final = re.compile(r"(.*?\)\sVALUES\s)(\((?:%s|\?|'\w*'|, )+\))(.*)", r
 _INSERTED: Final = re.compile(r"(?<=[( ])((?:VALUES\(|new\.|new_1\.)`)((?:[^`]|``)*)(?=`)")
 
 New = Any
-"""The row that an upsert wanted to insert, by column name."""
+"""The row that an upsert tries to insert, by column name."""
 
 
 Read = tuple[Statement, Sequence[Sequence[object]]]
 
 
 def union(reads: Sequence[Read]) -> Read:
-    """Several SELECTs of the same columns as one statement."""
+    """Return SELECTs of the same columns, one for each kind, as one statement."""
     text = " UNION ALL ".join([statement.head for statement, _ in reads])
     return Statement(text), [[value for _, ((*values,),) in reads for value in values]]
 
@@ -48,13 +48,13 @@ class ForIds:
     placeholder: str
 
     def of(self, ids: Sequence[object]) -> Read:
-        """The step for these ids."""
+        """Return the statement for these ids, and its parameters."""
         marks = ", ".join([self.placeholder] * len(ids))
         return Statement(self.text.replace(_IDS, marks)), [ids]
 
 
 def ordered(table: sa.Table, names: Sequence[str]) -> sa.TableClause:
-    """The table for an INSERT of these columns: SQLAlchemy lists them in the table's own order."""
+    """Return the table with these columns only, in this order, which SQLAlchemy's INSERT keeps."""
     return sa.table(table.name, *(sa.column(name, table.c[name].type) for name in names))
 
 
@@ -66,11 +66,11 @@ class Compiler:
         self.sqlite = dialect.name == "sqlite"
 
     def plain(self, statement: sa.ClauseElement, names: Sequence[str] = ()) -> Statement:
-        """A statement whose parameters are `names`, in that order."""
+        """Compile a statement whose parameters are `names`, in that order."""
         return Statement(self._text(statement, names))
 
     def insert(self, statement: sa.Insert, names: Sequence[str]) -> Statement:
-        """A multi-row INSERT of these columns."""
+        """Compile a multi-row INSERT of these columns."""
         return self._parted(self._text(statement, names))
 
     def _parted(self, text: str) -> Statement:
@@ -83,7 +83,7 @@ class Compiler:
         return Statement(head % (), values, tail % ())
 
     def for_ids(self, statement: Callable[[sa.ColumnElement[Any]], sa.ClauseElement]) -> ForIds:
-        """A statement around one IN list, given as a function of that list."""
+        """Compile a statement around one IN list, given as a function of that list."""
         text = self._text(statement(sa.literal_column(f"({_IDS})")), ())
         return ForIds(text, "?" if self.sqlite else "%s")
 
@@ -94,7 +94,7 @@ class Compiler:
         key: Sequence[str],
         update: Callable[[New], list[tuple[str, Any]]],
     ) -> Statement:
-        """INSERT these columns; where the key is there already, `update` instead.
+        """Compile an INSERT of these columns that does `update` where the key exists.
 
         `update` lists assignments in order: MySQL evaluates them left to right, and later ones
         see what earlier ones assigned
@@ -171,12 +171,11 @@ class OwnStatements:
             )
             for kind in KINDS
         }
-        # Both reads have the same columns, so that one statement can hold them all.
         self.states = {kind: compiler.for_ids(functools.partial(_state, kind)) for kind in KINDS}
         self.present = {kind: compiler.for_ids(functools.partial(_there, kind)) for kind in KINDS}
         self.free = {kind: compiler.for_ids(functools.partial(_free, kind)) for kind in KINDS}
         self.known = compiler.for_ids(_known)
-        # Locked against whoever would take the lease over: what is written under it comes first.
+        # The lock keeps another process from acquiring the lease before this transaction ends.
         self.lease = compiler.plain(
             sa.select(leases.c.token)
             .where(leases.c.name == sa.bindparam("lease"))
@@ -253,25 +252,16 @@ def _there(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
 
 
 def _free(kind: str, ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    """Those whose state nobody has locked."""
+    """Select those whose state is not locked."""
     return _there(kind, ids).with_for_update(skip_locked=True)
 
 
 def _known(ids: sa.ColumnElement[Any]) -> sa.Select[Any]:
-    nothing = sa.null()
-    return sa.select(
-        sa.literal_column("''").label("kind"),
-        events.c.svix_id,
-        nothing.label("version_ms"),
-        nothing.label("event_ms"),
-        events.c.outcome,
-        nothing.label("deleted_at"),
-        nothing.label("synced_at"),
-    ).where(events.c.svix_id.op("IN")(ids))
+    return sa.select(events.c.svix_id, events.c.outcome).where(events.c.svix_id.op("IN")(ids))
 
 
 def _advanced(new: New) -> list[tuple[str, Any]]:
-    """An entity's row moves forward in two independent facts: newest content, deletion.
+    """Return the guard: an entity's newest content and its deletion each move forward only.
 
     The order of the assignments carries the guard on MySQL: the least significant part of the
     version goes first, so that the comparison still holds for those after it.
@@ -294,7 +284,7 @@ def _advanced(new: New) -> list[tuple[str, Any]]:
 
 
 def _recorded(new: New) -> list[tuple[str, Any]]:
-    """A ledger row is final, unless its event has had no effect yet: then it may still get one."""
+    """Return the update of a ledger row, which is final once its event has had an effect."""
     open_ = events.c.outcome.op("IN")(sa.literal_column("('ignored', 'quarantined')"))
     names = ("kind", "clerk_id", "reason", "event_at", "committed_at", "outcome")
     return [(name, sa.case((open_, new[name]), else_=events.c[name])) for name in names]

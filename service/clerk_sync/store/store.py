@@ -30,7 +30,7 @@ from clerk_sync.mapping.change import (
     quarantined,
 )
 from clerk_sync.outcomes import Answer, Outcome
-from clerk_sync.store.sql import Compiler, OwnStatements, Read, union
+from clerk_sync.store.sql import Compiler, OwnStatements, union
 from clerk_sync.store.values import InvalidValue, as_text, time_text
 
 if TYPE_CHECKING:
@@ -85,16 +85,17 @@ class _Batch:
     present: set[Key] = field(default_factory=set)
     references: dict[tuple[str, int], list[Any]] = field(default_factory=dict)
 
-    def learn_settled(self, result: Result) -> None:
-        """Read the states of entities, and, under no kind, the deliveries in the ledger."""
-        for kind, name, version_ms, event_ms, source, deleted_at, synced_at in result.rows:
-            if kind:
-                entity = self.entities[kind, name]
-                entity.settled = (version_ms, event_ms, source)
-                entity.settled_deleted_at = _time_read(deleted_at)
-                entity.moved = _time_read(synced_at) == self.now
-            else:
-                self.known[name] = source
+    def learn_states(self, result: Result) -> None:
+        """Take the entities' states as they are after this batch has advanced them."""
+        for kind, clerk_id, version_ms, event_ms, source, deleted_at, synced_at in result.rows:
+            entity = self.entities[kind, clerk_id]
+            entity.settled = (version_ms, event_ms, source)
+            entity.settled_deleted_at = _time_read(deleted_at)
+            entity.moved = _time_read(synced_at) == self.now
+
+    def learn_deliveries(self, result: Result) -> None:
+        """Take the outcomes of those deliveries that the ledger has."""
+        self.known.update((svix_id, outcome) for svix_id, outcome in result.rows)
 
     def learn_present(self, kind: str, result: Result) -> None:
         self.present.update((kind, as_text(clerk_id)) for (clerk_id,) in result.rows)
@@ -319,7 +320,6 @@ class Store:
         """Advance the states, and read back the newest versions and the known deliveries."""
         steps: list[Step] = self._fence_steps()
         learn: list[Callable[[Result], None]] = [self._check_fence] * len(steps)
-        settled: list[Read] = []
         if batch.entities:
             candidates = []
             ids: dict[str, list[str]] = defaultdict(list)
@@ -329,18 +329,19 @@ class Store:
                 ids[key[0]].append(key[1])
             steps.append((self.own.advance, candidates))
             learn.append(lambda _: None)
+            steps.append(union([self.own.states[kind].of(ids[kind]) for kind in ids]))
+            learn.append(batch.learn_states)
             for kind, of_kind in ids.items():
-                settled.append(self.own.states[kind].of(of_kind))
                 target = self.targets.get(kind)
                 if target is not None and (target.shared or target.mapping.adopt):
                     steps.append(target.present.of(of_kind))
                     learn.append(functools.partial(batch.learn_present, kind))
         deliveries = [svix_id for change in changes if (svix_id := change.svix_id) is not None]
         if deliveries:
-            settled.append(self.own.known.of(deliveries))
-        if settled:
-            steps.append(union(settled))
-            learn.append(batch.learn_settled)
+            # A statement of its own, though a UNION with the states would save a result set: 30 to
+            # 75 µs of the service's CPU per batch, which a batch of 8 or more does not notice.
+            steps.append(self.own.known.of(deliveries))
+            learn.append(batch.learn_deliveries)
         for kind, of_kind in batch.deletes.items():
             target = self.targets[kind]
             for place, (owned, references, _) in enumerate(target.owned):

@@ -23,6 +23,8 @@ _EXACT: Final[dict[str, Any]] = {**_INNODB, "mysql_collate": "utf8mb4_bin"}
 _TIME: Final = sa.DateTime().with_variant(mysql.DATETIME(fsp=3), *_MYSQL)
 _LONG: Final = sa.Text().with_variant(mysql.LONGTEXT(), *_MYSQL)
 
+# Declared once: `migrate` adds what a database lacks of these, and `serve` and `check` compare the
+# live tables with them. A column that a later version adds takes null, as rows are there before it.
 metadata: Final = sa.MetaData()
 
 # Where order is decided: the newest content seen of each entity, and its deletion. Both only
@@ -34,7 +36,7 @@ entities: Final = sa.Table(
     sa.Column("clerk_id", sa.String(ID_LENGTH), primary_key=True),
     sa.Column("version_ms", sa.BigInteger, nullable=False),
     sa.Column("event_ms", sa.BigInteger, nullable=False),
-    # The delivery that brought the content: settles ties, and tells who won.
+    # The delivery that brought the content: it breaks ties, and shows which change won.
     sa.Column("source", sa.String(255), nullable=False),
     sa.Column("deleted_at", _TIME),
     sa.Column("synced_at", _TIME, nullable=False),
@@ -69,15 +71,15 @@ quarantine: Final = sa.Table(
     # Null where even the envelope was unreadable: it could be a mail with a one-time code.
     sa.Column("payload", _LONG),
     sa.Column("quarantined_at", _TIME, nullable=False),
-    # When it is tried again by itself: null where only somebody's work can help.
+    # When it is retried: null where only an operator can help.
     sa.Column("retry_at", _TIME),
     sa.Index("clerk_sync_quarantine_quarantined_at", "quarantined_at"),
     sa.Index("clerk_sync_quarantine_retry_at", "retry_at"),
     **_EXACT,
 )
 
-# Who does what only one may do at a time. The token grows with every holder: a write that still
-# carries an old one can be told to be late.
+# Who holds each lease. The fencing token grows with every acquisition: a write that carries an old
+# one fails.
 leases: Final = sa.Table(
     "clerk_sync_leases",
     metadata,
@@ -89,7 +91,7 @@ leases: Final = sa.Table(
     **_EXACT,
 )
 
-# Where a backfill stands: a part of a kind is what was created in a window of time.
+# The checkpoints of a backfill: a part of a kind is a range of creation times.
 cursors: Final = sa.Table(
     "clerk_sync_cursors",
     metadata,
@@ -103,12 +105,12 @@ cursors: Final = sa.Table(
     sa.Column("finished", sa.Boolean, nullable=False),
     sa.Column("begun_at", _TIME, nullable=False),
     sa.Column("moved_at", _TIME, nullable=False),
-    # What was written so far, as a hash: the mapping of this kind, and Clerk's instance.
+    # A hash of what the checkpoint holds for: the mapping of this kind, and Clerk's instance.
     sa.Column("mapping", sa.String(64)),
     **_EXACT,
 )
 
-# The last run of each command that somebody may have to be told about.
+# How the last run of each command ended.
 runs: Final = sa.Table(
     "clerk_sync_runs",
     metadata,
@@ -122,14 +124,14 @@ runs: Final = sa.Table(
 
 
 def key_type() -> sa.types.TypeEngine[Any]:
-    """The type of a column that holds a Clerk id."""
+    """Return the type of a column that holds a Clerk id."""
     return sa.String(ID_LENGTH).with_variant(
         mysql.VARCHAR(ID_LENGTH, charset="utf8mb4", collation="utf8mb4_bin"), *_MYSQL
     )
 
 
 def column_type(type_: str) -> sa.types.TypeEngine[Any]:
-    """The SQL type of a mapping file's column type, such as `string(255)`."""
+    """Return the SQL type for a mapping file's column type, such as `string(255)`."""
     sized = re.fullmatch(r"string\((\d+)\)", type_)
     if sized:
         return sa.String(int(sized[1]))
@@ -145,7 +147,7 @@ def column_type(type_: str) -> sa.types.TypeEngine[Any]:
 
 
 def made_table(mapping: TableMapping) -> sa.Table:
-    """The table that `create: true` asks for."""
+    """Return the table that `create: true` asks for."""
     columns = [sa.Column(mapping.key, key_type(), primary_key=True)]
     columns += [
         sa.Column(column.name, column_type(column.type or "text")) for column in mapping.columns

@@ -1,4 +1,4 @@
-"""One mapped table, bound to the live schema: its statements, and what its columns take."""
+"""One mapped table, bound to the live schema: its statements and its columns' encoders."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sqlalchemy as sa
 
 from clerk_sync.outcomes import Reason
 from clerk_sync.store.sql import Compiler, ForIds, ordered
-from clerk_sync.store.values import Fit, InvalidValue, Same, fit_for, same_for
+from clerk_sync.store.values import Encode, InvalidValue, Same, encoder_for, same_for
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -23,8 +23,8 @@ _ID_LENGTH: Final = 40
 class Target:
     """A mapped table.
 
-    `shared` says that upserts may not rely on its key alone: the table has unique keys
-    besides, and MySQL could update another's row. `names` are the columns of a written row,
+    `shared` says that upserts may not rely on its key alone: the table has other unique keys,
+    so that MySQL could update another's row. `names` are the columns of a written row,
     the key among them, in the order of every statement's parameters. `parents` are the tables
     to which foreign keys of this one lead.
     """
@@ -52,8 +52,8 @@ class Target:
         others = [one for one in unique_keys(table) if one != {mapping.key}]
         self.shared = not compiler.sqlite and bool(others)
         self.parents = {_referred(one) for one in table.foreign_keys} - {table.name}
-        self._fits = self._fits_of(compiler)
-        self._column_fits = [self._fits[column.name] for column in mapping.columns]
+        self._encoders = self._encoders_of(compiler)
+        self._column_encoders = [self._encoders[column.name] for column in mapping.columns]
         self._sames = [self._same_of(column.name, column.type) for column in mapping.columns]
         self._not_null = {column.name for column in table.columns if not column.nullable}
 
@@ -76,7 +76,7 @@ class Target:
         )
         self.present = compiler.for_ids(lambda ids: sa.select(key).where(key.op("IN")(ids)))
         self.vacate = _vacating(table, key, others, set(written), compiler)
-        # What a save needs to lock: its own row, and the rows to which its foreign keys lead.
+        # What an upsert locks: its own row, and the rows that its foreign keys refer to.
         self.free = compiler.for_ids(lambda ids: _unlocked(sa.select(key), key.op("IN")(ids)))
         self.referred = tuple(
             (self.names.index(one.parent.name), _referred(one), *_sharable(one, compiler))
@@ -91,7 +91,7 @@ class Target:
             sa.select(key)
             .where(key > sa.bindparam("after"), unmarked)
             .order_by(key)
-            .suffix_with(f"LIMIT {IDS_LIMIT}"),  # as a parameter, SQLite's has an OFFSET, too
+            .suffix_with(f"LIMIT {IDS_LIMIT}"),  # as a parameter, SQLite's has an OFFSET
             ["after"],
         )
         self.count = compiler.plain(sa.select(sa.func.count(key)).where(unmarked))
@@ -122,23 +122,23 @@ class Target:
             ["new_key", *new, "old_primary"],
         )
         self.owned_tables = tuple((owned_, owned[owned_.table]) for owned_ in mapping.owns)
-        # Rows of other tables that go with ours: how to find what they refer to, and the delete.
+        # Owned rows: the SELECT of what they refer to, and their DELETE.
         self.owned: tuple[tuple[Owned, ForIds, ForIds], ...] = tuple(
             (owned_, *_owned_statements(table, key, owned_, other, compiler))
             for owned_, other in self.owned_tables
         )
-        # The keys whose owned rows are there, once for each; and those that nobody has locked.
+        # The keys whose owned rows exist, once for each row, and those whose rows are not locked.
         self.owned_free = tuple(
             _owned_lockable(table, key, owned_, other, compiler)
             for owned_, other in self.owned_tables
         )
 
-    def _fits_of(self, compiler: Compiler) -> dict[str, Fit]:
+    def _encoders_of(self, compiler: Compiler) -> dict[str, Encode]:
         types = {column.name: column.type for column in self.mapping.columns}
         adopt, sets = self.mapping.adopt, self.mapping.sets
         names = {*self.names, *(one.name for one in adopt), *(one.name for one in sets)}
         return {
-            name: fit_for(
+            name: encoder_for(
                 self.table.c[name],
                 json_text=types.get(name) == "json",
                 sqlite=compiler.sqlite,
@@ -150,13 +150,13 @@ class Target:
         return same_for(self.table.c[name], json_text=type_ == "json")
 
     def row(self, clerk_id: str, values: Mapping[str, Any]) -> list[Any]:
-        """A row in the order of `names`, its mark still empty. Raises InvalidValue."""
+        """Return a row in the order of `names`, its mark still empty. Raises InvalidValue."""
         name = self.mapping.key
         try:
-            row = [self._fits[name](clerk_id)]
-            for (name, value), fit in zip(values.items(), self._column_fits, strict=True):
+            row = [self._encoders[name](clerk_id)]
+            for (name, value), encode in zip(values.items(), self._column_encoders, strict=True):
                 if value is not None:
-                    row.append(fit(value))
+                    row.append(encode(value))
                 else:
                     self._take_null(name)
                     row.append(None)
@@ -167,10 +167,10 @@ class Target:
         return row
 
     def _constant(self, one: Constant) -> Any:
-        return None if one.value is None else self._fits[one.name](one.value)
+        return None if one.value is None else self._encoders[one.name](one.value)
 
     def marked(self, row: Sequence[Any], deleted_at: str | None) -> list[Any]:
-        """The row with its mark; with what `set` says instead of Clerk's values, where deleted."""
+        """Return the row with its mark, and where deleted, with the values that `set` says."""
         marked = [*row[:-1], deleted_at]
         if deleted_at is not None:
             for place, value in self._sets_in_row:
@@ -178,7 +178,7 @@ class Target:
         return marked
 
     def marking(self, clerk_id: str, deleted_at: str | None) -> tuple[Any, ...]:
-        """The parameters of `mark`."""
+        """Return the parameters of `mark`."""
         return (deleted_at, *self._sets, clerk_id)
 
     def _take_null(self, name: str) -> None:
@@ -186,7 +186,7 @@ class Target:
             raise InvalidValue(Reason.NOT_NULL)
 
     def differing(self, row: Sequence[Any], stored: Sequence[Any]) -> list[int]:
-        """The places of `names` in which a row that is not deleted and the table's differ."""
+        """Return the places of `names` in which a live row differs from the stored one."""
         places = [
             place
             for place, same in enumerate(self._sames, start=1)
@@ -197,19 +197,19 @@ class Target:
         return places
 
     def claims(self, values: Mapping[str, Any]) -> tuple[Any, ...] | None:
-        """The values by which to adopt a row; None where one is missing or cannot be there."""
+        """Return the values by which to adopt a row, or None where one is missing or invalid."""
         if not values or None in values.values():
             return None
         try:
-            return tuple(self._fits[name](value) for name, value in values.items())
+            return tuple(self._encoders[name](value) for name, value in values.items())
         except InvalidValue:
             return None
 
     def owners_of(self, row: Sequence[Any]) -> list[tuple[str, str]]:
-        """The entities, as (kind, id), that this row cannot outlive.
+        """Return the entities, as (kind, id), that this row cannot outlive: its owners.
 
-        An empty id is nobody's: Clerk's payers are a user or an organization, and have one for
-        the other.
+        An empty id is skipped: Clerk's payers are a user or an organization, and the other one's id
+        is empty.
         """
         return [
             (kind, value)
@@ -218,18 +218,18 @@ class Target:
         ]
 
 
-def _same(same: Same, fitted: object, stored: object) -> bool:
-    if fitted is None or stored is None:
-        return fitted is stored
+def _same(same: Same, encoded: object, stored: object) -> bool:
+    if encoded is None or stored is None:
+        return encoded is stored
     try:
-        return same(fitted, stored)
-    # Somebody wrote what is no such value, as SQLite allows, or JSON that is too deep to be read.
+        return same(encoded, stored)
+    # The column holds no such value, as SQLite allows, or JSON that is too deep to be parsed.
     except (ValueError, TypeError, RecursionError):
         return False
 
 
 def unique_keys(table: sa.Table) -> list[set[str]]:
-    """The columns of each unique key of a live table, its primary key among them."""
+    """Return the columns of each unique key of a live table, including its primary key."""
     keys = [{column.name for column in index.columns} for index in table.indexes if index.unique]
     return keys + [
         {column.name for column in constraint.columns}
@@ -239,7 +239,7 @@ def unique_keys(table: sa.Table) -> list[set[str]]:
 
 
 def _referred(foreign_key: sa.ForeignKey) -> str:
-    """The name of the table to which a reflected foreign key leads."""
+    """Return the name of the table that a reflected foreign key refers to."""
     return foreign_key.target_fullname.rpartition(".")[0]
 
 
@@ -253,9 +253,9 @@ def _unlocked(query: sa.Select[Any], which: sa.ColumnElement[bool]) -> sa.Select
 
 
 def _sharable(foreign_key: sa.ForeignKey, compiler: Compiler) -> tuple[ForIds, ForIds]:
-    """Which of these values the referred column has, and which of them nobody keeps to himself.
+    """Return SELECTs of the values that the referred column has, and of those not locked.
 
-    A foreign key takes a shared lock of its parent, and so do those of our other writers.
+    A foreign key takes a shared lock of its parent, and so do those of the other writers.
     """
     mariadb = getattr(compiler.dialect, "is_mariadb", False)
     share = "LOCK IN SHARE MODE" if mariadb else "FOR SHARE"
@@ -281,10 +281,10 @@ def _vacating(
     written: set[str],
     compiler: Compiler,
 ) -> ForIds | None:
-    """An UPDATE by which rows give up their values in unique keys, for the moment of a swap.
+    """Return an UPDATE by which rows give up their values in unique keys, during a swap.
 
-    Null collides with nothing. Where no column of a key may be null, a text stands in that is in
-    no other row: one made of the row's own Clerk id. None where there is nothing to give up.
+    Null collides with nothing. Where no column of a key may be null, a text takes its place that no
+    other row has: one made of the row's own Clerk id. None where there is nothing to give up.
     """
     given_up: dict[str, Any] = {}
     for names in unique:

@@ -1,7 +1,7 @@
-"""What a live column takes: one function per column from Clerk's value to the database's.
+"""Encode Clerk's values for live columns, and compare them with stored ones.
 
-The database would refuse most of what is refused here. Doing it first keeps a bad event from
-failing its whole batch, and gives SQLite, which checks nothing, the same answers as MySQL.
+The database would reject most of what is rejected here. Doing it first keeps a bad event from
+failing its whole batch, and gives SQLite, which checks nothing, the same outcomes as MySQL.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from sqlalchemy.dialects.mysql import mariadb
 from clerk_sync.outcomes import Reason
 
 Type = sa.types.TypeEngine[Any]
-Fit = Callable[[Any], Any]
+Encode = Callable[[Any], Any]
 Same = Callable[[Any, Any], bool]
-"""Whether a fitted value and one as the driver reads it from the column are the same."""
+"""Whether an encoded value and one as the driver reads it from the column are the same."""
 
 _EPOCH: Final = datetime(1970, 1, 1, tzinfo=UTC).replace(tzinfo=None)
 _encode: Final = json.JSONEncoder(ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode
@@ -139,7 +139,7 @@ class TextOfBytes(sa.types.TypeDecorator[str]):
 
 
 class InvalidValue(Exception):
-    """The column cannot hold this value; `column` once it is known which."""
+    """A value does not fit its column, whose name is `column` once it is known."""
 
     def __init__(self, reason: Reason, column: str | None = None) -> None:
         super().__init__(reason.value)
@@ -148,30 +148,35 @@ class InvalidValue(Exception):
 
 
 def time_text(milliseconds: int) -> str:
-    """Unix milliseconds as the UTC text that every database here stores."""
+    """Return Unix milliseconds as the UTC text that every database here stores."""
     return (_EPOCH + timedelta(milliseconds=milliseconds)).isoformat(" ", "microseconds")
 
 
-def fit_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Fit:
-    """The column's function, for values that are not null.
+def encoder_for(column: sa.Column[Any], *, json_text: bool, sqlite: bool) -> Encode:
+    """Return the function that encodes values, other than null, for this column.
 
-    What it lets pass, the column gives back as it was: nothing is rounded, cut, folded or taken
-    for something else. Times alone are made coarser, to the column's unit, and MySQL's JSON has
-    an integer of more than 64 bits as a double. `json_text` says that a text column holds JSON,
-    as MariaDB's do.
+    The column gives back what it was given: nothing is rounded, cut, folded or taken for something
+    else. Only times are cut to the column's unit, and MySQL's JSON has an integer of more than 64
+    bits as a double. `json_text` says that a text column holds JSON, as MariaDB's do. The function
+    raises InvalidValue.
     """
     type_ = column.type
     if json_text or isinstance(type_, sa.JSON):
         return _json_or_number if sqlite else _json
     if sqlite and isinstance(type_, sa.types.NullType):
         return _scalar
-    for fits in (_fit_for_times, _fit_for_numbers, _fit_for_words, _fit_for_text):
-        if (fit := fits(type_, sqlite)) is not None:
-            return fit
+    for encoder in (
+        _encoder_for_times,
+        _encoder_for_numbers,
+        _encoder_for_words,
+        _encoder_for_text,
+    ):
+        if (encode := encoder(type_, sqlite)) is not None:
+            return encode
     return _nothing
 
 
-def _fit_for_times(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001 -- positional, as its kin
+def _encoder_for_times(type_: Type, sqlite: bool) -> Encode | None:  # noqa: FBT001 -- positional, as its kin
     match type_:
         case sa.DateTime():
             return _moment(type_)
@@ -185,7 +190,7 @@ def _fit_for_times(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001 -- 
             return None
 
 
-def _fit_for_numbers(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001
+def _encoder_for_numbers(type_: Type, sqlite: bool) -> Encode | None:  # noqa: FBT001
     match type_:
         case sa.Boolean():
             return _integer(0, 1)
@@ -205,7 +210,7 @@ def _fit_for_numbers(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001
             return None
 
 
-def _fit_for_words(type_: Type, sqlite: bool) -> Fit | None:  # noqa: ARG001, FBT001
+def _encoder_for_words(type_: Type, sqlite: bool) -> Encode | None:  # noqa: ARG001, FBT001
     """For types that take some texts only."""
     match type_:
         case mysql.SET():
@@ -222,7 +227,7 @@ def _fit_for_words(type_: Type, sqlite: bool) -> Fit | None:  # noqa: ARG001, FB
             return None
 
 
-def _fit_for_text(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001
+def _encoder_for_text(type_: Type, sqlite: bool) -> Encode | None:  # noqa: FBT001
     if isinstance(type_, BINARY):
         type_ = TextOfBytes(type_)
     if isinstance(type_, TextOfBytes):
@@ -236,7 +241,7 @@ def _fit_for_text(type_: Type, sqlite: bool) -> Fit | None:  # noqa: FBT001
 
 
 def same_for(column: sa.Column[Any], *, json_text: bool) -> Same:
-    """The column's comparison, for values that are not null.
+    """Return the comparison of encoded values, other than null, with what the column gives back.
 
     The database gives values back in its own form: JSON in another order, times in the column's
     unit, fixed text without its last spaces, numbers with more zeros.
@@ -247,26 +252,26 @@ def same_for(column: sa.Column[Any], *, json_text: bool) -> Same:
     if isinstance(type_, sa.DateTime):
         # MySQL rounds, MariaDB cuts off: either way it is less than one unit.
         unit = timedelta(seconds=10.0 ** -(getattr(type_, "fsp", None) or 0))
-        return lambda fitted, stored: abs(_read_time(fitted) - _read_time(stored)) < unit
+        return lambda encoded, stored: abs(_read_time(encoded) - _read_time(stored)) < unit
     if isinstance(type_, sa.Time):
-        return lambda fitted, stored: _span(fitted) == _span(stored)
+        return lambda encoded, stored: _span(encoded) == _span(stored)
     if isinstance(type_, mysql.BIT):
-        return lambda fitted, stored: fitted == _bits(stored)
+        return lambda encoded, stored: encoded == _bits(stored)
     if isinstance(type_, sa.Boolean | sa.Integer | mysql.YEAR):
-        return lambda fitted, stored: int(fitted) == int(stored)
+        return lambda encoded, stored: int(encoded) == int(stored)
     if isinstance(type_, sa.Float):
         # A FLOAT of MySQL's keeps seven digits, and shows six.
         digits = 1e-5 if _is_single(type_) else 1e-12
-        return lambda fitted, stored: math.isclose(fitted, float(stored), rel_tol=digits)
+        return lambda encoded, stored: math.isclose(encoded, float(stored), rel_tol=digits)
     if isinstance(type_, sa.Numeric):
-        return lambda fitted, stored: _decimal(fitted) == Decimal(as_text(stored))
+        return lambda encoded, stored: _decimal(encoded) == Decimal(as_text(stored))
     if isinstance(type_, sa.CHAR):
-        return lambda fitted, stored: str(fitted).rstrip(" ") == as_text(stored).rstrip(" ")
-    return lambda fitted, stored: as_text(fitted) == as_text(stored)
+        return lambda encoded, stored: str(encoded).rstrip(" ") == as_text(stored).rstrip(" ")
+    return lambda encoded, stored: as_text(encoded) == as_text(stored)
 
 
 def read_time_ms(value: object) -> int | None:
-    """A time as a driver gives it, in unix milliseconds."""
+    """Return a time as a driver gives it in Unix milliseconds."""
     return (
         None if value is None else round((_read_time(value) - _EPOCH) / timedelta(milliseconds=1))
     )
@@ -277,12 +282,12 @@ def _read_time(value: object) -> datetime:
 
 
 def as_text(value: object) -> str:
-    """A text, or what a driver gives for one where the column is binary."""
+    """Return a text, also where the column is binary and the driver gives bytes."""
     return value.decode(errors="replace") if isinstance(value, bytes) else str(value)
 
 
-def _same_json(fitted: Any, stored: Any) -> bool:
-    return bool(_parsed(fitted) == _parsed(stored))
+def _same_json(encoded: Any, stored: Any) -> bool:
+    return bool(_parsed(encoded) == _parsed(stored))
 
 
 def _parsed(text: Any) -> Any:
@@ -297,8 +302,8 @@ def _json_integer(digits: str) -> int | float:
     return number if -(2**63) <= number < 2**64 else float(number)
 
 
-def _text(length: int | None, octets: int | None, codec: str) -> Fit:
-    def fit(value: Any) -> str:
+def _text(length: int | None, octets: int | None, codec: str) -> Encode:
+    def encode(value: Any) -> str:
         text = _utf8(value if type(value) is str else _written(value))
         if length is not None and len(text) > length:
             raise InvalidValue(Reason.TOO_LONG)
@@ -306,11 +311,11 @@ def _text(length: int | None, octets: int | None, codec: str) -> Fit:
             raise InvalidValue(Reason.TOO_LONG)
         return text
 
-    return fit
+    return encode
 
 
 def _utf8(text: str) -> str:
-    """The text, unless half of a surrogate pair is in it, which JSON can say and UTF-8 cannot."""
+    """Return the text. Raises InvalidValue for half a surrogate pair, which UTF-8 cannot say."""
     if not text.isascii():
         try:
             text.encode()
@@ -320,15 +325,15 @@ def _utf8(text: str) -> str:
 
 
 def _codec(type_: sa.String) -> str:
-    """In what a TEXT column counts its bytes."""
+    """Return the codec in which a TEXT column counts its bytes."""
     return _CODECS.get(getattr(type_, "charset", None) or "", "utf-8")
 
 
-def _unpadded(fit: Fit) -> Fit:
+def _unpadded(encode: Encode) -> Encode:
     """For a CHAR, which gives text back without its last spaces."""
 
     def unpadded(value: Any) -> str:
-        text: str = fit(value)
+        text: str = encode(value)
         if text.endswith(" "):
             raise InvalidValue(Reason.WRONG_TYPE)
         return text
@@ -336,10 +341,10 @@ def _unpadded(fit: Fit) -> Fit:
     return unpadded
 
 
-def _octets(least: int, most: int) -> Fit:
+def _octets(least: int, most: int) -> Encode:
     """Text as UTF-8, where the column counts bytes; a BINARY fills what is short with zeros."""
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         text = _utf8(value if type(value) is str else _written(value))
         size = len(text.encode())
         if size > most:
@@ -348,12 +353,12 @@ def _octets(least: int, most: int) -> Fit:
             raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
-    return fit
+    return encode
 
 
-def _no_number(fit: Fit) -> Fit:
+def _no_number(encode: Encode) -> Encode:
     def no_number(value: Any) -> str:
-        text: str = fit(value)
+        text: str = encode(value)
         if _NUMBER.fullmatch(text):
             raise InvalidValue(Reason.WRONG_TYPE)
         return text
@@ -362,28 +367,28 @@ def _no_number(fit: Fit) -> Fit:
 
 
 def _octets_of(type_: Type) -> tuple[int, int]:
-    """The fewest and the most bytes of a value."""
+    """Return the fewest and the most bytes of a value."""
     most = _BLOB_BYTES.get(type(type_)) or getattr(type_, "length", None) or _BLOB
     return (most if isinstance(type_, sa.BINARY) else 0), most
 
 
-def _label(labels: Sequence[str]) -> Fit:
+def _label(labels: Sequence[str]) -> Encode:
     """Exactly a label: MySQL takes a number in text for a label's, and folds case."""
     known = frozenset(labels)
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         text = value if type(value) is str else _written(value)
         if text not in known:
             raise InvalidValue(Reason.WRONG_TYPE)
         return text
 
-    return fit
+    return encode
 
 
-def _members(labels: Sequence[str]) -> Fit:
+def _members(labels: Sequence[str]) -> Encode:
     """Labels with commas between them, as MySQL writes a SET: in its order, each once."""
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         if type(value) is not str:
             raise InvalidValue(Reason.WRONG_TYPE)
         named = value.split(",") if value else []
@@ -391,13 +396,13 @@ def _members(labels: Sequence[str]) -> Fit:
             raise InvalidValue(Reason.WRONG_TYPE)
         return value
 
-    return fit
+    return encode
 
 
-def _written_as(canonical: Callable[[str], str]) -> Fit:
+def _written_as(canonical: Callable[[str], str]) -> Encode:
     """Text in the one form in which the column gives it back."""
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         try:
             same = type(value) is str and canonical(value) == value
         except ValueError:
@@ -407,7 +412,7 @@ def _written_as(canonical: Callable[[str], str]) -> Fit:
         text: str = value
         return text
 
-    return fit
+    return encode
 
 
 def _inet6(text: str) -> str:
@@ -420,7 +425,7 @@ def _inet6(text: str) -> str:
 
 
 def declared(text: str) -> Type | None:
-    """A type of MySQL's that SQLite takes for a word, such as `TINYINT` or `YEAR`."""
+    """Return the MySQL type that a column of SQLite declares, such as `TINYINT` or `YEAR`."""
     found = re.fullmatch(
         r"(\w+)\s*(?:\((.*)\))?(\s+UNSIGNED)?", text.strip(), re.IGNORECASE | re.DOTALL
     )
@@ -434,12 +439,12 @@ def declared(text: str) -> Type | None:
 
 
 def _nothing(_value: Any) -> Any:
-    """For a type that holds nothing of Clerk's, such as a POINT, or is not known here."""
+    """Reject any value: for a type that holds nothing of Clerk's, such as POINT, or is unknown."""
     raise InvalidValue(Reason.WRONG_TYPE)
 
 
 def _written(value: object) -> str:
-    """What is no text, as text."""
+    """Return a value other than text as text."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, dict | list):
@@ -454,8 +459,8 @@ def _written(value: object) -> str:
     raise InvalidValue(Reason.WRONG_TYPE)
 
 
-def _integer(least: int, most: int) -> Fit:
-    def fit(value: Any) -> int:
+def _integer(least: int, most: int) -> Encode:
+    def encode(value: Any) -> int:
         if type(value) is not int:
             value = _whole(value)
         if not least <= value <= most:
@@ -463,7 +468,7 @@ def _integer(least: int, most: int) -> Fit:
         number: int = value
         return number
 
-    return fit
+    return encode
 
 
 def _whole(value: object) -> int:
@@ -476,14 +481,14 @@ def _whole(value: object) -> int:
     return int(value)
 
 
-def _number(type_: sa.Numeric[Any] | sa.Float[Any], *, sqlite: bool) -> Fit:
-    """A number that the column keeps to its last digit."""
+def _number(type_: sa.Numeric[Any] | sa.Float[Any], *, sqlite: bool) -> Encode:
+    """Return the encoder of numbers that the column keeps to their last digit."""
     negative = not getattr(type_, "unsigned", False)
     double, single = isinstance(type_, sa.Float), _is_single(type_)
     scale, precision = type_.scale if not double else getattr(type_, "scale", None), type_.precision
     whole = None if precision is None or scale is None else 10 ** (precision - scale)
 
-    def fit(value: Any) -> float | int:
+    def encode(value: Any) -> float | int:
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise InvalidValue(Reason.WRONG_TYPE)
         # Comparing takes integers of any size; NaN is in no range.
@@ -501,11 +506,11 @@ def _number(type_: sa.Numeric[Any] | sa.Float[Any], *, sqlite: bool) -> Fit:
             return float(value)
         return value
 
-    return fit
+    return encode
 
 
 def _is_single(type_: Type) -> bool:
-    """Whether it is a FLOAT of 4 bytes; SQLite's has 8, and takes the same all the same."""
+    """Whether it is a FLOAT of 4 bytes. SQLite's has 8, and accepts the same values."""
     return isinstance(type_, sa.FLOAT) and (type_.precision or 0) <= _SINGLE_BITS
 
 
@@ -519,7 +524,7 @@ def _decimal(value: float) -> Decimal:
 
 
 def _places(value: float) -> int:
-    """How many digits the number has behind the point."""
+    """Return the number of digits behind the point."""
     exponent = _decimal(value).normalize(_EXACT).as_tuple().exponent
     return max(0, -exponent) if isinstance(exponent, int) else 0
 
@@ -537,28 +542,28 @@ def _milliseconds(value: Any) -> int:
     return number
 
 
-def _moment(type_: sa.DateTime) -> Fit:
-    """A time, cut to the column's unit here: MySQL would round it, and MariaDB cut it off."""
+def _moment(type_: sa.DateTime) -> Encode:
+    """Return the encoder of times, cut to the column's unit: MySQL would round, MariaDB cut."""
     if not isinstance(type_, mysql.DATETIME | mysql.TIMESTAMP):
         unit = 1
     else:
         unit = 10 ** max(0, 3 - (type_.fsp or 0))
     stamp = isinstance(type_, sa.TIMESTAMP)
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         milliseconds = _milliseconds(value) // unit * unit
         if stamp and not _STAMPS_MS[0] <= milliseconds <= _STAMPS_MS[1]:
             raise InvalidValue(Reason.OUT_OF_RANGE)
         return time_text(milliseconds)
 
-    return fit
+    return encode
 
 
-def _clock(digits: int) -> Fit:
+def _clock(digits: int) -> Encode:
     """`09:30:00` as text, with up to `digits` digits behind the seconds."""
     pattern = re.compile(r"-?(\d\d|[1-7]\d\d|8[0-2]\d|83[0-8]):[0-5]\d:[0-5]\d(\.\d+)?", re.ASCII)
 
-    def fit(value: Any) -> str:
+    def encode(value: Any) -> str:
         found = pattern.fullmatch(value) if type(value) is str else None
         if found is None or value == "-00:00:00":
             raise InvalidValue(Reason.WRONG_TYPE)
@@ -567,11 +572,11 @@ def _clock(digits: int) -> Fit:
         text: str = value
         return text
 
-    return fit
+    return encode
 
 
 def _span(value: Any) -> timedelta:
-    """A TIME as fitted or as a driver gives it."""
+    """Return a TIME, encoded or as a driver gives it, as a timedelta."""
     if isinstance(value, timedelta):
         return value
     hours, minutes, seconds = as_text(value).lstrip("-").split(":")

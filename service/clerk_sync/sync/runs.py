@@ -15,7 +15,7 @@ from clerk_sync.outcomes import Ending
 from clerk_sync.store.lease import Lease, held, holder_name
 from clerk_sync.sync import history
 from clerk_sync.sync.backfill import backfill
-from clerk_sync.sync.counts import PAUSES, count, countable
+from clerk_sync.sync.counts import PAUSES, countable
 from clerk_sync.sync.patience import wait_for_database
 from clerk_sync.sync.reconcile import Reconcile
 from clerk_sync.sync.repair import Repairer
@@ -126,8 +126,9 @@ class Runs:
     async def count(self, report: Report) -> None:
         """Count both sides now, into the report."""
         with contextlib.closing(self._repairer(self.store, None, asyncio.Event())) as repairer:
-            kinds = await countable(self.clerk, self.mapping, report)
-            await count(self.clerk, repairer, kinds, report)
+            report.clerk = await countable(self.clerk, self.mapping, report)
+            for kind in report.clerk:
+                report.table[kind] = await repairer.rows(kind)
 
     async def _reconcile(
         self,
