@@ -40,7 +40,7 @@ docs: install ## Build the site in docs/_build, with warnings as errors
 
 generate: install ## Rewrite what is made of the code: reference pages, rules, dashboard
 	$(BIN)/python -m monitoring
-	$(BIN)/python -m tools.reference
+	$(BIN)/python -m tools.metrics_reference
 	$(BIN)/python -m tools.cli_reference
 	$(BIN)/python -m tools.sql_reference
 
@@ -94,7 +94,7 @@ release: install ## Set VERSION=x.y.z wherever it stands, and date the changelog
 
 clean: ## Remove everything that the other verbs made here
 	rm -rf .venv .dev docs/_build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
-	find service tests tools -name __pycache__ -prune -exec rm -rf {} +
+	find service tests tools monitoring bench -name __pycache__ -prune -exec rm -rf {} +
 
 $(READY): pyproject.toml requirements-dev.lock tools/venv.sh
 	@sh tools/venv.sh .venv

@@ -18,7 +18,7 @@ from clerk_sync.outcomes import Reason
 from clerk_sync.schema.binding import bind
 from clerk_sync.schema.checks import SchemaMismatch
 from clerk_sync.settings import InvalidSettings
-from clerk_sync.store import health
+from clerk_sync.store import write_check
 from clerk_sync.store.writer import Trouble
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class Health:
         commits = self._committer.commits
         try:
             async with asyncio.timeout(WRITE_CHECK_SECONDS):
-                await health.check_writes(self._engine)
+                await write_check.check_writes(self._engine)
         except (DatabaseUnavailable, InvalidSettings, TimeoutError) as error:
             if self._committer.commits > commits:
                 return self.readiness  # a commit proves more than a check that failed

@@ -24,7 +24,7 @@ from clerk_sync.settings import Secret, Settings
 from clerk_sync.store import tables
 from clerk_sync.sync.report import Report
 from clerk_sync.telemetry.metrics import SETTLED
-from tools import cli_reference, reference
+from tools import cli_reference, metrics_reference
 
 ROOT = Path(__file__).parents[2]
 # What GitHub and the site show.
@@ -115,7 +115,7 @@ def test_answers_are_those_of_the_code() -> None:
 
 
 def test_every_metric_and_table_that_is_named_exists() -> None:
-    metrics = {reference.name_of(metric) for metric in reference.own(new_metrics())}
+    metrics = {metrics_reference.name_of(metric) for metric in metrics_reference.own(new_metrics())}
     known = metrics | set(tables.metadata.tables)
     for name in DOCUMENTS:
         assert set() == set(re.findall(r"\bclerk_sync_\w+", text_of(name))) - known, name

@@ -24,7 +24,7 @@ from clerk_sync.schema.binding import store_of
 from clerk_sync.schema.checks import RUN_MIGRATE, SchemaMismatch, advice, own_faults
 from clerk_sync.schema.reflection import live_tables
 from clerk_sync.settings import InvalidSettings, Settings, load
-from clerk_sync.store import health
+from clerk_sync.store import write_check
 
 _CLERK_SECONDS: Final = 10
 
@@ -116,8 +116,8 @@ async def _of_schema(
         # After a failover the old primary answers every SELECT. Without tables there is nothing
         # to write to yet.
         if not any(own_faults(live)):
-            await health.check_privileges(engine)
-            await health.check_writes(engine)
+            await write_check.check_privileges(engine)
+            await write_check.check_writes(engine)
     except DatabaseUnavailable as error:
         yield Finding("FAIL", "database", f"{target.where}: {error}")
         return

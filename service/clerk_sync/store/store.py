@@ -30,6 +30,7 @@ from clerk_sync.mapping.change import (
     quarantined,
 )
 from clerk_sync.outcomes import Answer, Outcome
+from clerk_sync.store.adoption import adopt
 from clerk_sync.store.sql import Compiler, OwnStatements, union
 from clerk_sync.store.values import InvalidValue, as_text, time_text
 
@@ -352,7 +353,7 @@ class Store:
             for learned, result in zip(learn, await connection.run(steps), strict=True):
                 learned(result)
 
-    def lower(self, clerk_id: str, kind: str, *, seen: tuple[int, int], to: int) -> Step:
+    def rewind(self, clerk_id: str, kind: str, *, seen: tuple[int, int], to: int) -> Step:
         """Return the step that rewinds a version which is ahead of Clerk's, if it is still `seen`.
 
         No other statement lowers a version. The caller has to write the row again afterwards.
@@ -475,7 +476,7 @@ class Store:
             rows.append((upsert, row))
         if target.mapping.adopt:
             missing = [(one, row) for one, row in rows if one.entity not in batch.present]
-            adopted = await self._adopted(connection, target, missing)
+            adopted = await adopt(connection, target, missing)
             rows = [(one, row) for one, row in rows if row[0] not in adopted]
         if not target.shared:
             return [(target.upsert, [row for _, row in rows])] if rows else []
@@ -485,39 +486,6 @@ class Store:
             [(target.update, [[*row[1:], row[0]] for row in there])] if there else []
         )
         return [*steps, (target.insert, new)] if new else steps
-
-    async def _adopted(
-        self,
-        connection: Connection,
-        target: Target,
-        missing: Sequence[tuple[Upsert, Sequence[Any]]],
-    ) -> set[str]:
-        """Adopt rows that have no Clerk id yet; return the Clerk ids that got one."""
-        wanted = [
-            (row, claims)
-            for upsert, row in missing
-            if (claims := target.claims(upsert.claims)) is not None
-        ]
-        if not wanted:
-            return set()
-        found = await connection.run([(target.find, [claims for _, claims in wanted])])
-        claimed: list[list[Any]] = []
-        for (row, claims), result in zip(wanted, found, strict=True):
-            taken = {claim[-1] for claim in claimed}
-            for primary, *values in result.rows:
-                # The column's collation may consider "jose" and "josé" equal. We do not.
-                same = [as_text(v).casefold() for v in values] == [
-                    as_text(v).casefold() for v in claims
-                ]
-                if same and primary not in taken:
-                    claimed.append([*row, primary])
-                    break
-        if not claimed:
-            return set()
-        results = await connection.run([(target.claim, claimed)])
-        return {
-            row[0] for row, result in zip(claimed, results, strict=True) if result.affected == 1
-        }
 
     def _deletes(self, batch: _Batch, target: Target, ids: Sequence[str]) -> list[Step]:
         kind = target.mapping.kind

@@ -109,13 +109,13 @@ class Target:
             ["new_mark", *(f"set_{name}" for name in sets), "old_key"],
         )
         claims = [column.name for column in mapping.adopt]
-        self.find = compiler.plain(
+        self.adoptable = compiler.plain(
             sa.select(primary, *(table.c[name] for name in claims))
             .where(key.is_(None), *(table.c[name] == sa.bindparam(f"is_{name}") for name in claims))
             .order_by(primary),
             [f"is_{name}" for name in claims],
         )
-        self.claim = compiler.plain(
+        self.adopt = compiler.plain(
             sa.update(table)
             .ordered_values((key, sa.bindparam("new_key")), *values)
             .where(primary == sa.bindparam("old_primary"), key.is_(None)),

@@ -200,7 +200,7 @@ class Repairer:
             case Upsert(version=(version_ms, _, _)):
                 seen = (one.ahead.version_ms, one.ahead.event_ms)
                 # Without an event's time, so that the repair, which has one, is newer.
-                await self.write(self.store.lower(one.clerk_id, kind, seen=seen, to=version_ms))
+                await self.write(self.store.rewind(one.clerk_id, kind, seen=seen, to=version_ms))
 
     async def apply(self, kind: str, found: Sequence[Comparison]) -> list[str]:
         """Write these repairs, and count what became of them.

@@ -13,7 +13,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from clerk_sync.clerk.metrics import new_metrics
 from tests import deliveries
 from tests.deliveries import OTHER_SECRET, event
-from tools import reference
+from tools import metrics_reference
 from tools.programs import need
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ Series = tuple[str, frozenset[tuple[str, str]]]
 
 def sections() -> dict[str, str]:
     """The page's sections by the metric that each is about."""
-    page = reference.PAGE.read_text("utf-8")
+    page = metrics_reference.PAGE.read_text("utf-8")
     _, *found = re.split(r"^## `(\w+)`$", page, flags=re.MULTILINE)
     return dict(zip(found[::2], found[1::2], strict=True))
 
@@ -81,18 +81,22 @@ def test_promtool_can_be_displeased() -> None:
 
 
 def test_the_page_is_made_of_the_code() -> None:
-    assert reference.text() == reference.PAGE.read_text("utf-8"), "run `make generate`"
+    assert metrics_reference.text() == metrics_reference.PAGE.read_text("utf-8"), (
+        "run `make generate`"
+    )
 
 
 def test_its_links_lead_somewhere() -> None:
-    links = re.findall(r"\]\(([^)#\s]+)", reference.PAGE.read_text("utf-8"))
+    links = re.findall(r"\]\(([^)#\s]+)", metrics_reference.PAGE.read_text("utf-8"))
     assert links
-    assert [link for link in links if not (reference.PAGE.parent / link).exists()] == []
+    assert [link for link in links if not (metrics_reference.PAGE.parent / link).exists()] == []
 
 
-@pytest.mark.parametrize("name", [reference.name_of(one) for one in reference.own(new_metrics())])
+@pytest.mark.parametrize(
+    "name", [metrics_reference.name_of(one) for one in metrics_reference.own(new_metrics())]
+)
 def test_every_metric_answers_a_question_of_somebody(name: str) -> None:
-    panels, alerts = reference.using(name)
+    panels, alerts = metrics_reference.using(name)
     assert panels or alerts
 
 
@@ -113,7 +117,7 @@ async def test_a_running_service_has_these_series_from_the_start_and_no_others(
         last = (await at.inside("/metrics", headers=PLAIN)).text
         assert scraped(last) == wanted
         rich = (await at.inside("/metrics", headers=OPENMETRICS)).text
-    series = int(re.findall(r"has (\d+) series", reference.PAGE.read_text("utf-8"))[0])
+    series = int(re.findall(r"has (\d+) series", metrics_reference.PAGE.read_text("utf-8"))[0])
     assert len(wanted) == series
     assert lint(last) == ""
     for name, unit in re.findall(r"^# UNIT (clerk_sync_\w+) (\w+)$", rich, re.MULTILINE):
