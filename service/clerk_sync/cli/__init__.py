@@ -26,9 +26,9 @@ COMMANDS: Final = {
     "probe": ("probe", "Send a signed event through the public URL; say whether it was committed."),
     "quarantine": ("quarantine", "List, replay or drop events that could not be applied."),
     "reconcile": ("sync", "Find missing, outdated, drifted and orphaned rows, and repair them."),
-    "replay": ("events", "Apply recorded deliveries from FILE, or from stdin with `-`."),
+    "replay": ("replay", "Apply recorded deliveries from FILE, or from stdin with `-`."),
     "serve": ("serve", "Receive Clerk's webhooks until SIGTERM."),
-    "trigger": ("events", "Post a signed, realistic event of this TYPE, such as user.created."),
+    "trigger": ("trigger", "Post a signed, realistic event of this TYPE, such as user.created."),
 }
 """Each command's module in this package, and its summary."""
 

@@ -1,35 +1,23 @@
-"""`clerk-sync trigger` and `replay`: deliveries that are made up, and ones that were recorded."""
+"""`clerk-sync trigger`."""
 
 from __future__ import annotations
 
-import base64
-import itertools
 import json
 import secrets
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Final
 
 import aiohttp
 import click
 
 from clerk_sync.clerk import samples, signature
-from clerk_sync.cli.applying import AT_ONCE, apply
-from clerk_sync.cli.common import command, load, load_settings, text
+from clerk_sync.cli.common import command, load_settings, text
 from clerk_sync.cli.exits import fail
 from clerk_sync.cli.target import here, signers_of
 from clerk_sync.clock import now_ms
-from clerk_sync.outcomes import Answer, Outcome, Reason
 
-if TYPE_CHECKING:
-    from collections.abc import AsyncIterator, Sequence
-
-    from standardwebhooks import Webhook
-
-    from clerk_sync.clerk.signature import Delivery
-    from clerk_sync.cli.applying import Group
-
-_ANSWER_SECONDS = 15
+_ANSWER_SECONDS: Final = 15
 
 
 @command("clerk-sync trigger user.created --id user_ada --url http://127.0.0.1:8080/webhooks/clerk")
@@ -92,39 +80,3 @@ def _event_from(file: Path, event: dict[str, Any], clerk_id: str | None) -> dict
     if clerk_id is not None and isinstance(given["data"], dict):
         given["data"]["id"] = clerk_id
     return given
-
-
-@command("clerk-sync replay deliveries.ndjson")
-@click.argument("file", type=click.File("r", encoding="utf-8", errors="replace"))
-async def replay(file: Any) -> int:
-    """Apply recorded deliveries from FILE, or from stdin with `-`.
-
-    One JSON object per line with `headers` and `body_b64`, as Clerk's own CLI listener prints
-    them. Their signatures are checked, their age is not. Exit code 1 if any was not accepted.
-    """
-    settings, mapping = load(signing=True)
-    signers = signers_of(settings)
-
-    async def groups() -> AsyncIterator[Group]:
-        lines = (
-            (f"line {number}", _recorded(line, signers))
-            for number, line in enumerate(file, start=1)
-            if line.strip()
-        )
-        while group := list(itertools.islice(lines, AT_ONCE)):
-            yield group
-
-    return await apply(settings, mapping, groups())
-
-
-def _recorded(line: str, signers: Sequence[Webhook]) -> Delivery | Answer:
-    try:
-        record = json.loads(line)
-        headers = {str(name).lower(): str(value) for name, value in record["headers"].items()}
-        body = base64.b64decode(record["body_b64"], validate=True)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return Answer(Outcome.REJECTED, Reason.MALFORMED)
-    try:
-        return signature.recorded(headers, body, signers=signers)
-    except signature.InvalidSignature as error:
-        return Answer(Outcome.REJECTED, error.reason)
