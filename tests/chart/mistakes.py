@@ -1,4 +1,4 @@
-"""Mistakes that values can hold, each with the beginning of the sentence that tells of it."""
+"""Mistakes in values, each with the beginning of the sentence that reports it."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ ROUTE = {"enabled": True, "hostnames": ["hooks.example.com"], "parentRefs": [{"n
 LIST = {"enabled": True, "ingressAnnotation": "a.example.com/ranges"}
 OBJECT = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "mine"}}
 
-# What goes wrong, told by the beginning of its sentence, and the values that do it, over `LEAST`.
+# The beginning of the error message, and the values that cause it, over `LEAST`.
 CASES: list[tuple[str, dict[str, Any]]] = [
-    ("`enabled: false` is for a chart that depends", {"enabled": False}),
-    ("`image.repository` holds a tag", {"image": {"repository": "ghcr.io/x/y:1"}}),
-    ("`image.tag` is no tag", {"image": {"tag": "sha256:" + 64 * "0"}}),
+    ("`enabled: false` only works in a chart that depends", {"enabled": False}),
+    ("`image.repository` contains a tag", {"image": {"repository": "ghcr.io/x/y:1"}}),
+    ("`image.tag` is not a tag", {"image": {"tag": "sha256:" + 64 * "0"}}),
     # Database
-    ("No database is given", {"database": {"existingSecret": ""}}),
+    ("No database is set", {"database": {"existingSecret": ""}}),
     (
         "`database.existingSecret`, `database.url` are all set",
         {"database": {"url": "mysql://u:p@db/app"}},
@@ -34,15 +34,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"database": {"existingSecret": "mysql://u:p@db/app"}},
     ),
     (
-        "`database.keys.url` is for `database.existingSecret`",
+        "`database.keys.url` needs `database.existingSecret`",
         {"database": {**FILES, "keys": {"url": "url"}}},
     ),
     (
-        "`database.keys.url` has to be the name of a key",
+        "`database.keys.url` must be the name of a key",
         {"database": {"keys": {"url": "mysql://u:p@db/app"}}},
     ),
     (
-        "`database.files.user` is no piece of an address",
+        "`database.files.user` is not part of a database URL",
         {
             "database": {
                 **PIECES,
@@ -52,22 +52,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
-        "`database.files.url` has to be the path of a file",
+        "`database.files.url` must be the path of a file",
         {"database": {"existingSecret": "", "files": {"url": "mnt/url"}}},
     ),
     (
-        "`database.externalSecret.url` has to say what to fetch",
+        "`database.externalSecret.url` must say what to fetch",
         {
             "database": {"existingSecret": "", "externalSecret": {"url": "prod/url"}},
             "externalSecrets": {"store": {"name": "vault"}},
         },
     ),
     (
-        "`database.keys` names a URL and pieces of one (`url`, `password`)",
+        "`database.keys` names a URL and parts of one (`url`, `password`)",
         {"database": {"keys": {"url": "url", "password": "password"}}},
     ),
     (
-        "`database.host` is no host",
+        "`database.host` is not a host name",
         {
             "database": {
                 **PIECES,
@@ -76,22 +76,22 @@ CASES: list[tuple[str, dict[str, Any]]] = [
             }
         },
     ),
-    ("`database.host` is set, but the URL holds it already", {"database": {"host": "db"}}),
-    ("`database.tls` is for the pieces", {"database": {"tls": {"mode": "verify"}}}),
+    ("`database.host` is set, but the URL already contains it", {"database": {"host": "db"}}),
+    ("`database.tls` has no effect on a URL", {"database": {"tls": {"mode": "verify"}}}),
     (
-        "The database's password is missing: give it in `database.keys.password`",
+        "The database's password is missing: set `database.keys.password`",
         {"database": {"keys": {"host": "h", "name": "n", "username": "u"}}},
     ),
     (
-        "`database.host` is written down and comes from `database.existingSecret`",
+        "`database.host` is set, and also comes from `database.existingSecret`",
         {"database": {**PIECES, "keys": {"host": "host", "password": "password"}}},
     ),
     (
-        "The database's username is missing: write it into `database.username`, or",
+        "The database's username is missing: set `database.username`, or",
         {"database": {**PIECES, "username": "", "keys": {"password": "password"}}},
     ),
     (
-        "`database.port` is written down and comes from",
+        "`database.port` is set, and also comes from",
         {"database": {**PIECES, "port": 3306, "keys": {"password": "password", "port": "port"}}},
     ),
     (
@@ -125,15 +125,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
-        "`migrations.existingSecret` stands in for `database.existingSecret`",
+        "`migrations.existingSecret` replaces `database.existingSecret`",
         {"database": FILES, "migrations": {"existingSecret": "ddl"}},
     ),
     (
-        "`database.url` has to begin with mysql://",
+        "`database.url` must begin with mysql://",
         {"database": {"existingSecret": "", "url": "sqlite:///app.db"}},
     ),
     (
-        "`migrations.serviceAccountName` is the account that this release makes",
+        "`migrations.serviceAccountName` is the account that this release creates",
         {"migrations": {"serviceAccountName": "events-clerk-sync"}},
     ),
     (
@@ -145,28 +145,28 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`clerk.signingSecret.existingSecret`, `clerk.signingSecret.value` are all set",
         {"clerk": {"signingSecret": {"value": "whsec_c2VjcmV0"}}},
     ),
-    ("The signing secret is not given", {"clerk": {"signingSecret": {"existingSecret": ""}}}),
+    ("The signing secret is not set", {"clerk": {"signingSecret": {"existingSecret": ""}}}),
     (
         "`clerk.secretKey.existingSecret` is not the name of a Secret",
         {"clerk": {"secretKey": {"existingSecret": "sk_test_secret"}}},
     ),
     (
-        "`clerk.signingSecret.key` has to be the name of a key",
+        "`clerk.signingSecret.key` must be the name of a key",
         {"clerk": {"signingSecret": {"key": "whsec_c2VjcmV0/+="}}},
     ),
     (
-        "`clerk.secretKey.file` has to be the path of a file",
+        "`clerk.secretKey.file` must be the path of a file",
         {"clerk": {"secretKey": {"file": "sk_test_secret"}}},
     ),
     (
-        "`clerk.secretKey.externalSecret` has to say what to fetch",
+        "`clerk.secretKey.externalSecret` must say what to fetch",
         {
             "clerk": {"secretKey": {"externalSecret": {"property": "key"}}},
             "externalSecrets": {"store": {"name": "vault"}},
         },
     ),
     (
-        "`clerk.secretKey.value` has to begin with `sk_`",
+        "`clerk.secretKey.value` must begin with `sk_`",
         {"clerk": {"secretKey": {"value": "whsec_c2VjcmV0"}}},
     ),
     (
@@ -182,18 +182,18 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`appToken.existingSecret` is not the name of a Secret",
         {"appToken": {"existingSecret": "6A09E667F3BCC908"}},
     ),
-    ("`appToken.key` has to be the name of a key", {"appToken": {"key": "6a09/+="}}),
-    ("`appToken.file` has to be the path of a file", {"appToken": {"file": "6a09e667f3bcc908"}}),
+    ("`appToken.key` must be the name of a key", {"appToken": {"key": "6a09/+="}}),
+    ("`appToken.file` must be the path of a file", {"appToken": {"file": "6a09e667f3bcc908"}}),
     (
-        "`appToken.externalSecret` has to say what to fetch",
+        "`appToken.externalSecret` must say what to fetch",
         {
             "appToken": {"externalSecret": {"property": "token"}},
             "externalSecrets": {"store": {"name": "vault"}},
         },
     ),
-    ("`appToken.value` has to be a token of 16", {"appToken": {"value": "short"}}),
-    ("`appToken.value` has to be a token", {"appToken": {"value": "6a09e667f3bcc908 short"}}),
-    ("`appToken.value` has to be a token of 16", {"appToken": {"value": " "}}),
+    ("`appToken.value` must be a token of 16", {"appToken": {"value": "short"}}),
+    ("`appToken.value` must be a token", {"appToken": {"value": "6a09e667f3bcc908 short"}}),
+    ("`appToken.value` must be a token of 16", {"appToken": {"value": " "}}),
     (
         "An `externalSecret` is set, but no store",
         {"appToken": {"externalSecret": {"key": "shop"}}},
@@ -203,7 +203,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`config.preset`, `config.existingConfigMap` are all set",
         {"config": {"preset": "mirror", "existingConfigMap": {"name": "mapping"}}},
     ),
-    ("`config.mapping` is no mapping", {"config": {"mapping": "mapping.yaml"}}),
+    ("`config.mapping` is not a mapping", {"config": {"mapping": "mapping.yaml"}}),
     (
         "`listen.webhookPort` and `listen.internalPort` are the same",
         {"listen": {"webhookPort": 9000, "internalPort": 9000}},
@@ -212,7 +212,7 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # Reconcile
     ("`reconcile.mode: cronJob` needs Clerk's secret key", {"reconcile": {"mode": "cronJob"}}),
     (
-        "`reconcile.cronJob.schedule` has to have five fields",
+        "`reconcile.cronJob.schedule` must have five fields",
         {"reconcile": {"cronJob": {"schedule": "6h"}}},
     ),
     # Sidecar
@@ -225,16 +225,16 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         SIDECAR | {"extraContainers": [{"name": "a", "image": "b"}]},
     ),
     (
-        "`monitor.kind: ServiceMonitor` does not find a sidecar's port",
+        "`monitor.kind: ServiceMonitor` may not find a sidecar's port",
         SIDECAR | {"monitor": {"enabled": True, "kind": "ServiceMonitor"}},
     ),
-    ("`sidecar.podLabels.a` is no label's value", SIDECAR | {"sidecar": {"podLabels": {"a": ""}}}),
+    ("`sidecar.podLabels.a` is not a label value", SIDECAR | {"sidecar": {"podLabels": {"a": ""}}}),
     (
-        "`sidecar.podLabels.app.kubernetes.io/managed-by` would select other apps' pods",
+        "`sidecar.podLabels.app.kubernetes.io/managed-by` would also select other apps' pods",
         SIDECAR | {"sidecar": {"podLabels": {"app.kubernetes.io/managed-by": "Helm"}}},
     ),
     (
-        "`sidecar.injection` needs Kubernetes 1.36, this is v1.35.0",
+        "`sidecar.injection` needs Kubernetes 1.36, but this is v1.35.0",
         SIDECAR | {"sidecar": {"injection": {"enabled": True}}},
     ),
     (
@@ -247,16 +247,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"autoscaling": {"type": "hpa", "minReplicas": 3, "maxReplicas": 2}},
     ),
     (
-        "`autoscaling.type: hpa` measures CPU by its request",
+        "`autoscaling.type: hpa` measures CPU relative to its request",
         {"autoscaling": {"type": "hpa"}, "resources": {"requests": {"cpu": None}}},
     ),
-    ("`autoscaling.type: keda` needs `autoscaling.triggers`", {"autoscaling": {"type": "keda"}}),
+    (
+        "`autoscaling.type: keda` needs at least one entry in `autoscaling.triggers`",
+        {"autoscaling": {"type": "keda"}},
+    ),
     (
         "`autoscaling.triggers` and `autoscaling.scaledObject` are for",
         {"autoscaling": {"triggers": [{"type": "cpu"}]}},
     ),
     (
-        "`autoscaling.scaledObject.triggers` is the chart's",
+        "`autoscaling.scaledObject.triggers` is set by the chart",
         {
             "autoscaling": {
                 "type": "keda",
@@ -268,11 +271,11 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     # What is published
     ("`ingress.hosts` is empty", {"ingress": {"enabled": True}}),
     (
-        "`allowList` needs to know your Ingress controller's annotation",
+        "`allowList` needs your Ingress controller's annotation",
         {"ingress": INGRESS, "allowList": {"enabled": True}},
     ),
     (
-        "`ingress.annotations` has the annotation that `allowList.ingressAnnotation` names",
+        "`ingress.annotations` contains the annotation that `allowList.ingressAnnotation` names",
         {
             "ingress": {**INGRESS, "annotations": {"a.example.com/ranges": "10.0.0.0/8"}},
             "allowList": LIST,
@@ -281,11 +284,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("`httpRoute.parentRefs` is empty", {"httpRoute": {**ROUTE, "parentRefs": []}}),
     ("`httpRoute.hostnames` is empty", {"httpRoute": {**ROUTE, "hostnames": []}}),
     (
-        "`https://hooks.example.com` is no host",
+        "`https://hooks.example.com` is not a host name",
         {"ingress": {**INGRESS, "hosts": ["https://hooks.example.com"]}},
     ),
-    ("`*.example.com` is no host", {"httpRoute": {**ROUTE, "hostnames": ["*.example.com"]}}),
-    ("`allowList` has nothing to work on", {"allowList": LIST}),
+    (
+        "`*.example.com` is not a host name",
+        {"httpRoute": {**ROUTE, "hostnames": ["*.example.com"]}},
+    ),
+    ("`allowList` has no effect", {"allowList": LIST}),
     (
         "`service.loadBalancerSourceRanges` is for",
         {"service": {"loadBalancerSourceRanges": ["10.0.0.0/8"]}},
@@ -301,19 +307,19 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"monitor": {"enabled": True}, "internalService": {"enabled": False}},
     ),
     (
-        "The cluster knows no ServiceMonitor",
+        "The cluster does not have ServiceMonitor",
         {"monitor": {"enabled": True, "renderMode": "failIfMissing"}},
     ),
     (
-        "The cluster knows no PrometheusRule",
+        "The cluster does not have PrometheusRule",
         {"alerts": {"enabled": True, "renderMode": "failIfMissing"}},
     ),
     (
-        "`alerts` names `ClerkSyncSilence`, which is no alert: there are ClerkSyncAbsent, ",
+        "`alerts` names `ClerkSyncSilence`, which is not an alert: choose from ClerkSyncAbsent, ",
         {"alerts": {"excludeRules": ["ClerkSyncSilence"]}},
     ),
     (
-        "`alerts` names `ReconcileOld`, which is no alert",
+        "`alerts` names `ReconcileOld`, which is not an alert",
         {"alerts": {"rules": {"ReconcileOld": {"threshold": 1}}}},
     ),
     (
@@ -325,15 +331,15 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"alerts": {"rules": {"ClerkSyncAbsent": {"threshold": 1}}}},
     ),
     (
-        "`alerts.rules.ClerkSyncReconcileOld.threshold` has to be a number",
+        "`alerts.rules.ClerkSyncReconcileOld.threshold` must be a number",
         {"alerts": {"rules": {"ClerkSyncReconcileOld": {"threshold": "14d"}}}},
     ),
     (
-        "`alerts.rules.ClerkSyncReconcileOld.for` has to be a span of time",
+        "`alerts.rules.ClerkSyncReconcileOld.for` must be a duration",
         {"alerts": {"rules": {"ClerkSyncReconcileOld": {"for": 10}}}},
     ),
     (
-        "`extraEnv.OTEL_EXPORTER_OTLP_ENDPOINT` comes from elsewhere",
+        "`extraEnv.OTEL_EXPORTER_OTLP_ENDPOINT` has no literal value",
         {
             "extraEnv": {"OTEL_EXPORTER_OTLP_ENDPOINT": {"configMapKeyRef": {"name": "otel"}}},
             "networkPolicy": {"enabled": True},
@@ -348,12 +354,12 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"probe": {"enabled": True}},
     ),
     (
-        "`probe.url` is no URL",
+        "`probe.url` is not a URL",
         {"probe": {"enabled": True, "url": "https://user:secret@hooks.example.com"}},
     ),
     # Pods and Services
     (
-        "`progressDeadlineSeconds` has to be more than `minReadySeconds`",
+        "`progressDeadlineSeconds` must be more than `minReadySeconds`",
         {"minReadySeconds": 60, "progressDeadlineSeconds": 60},
     ),
     ("`dnsPolicy: None` leaves pods without DNS", {"dnsPolicy": "None"}),
@@ -379,21 +385,21 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         "`extraEnv.DATABASE_URL_FILE` is a setting of clerk-sync",
         {"extraEnv": {"DATABASE_URL_FILE": "/x"}},
     ),
-    ("`extraEnv.A B` is no name of a variable", {"extraEnv": {"A B": "c"}}),
+    ("`extraEnv.A B` is not the name of an environment variable", {"extraEnv": {"A B": "c"}}),
     (
         "`migrations.extraEnv.DATABASE_URL` is a setting of clerk-sync",
         {"migrations": {"extraEnv": {"DATABASE_URL": "mysql://u:p@db/app"}}},
     ),
     (
-        "`reconcile.cronJob.extraEnv.A B` is no name of a variable",
+        "`reconcile.cronJob.extraEnv.A B` is not the name of an environment variable",
         {"reconcile": {"cronJob": {"extraEnv": {"A B": "c"}}}},
     ),
     (
-        "`extraVolumes` has the volume `clerk-sync-secrets`, which is there already",
+        "`extraVolumes` has the volume `clerk-sync-secrets`, which already exists",
         {"extraVolumes": [{"name": "clerk-sync-secrets", "emptyDir": {}}]},
     ),
     (
-        "`extraVolumeMounts` mounts `/etc/clerk-sync/x`, where something is mounted",
+        "`extraVolumeMounts` mounts `/etc/clerk-sync/x`, where something is already mounted",
         {
             "extraVolumes": [{"name": "x", "emptyDir": {}}],
             "extraVolumeMounts": [{"name": "x", "mountPath": "/etc/clerk-sync/x"}],
@@ -410,20 +416,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         },
     ),
     (
-        "`extraVolumeMounts` mounts the volume `x`, which is not there",
+        "`extraVolumeMounts` mounts the volume `x`, which does not exist",
         {"extraVolumeMounts": [{"name": "x", "mountPath": "/x"}]},
     ),
     (
-        "There are two containers `clerk-sync` in the pod",
+        "The pod has two containers named `clerk-sync`",
         {"extraContainers": [{"name": "clerk-sync", "image": "x"}]},
     ),
-    ("`extraObjects.a` is no object", {"extraObjects": {"a": {"kind": "ConfigMap"}}}),
+    ("`extraObjects.a` is not an object", {"extraObjects": {"a": {"kind": "ConfigMap"}}}),
     (
         "`extraObjects.a` and `extraObjects.b` are the same ConfigMap `mine`",
         {"extraObjects": {"a": OBJECT, "b": OBJECT}},
     ),
     (
-        "`extraObjects.a` has the name `events-clerk-sync-internal`, which is kept",
+        "`extraObjects.a` has the name `events-clerk-sync-internal`, which is reserved",
         {
             "extraObjects": {
                 "a": {**OBJECT, "metadata": {"name": "{{ .Release.Name }}-clerk-sync-internal"}}

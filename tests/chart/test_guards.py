@@ -1,4 +1,4 @@
-"""Mistakes in values that the schema cannot tell: each is stopped by a sentence of its own."""
+"""Mistakes in values that the schema cannot find: each is stopped by its own sentence."""
 
 from __future__ import annotations
 
@@ -56,7 +56,9 @@ def test_every_sentence_is_said_by_a_case() -> None:
 def included_wrongly() -> str:
     with pytest.raises(HelmError) as refused:
         template({"clerk-sync": LEAST}, chart=PARENT)
-    found = re.search(r"clerk-sync: `clerk-sync\.sidecar` is included.*", str(refused.value))
+    found = re.search(
+        r"clerk-sync: the template `clerk-sync\.sidecar` is included.*", str(refused.value)
+    )
     assert found, refused.value
     return found[0]
 

@@ -45,7 +45,7 @@ KEY = {"clerk": {"secretKey": {"existingSecret": "clerk"}}}
 def wrapped(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Return the chart with its notes as an object.
 
-    `helm template` prints none, and nothing else can be told which cluster to believe in.
+    `helm template` prints no notes, and nothing else accepts a cluster's version.
     """
     chart = tmp_path_factory.mktemp("notes") / "clerk-sync"
     shutil.copytree(CHART, chart)
@@ -110,45 +110,45 @@ def test_they_give_the_url_and_the_events(
 
 
 WARNINGS: list[tuple[str, dict[str, Any]]] = [
-    ("WARNING: what webhooks miss is not found. Give Clerk's secret key", {}),
+    ("WARNING: missed webhooks are never found. Set Clerk's secret key", {}),
     (
-        "WARNING: what webhooks miss is not found. `reconcile.mode` is off",
+        "WARNING: missed webhooks are never found. `reconcile.mode` is off",
         merged(KEY, {"reconcile": {"mode": "off"}}),
     ),
     (
-        "WARNING: secrets are written down",
+        "WARNING: the values contain secrets",
         {"clerk": {"signingSecret": {"existingSecret": "", "value": "whsec_c2VjcmV0"}}},
     ),
     (
-        "WARNING: secrets are written down",
+        "WARNING: the values contain secrets",
         {"database": {"existingSecret": "", "url": "mysql://u:p@db/app"}},
     ),
-    ("WARNING: there is one pod", {"replicas": 1}),
+    ("WARNING: there is only one pod", {"replicas": 1}),
     (
-        "WARNING: the Ingress serves no HTTPS",
+        "WARNING: the Ingress does not serve HTTPS",
         merged(INGRESS, {"ingress": {"tls": {"enabled": False}}}),
     ),
     (
-        "WARNING: `allowList` does nothing for the HTTPRoute",
+        "WARNING: `allowList` has no effect on the HTTPRoute",
         INGRESS | ROUTE | {"allowList": {"enabled": True, "ingressAnnotation": "a.example.com/b"}},
     ),
     (
-        "WARNING: `monitor` was left out",
+        "WARNING: `monitor` was omitted",
         {"monitor": {"enabled": True, "renderMode": "skipIfMissing"}},
     ),
-    ("WARNING: the alerts look for series with job=", {"alerts": {"enabled": True}}),
+    ("WARNING: the alerts select series with job=", {"alerts": {"enabled": True}}),
     (
-        "WARNING: `alerts` were left out",
+        "WARNING: `alerts` were omitted",
         {"alerts": {"enabled": True, "renderMode": "skipIfMissing"}},
     ),
     (
-        "The network policies let out to port 3306 of the database",
+        "The network policies allow port 3306 of the database",
         {"networkPolicy": {"enabled": True}},
     ),
-    ("A Job makes the tables", {"hooks": {"enabled": False}}),
-    ("Secrets are variables here", {"secretsAs": "env"}),
+    ("A Job creates the tables", {"hooks": {"enabled": False}}),
+    ("Secrets are environment variables", {"secretsAs": "env"}),
     (
-        "Secrets are variables here",
+        "Secrets are environment variables",
         {
             "mode": "sidecar",
             "sidecar": {"injection": {"enabled": True}},
@@ -159,14 +159,14 @@ WARNINGS: list[tuple[str, dict[str, Any]]] = [
     ),
     ("MIGRATIONS ARE OFF", {"migrations": {"enabled": False}}),
     (
-        "The network policies are for the Jobs only",
+        "The network policies cover only the Jobs",
         {"mode": "sidecar", "networkPolicy": {"enabled": True}},
     ),
 ]
 
 
 @pytest.mark.parametrize(("warning", "given"), WARNINGS, ids=[one for one, _ in WARNINGS])
-def test_a_warning_is_for_those_whom_it_concerns(
+def test_a_warning_is_printed_only_where_it_applies(
     warning: str, given: dict[str, Any], wrapped: Path
 ) -> None:
     quiet = notes(wrapped, merged(LEAST, KEY))
@@ -175,8 +175,8 @@ def test_a_warning_is_for_those_whom_it_concerns(
     assert warning in notes(wrapped, merged(LEAST, given), f"--kube-version={VERSIONS[-1]}")
 
 
-def test_who_leaves_hooks_out_is_told(wrapped: Path) -> None:
-    """Nothing can tell the chart of `--no-hooks`, which leaves the migration out without a word."""
+def test_the_notes_mention_no_hooks(wrapped: Path) -> None:
+    """The chart cannot see `--no-hooks`, which silently omits the migration."""
     assert "--no-hooks" in notes(wrapped, merged(LEAST, {}))
     assert "--no-hooks" not in notes(wrapped, merged(LEAST, {"hooks": {"enabled": False}}))
     assert "--no-hooks" not in notes(wrapped, merged(LEAST, {"migrations": {"enabled": False}}))

@@ -1,6 +1,6 @@
 {{/*
-clerk-sync's container, the only one there is: the Deployment has it, a parent chart includes it as
-`clerk-sync.sidecar`, and injection.yaml turns it into CEL.
+clerk-sync's only container: the Deployment has it, a parent chart includes it as `clerk-sync.sidecar`,
+and injection.yaml turns it into CEL.
 */}}
 
 {{- define "clerk-sync.serving" -}}
@@ -13,7 +13,7 @@ clerk-sync's container, the only one there is: the Deployment has it, a parent c
   "CLERK_SYNC_INTERNAL_PORT" (include "clerk-sync.internalPort" .)
   "CLERK_SYNC_WEBHOOK_PATH" .Values.listen.path -}}
 {{- with .Values.listen.host }}{{ $_ := set $settings "CLERK_SYNC_HOST" . }}{{ end -}}
-{{- /* Beside an app, connections are multiplied by its replicas. */ -}}
+{{- /* In a sidecar, the app's replicas multiply the connections. */ -}}
 {{- $own := dict
   "CLERK_SYNC_WRITERS" ($limits.writers | default ($sidecar | ternary 1 nil))
   "CLERK_SYNC_POOL_SIZE" ($limits.poolSize | default ($sidecar | ternary 2 nil))
@@ -109,13 +109,13 @@ image: {{ include "clerk-sync.image" .root | quote }}
 imagePullPolicy: {{ .root.Values.image.pullPolicy }}
 {{- end -}}
 
-{{/* A container that runs something to its end. Takes what clerk-sync.env takes, name, command. */}}
+{{/* A container that runs one command and ends. Takes what clerk-sync.env takes, plus name and command. */}}
 {{- define "clerk-sync.command" -}}
 {{- $values := .root.Values -}}
 {{- $own := .own | default dict -}}
 {{- include "clerk-sync.image.fields" . }}
 command: {{ toJson .command }}
-{{- /* The last sentence, which says what is wrong, is in the pod's status as well. */}}
+{{- /* Copies the last line of the log, which says what is wrong, into the pod's status. */}}
 terminationMessagePolicy: FallbackToLogsOnError
 env:
   {{- include "clerk-sync.env" . | trim | nindent 2 }}
@@ -175,8 +175,8 @@ What a parent chart includes. Its scope is this chart's: (index .Subcharts "cler
 {{- end -}}
 
 {{/*
-Annotations that change with what a running pod does not see: another mapping, and secrets that it has as
-variables. Takes what clerk-sync.secrets takes, and `secrets`: whether those count.
+Annotations that change with what a running pod does not reload: the mapping, and secrets in environment
+variables. Takes what clerk-sync.secrets takes, and `secrets`: whether to include secrets.
 */}}
 {{- define "clerk-sync.checksums" -}}
 clerk-sync.dev/mapping: {{ include "clerk-sync.mappingChecksum" .root }}

@@ -1,18 +1,18 @@
 {{/* Names and labels. Every template takes the chart's root scope, unless it says otherwise. */}}
 
 {{/*
-Identity. An installation is told apart by its release and by the chart's name in it, which is the alias
-where a parent chart has it twice. Both are in `clerk-sync.fullname`, and that names every object and
-selects every pod: where names differ, selectors do.
+Identity. A release and the chart's name in it (its alias in a parent chart) identify an installation.
+`clerk-sync.fullname` contains both. It names every object and selects every pod, so two installations
+with different names never select each other's pods.
 */}}
 {{- define "clerk-sync.name" -}}
 {{- .Values.nameOverride | default .Chart.Name -}}
 {{- end -}}
 
 {{/*
-A DNS label of at most 42 characters: a CronJob may have 52, and `-reconcile` comes behind it. What had
-to be changed or cut has a hash of the whole. So has `…-internal`: without `-internal` it may be another
-release, and that has a Service of this name.
+A DNS label of at most 42 characters: a CronJob's name may have 52, and `-reconcile` is appended. A name
+that was changed or cut ends in a hash of the original. So does `…-internal`, because the release without
+`-internal` has a Service of that name.
 */}}
 {{- define "clerk-sync.fullname" -}}
 {{- if .Values.fullnameOverride -}}
@@ -42,7 +42,7 @@ release, and that has a Service of this name.
 clerk-sync.dev/instance: {{ include "clerk-sync.fullname" . | quote }}
 {{- end -}}
 
-{{/* By which people and tools find what is whose. Argo CD may overwrite `instance`: it selects nothing. */}}
+{{/* Labels for people and tools. Argo CD may overwrite `instance`, so nothing selects by it. */}}
 {{- define "clerk-sync.labels" -}}
 {{ include "clerk-sync.selectorLabels" . }}
 app.kubernetes.io/name: {{ .Values.nameOverride | default "clerk-sync" | quote }}
@@ -51,7 +51,7 @@ app.kubernetes.io/part-of: clerk-sync
 {{- end -}}
 
 {{/*
-`metadata` of an object, but for its braces. Takes a dict: root, and perhaps name (the suffix),
+The content of an object's `metadata`. Takes a dict: root, and perhaps name (the suffix),
 component, labels, annotations, namespace.
 */}}
 {{- define "clerk-sync.metadata" -}}
@@ -59,7 +59,7 @@ component, labels, annotations, namespace.
 {{- $own := include "clerk-sync.namespace" $root -}}
 {{- $namespace := .namespace | default $own -}}
 {{- $name := list (include "clerk-sync.fullname" $root) .name | compact | join "-" -}}
-{{- /* Elsewhere, as among Prometheus' objects, releases of several namespaces meet. */ -}}
+{{- /* In another namespace, such as Prometheus', objects of releases from several namespaces could clash. */ -}}
 name: {{ eq $namespace $own | ternary $name (printf "%s.%s" $name $own) | quote }}
 namespace: {{ $namespace | quote }}
 {{ include "clerk-sync.metadata.labels" . }}
@@ -81,7 +81,7 @@ annotations:
 {{- end }}
 {{- end -}}
 
-{{/* What sets the app's pods apart in sidecar mode. */}}
+{{/* The labels that select the app's pods in sidecar mode. */}}
 {{- define "clerk-sync.sidecar.podLabels" -}}
 {{- include "clerk-sync.values" . -}}
 {{- with .Values.sidecar.podLabels -}}
@@ -91,7 +91,7 @@ clerk-sync.dev/sidecar: {{ include "clerk-sync.fullname" . | quote }}
 {{- end -}}
 {{- end -}}
 
-{{/* The labels of the pods that answer webhooks, whosever they are. */}}
+{{/* The labels of the pods that answer webhooks: the chart's, or the app's. */}}
 {{- define "clerk-sync.webhookPods" -}}
 {{- if eq .Values.mode "sidecar" -}}
 {{ include "clerk-sync.sidecar.podLabels" . }}
@@ -110,14 +110,14 @@ app.kubernetes.io/component: webhook
 {{- end -}}
 
 {{/*
-Not empty if the account that the release makes is there before the release is: as on an upgrade, but
-not where the upgrade makes it. Never in `helm template`, which asks no cluster.
+Not empty if the release's service account exists before the hooks run: on an upgrade, unless that upgrade
+creates it. Always empty in `helm template`, which asks no cluster.
 */}}
 {{- define "clerk-sync.accountIsThere" -}}
 {{- if lookup "v1" "ServiceAccount" (include "clerk-sync.namespace" .) (include "clerk-sync.serviceAccountName" .) }}true{{ end -}}
 {{- end -}}
 
-{{/* Whose account the migration has, which as a hook runs before the release's own is made. */}}
+{{/* The migration's service account: as a hook, it runs before the release's own account exists. */}}
 {{- define "clerk-sync.migrationAccountName" -}}
 {{- if .Values.migrations.serviceAccountName -}}
 {{- .Values.migrations.serviceAccountName -}}
@@ -140,7 +140,7 @@ default
 {{- with $image.digest }}@{{ . }}{{ end -}}
 {{- end -}}
 
-{{/* Those of the release, and those that a parent chart shares, each once: a YAML list. */}}
+{{/* The pull secrets of the release and of a parent chart, without duplicates, as a YAML list. */}}
 {{- define "clerk-sync.imagePullSecrets" -}}
 {{- $secrets := .Values.imagePullSecrets -}}
 {{- range .Values.global.imagePullSecrets -}}
@@ -153,7 +153,7 @@ default
 {{- .Values.listen.webhookPort | default (eq .Values.mode "sidecar" | ternary 18080 8080) | int -}}
 {{- end -}}
 
-{{/* The webhook's path as it may be asked for: without and with a slash behind it. A YAML list. */}}
+{{/* The webhook's path without and with a trailing slash, as a YAML list. */}}
 {{- define "clerk-sync.paths" -}}
 {{- $path := trimSuffix "/" .Values.listen.path -}}
 {{ list $path (print $path "/") | compact | toYaml }}
@@ -163,7 +163,7 @@ default
 {{- .Values.listen.internalPort | default (eq .Values.mode "sidecar" | ternary 18081 8081) | int -}}
 {{- end -}}
 
-{{/* Where Clerk sends to: the first host, or nothing if the chart publishes none. */}}
+{{/* The URL that Clerk sends to, from the first host. Empty if the chart publishes none. */}}
 {{- define "clerk-sync.publicUrl" -}}
 {{- if .Values.ingress.enabled -}}
 https://{{ first .Values.ingress.hosts }}{{ .Values.listen.path }}
@@ -172,7 +172,7 @@ https://{{ first .Values.httpRoute.hostnames }}{{ .Values.listen.path }}
 {{- end -}}
 {{- end -}}
 
-{{/* What is done about reconcile: cronJob, inProcess or off. */}}
+{{/* Who reconciles: cronJob, inProcess or off. */}}
 {{- define "clerk-sync.reconcile" -}}
 {{- /* YAML reads a bare `off` as false. */ -}}
 {{- if kindIs "bool" .Values.reconcile.mode -}}
@@ -186,7 +186,7 @@ off
 {{- end -}}
 {{- end -}}
 
-{{/* ServiceMonitor, PodMonitor or nothing. */}}
+{{/* ServiceMonitor, PodMonitor or empty. */}}
 {{- define "clerk-sync.monitor" -}}
 {{- $kind := .Values.monitor.kind | default (eq .Values.mode "sidecar" | ternary "PodMonitor" "ServiceMonitor") -}}
 {{- $known := .Capabilities.APIVersions.Has (printf "monitoring.coreos.com/v1/%s" $kind) -}}
@@ -195,7 +195,7 @@ off
 {{- end -}}
 {{- end -}}
 
-{{/* What Prometheus calls this release: two in one namespace must not be taken for one. */}}
+{{/* The release's `job` in Prometheus. It distinguishes two releases in one namespace. */}}
 {{- define "clerk-sync.job" -}}
 {{- include "clerk-sync.fullname" . -}}
 {{- end -}}
@@ -219,7 +219,7 @@ off
 {{- end -}}
 {{- end -}}
 
-{{/* Svix's addresses and one's own, as a YAML list. */}}
+{{/* Svix's address ranges and the extra ones, as a YAML list. */}}
 {{- define "clerk-sync.allowedRanges" -}}
 {{- $svix := .Files.Get "files/svix-source-ranges.yaml" | fromYaml -}}
 {{- $ranges := list -}}

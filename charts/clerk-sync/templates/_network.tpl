@@ -8,7 +8,7 @@
 {{- end -}}
 {{- end -}}
 
-{{/* Which variables name a URL that something connects to: of traces, and of proxies. A YAML list. */}}
+{{/* The variables that contain the URL of a trace collector or a proxy, as a YAML list. */}}
 {{- define "clerk-sync.collectorVariables" -}}["OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"]{{- end -}}
 {{- define "clerk-sync.proxyVariables" -}}["HTTP_PROXY", "HTTPS_PROXY", "http_proxy", "https_proxy"]{{- end -}}
 
@@ -92,8 +92,8 @@ dict: root, and to, a list of dns, database, clerk, collector, probe, webhook.
 {{- end -}}
 
 {{/*
-The policy of one kind of Job, as a hook has to have it, or in addition to what all pods may reach: nobody
-may call it. Takes a dict: root, name, component, to, annotations.
+The policy of one kind of Job: on its own for a hook, otherwise in addition to the policy of all pods. No one
+may connect to the Job. Takes a dict: root, name, component, to, annotations.
 */}}
 {{- define "clerk-sync.networkPolicy" -}}
 {{- $policy := .root.Values.networkPolicy -}}

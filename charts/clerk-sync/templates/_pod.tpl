@@ -1,11 +1,11 @@
-{{/* Annotations of what is there before the rest of the release, and goes when it has succeeded. */}}
+{{/* Annotations of hooks that are created before the rest of the release and deleted on success. */}}
 {{- define "clerk-sync.hook.before" -}}
 helm.sh/hook: pre-install,pre-upgrade
 helm.sh/hook-delete-policy: before-hook-creation,hook-succeeded
 {{- end -}}
 
 {{/*
-`template` of what makes the chart's own pods. Takes a dict: root, component, annotations,
+The pod `template` of the chart's own workloads. Takes a dict: root, component, annotations,
 serviceAccountName, and perhaps own: the part of the values that is for these pods alone.
 */}}
 {{- define "clerk-sync.pod.metadata" -}}
@@ -75,14 +75,14 @@ affinity:
 {{- end }}
 {{- end -}}
 
-{{/* Where it is possible, or as it is given; each with the selector that it lacks. */}}
+{{/* The given constraints, or the default ones. A missing selector is filled in. */}}
 {{- define "clerk-sync.topologySpreadConstraints" -}}
 {{- $selector := dict "matchLabels" (include "clerk-sync.webhookPods" . | fromYaml) -}}
 {{- $given := .Values.topologySpreadConstraints -}}
 {{- $constraints := list -}}
 {{- if kindIs "invalid" $given -}}
   {{- range list "kubernetes.io/hostname" "topology.kubernetes.io/zone" -}}
-    {{- /* By the revision, so that the pods of a new one are spread among themselves. */ -}}
+    {{- /* Per revision, so that a rollout spreads the new pods without counting the old ones. */ -}}
     {{- $constraints = append $constraints (dict "maxSkew" 1 "topologyKey" . "whenUnsatisfiable" "ScheduleAnyway" "matchLabelKeys" (list "pod-template-hash") "labelSelector" $selector) -}}
   {{- end -}}
 {{- else -}}

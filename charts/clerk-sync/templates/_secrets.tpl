@@ -1,4 +1,4 @@
-{{/* A Secret with the entries that are written down in the values. Takes a dict: root, name, entries, annotations. */}}
+{{/* A Secret with the plain-text entries of the values. Takes a dict: root, name, entries, annotations. */}}
 {{- define "clerk-sync.madeSecret" -}}
 {{- $data := dict -}}
 {{- range .entries -}}

@@ -1,5 +1,5 @@
 {{/*
-Settings: variables, secrets and their files. A container gets those that it needs and no more:
+Settings: variables, secrets and their files. A container gets only those that it needs:
 `needs` is a list of `database`, `signing`, `key`, `app`, `mapping`, `no-token`.
 
 A secret is an entry of this list:
@@ -11,20 +11,20 @@ A secret is an entry of this list:
     secret: NAME, key: KEY      in a Secret: `found` if it is not the chart's
     path: /vault/secrets/…      in a file that something else mounts
 
-`before` is true for what runs before the release's objects exist, that is for hooks. They use copies of
-the Secrets and ConfigMaps that the chart makes: see migrate.yaml. `migrating` is true for the migration.
+`before` is true for hooks, which run before the release's objects exist. They use copies of the Secrets
+and ConfigMaps that the chart creates: see migrate.yaml. `migrating` is true for the migration.
 
-`once` is true for what runs to its end while somebody waits. Where a Secret or ConfigMap is missing,
-Kubernetes would keep such a pod waiting, delete it at its deadline, and no log would say why. So they
-are optional there, and the process says which file is not there: its path has the Secret's name.
+`once` is true for a Job that somebody waits for. If a Secret or ConfigMap is missing, Kubernetes would keep
+its pod waiting and delete it at the deadline, without a log. So these are optional there, and the process
+says which file is missing: the path contains the Secret's name.
 */}}
 
 {{- define "clerk-sync.directory" -}}/etc/clerk-sync{{- end -}}
 
-{{/* Where a pod's containers get the token of its service account: in a sidecar, that is the app's. */}}
+{{/* The directory of the service account's token. In a sidecar, that is the app's account. */}}
 {{- define "clerk-sync.tokenDirectory" -}}/var/run/secrets/kubernetes.io/serviceaccount{{- end -}}
 
-{{/* Where a secret comes from: existingSecret, externalSecret, file or value, by name: a YAML list. */}}
+{{/* The sources that are set for a secret (existingSecret, externalSecret, file, value), as a YAML list. */}}
 {{- define "clerk-sync.sources" -}}
 {{- $found := list -}}
 {{- if eq .secret "database" -}}
@@ -44,14 +44,14 @@ are optional there, and the process says which file is not there: its path has t
 {{ toYaml $found }}
 {{- end -}}
 
-{{/* Not empty if the secret is given at all. */}}
+{{/* Not empty if the secret has a source. */}}
 {{- define "clerk-sync.given" -}}
 {{- if include "clerk-sync.sources" . | fromYamlArray }}true{{ end -}}
 {{- end -}}
 
 {{- define "clerk-sync.pieces" -}}["host", "port", "name", "username", "password"]{{- end -}}
 
-{{/* Which pieces of the database's address are secrets: `url`, or some of the pieces. */}}
+{{/* The parts of the database's URL that come from a secret: `url`, or some of the others. */}}
 {{- define "clerk-sync.databasePieces" -}}
 {{- $database := .Values.database -}}
 {{- $pieces := list -}}
@@ -98,7 +98,7 @@ are optional there, and the process says which file is not there: its path has t
     {{- end -}}
   {{- end -}}
 {{- end -}}
-{{- /* The app's token is a Secret of its own: whoever may read it may not read the others. */ -}}
+{{- /* The app's token has its own Secret, so that the app can read it without reading the others. */ -}}
 {{- $others := list
   (dict "of" "signing" "env" "CLERK_WEBHOOK_SIGNING_SECRET" "file" "signing-secret" "source" $values.clerk.signingSecret)
   (dict "of" "key" "env" "CLERK_SECRET_KEY" "file" "secret-key" "source" $values.clerk.secretKey)
@@ -210,9 +210,9 @@ needs, before, and perhaps settings (a dict of more) and own, as clerk-sync.pod.
 {{- end -}}
 
 {{/*
-Files are projected without subPath: only so does the kubelet bring a rotated one into a running
-container. They are readable by everybody (292 is 0444), as a sidecar cannot set the group of its pod's
-volumes; but only clerk-sync's container mounts them.
+Files are projected without subPath, because the kubelet updates only such files in a running container.
+Everyone may read them (292 is 0444), because a sidecar cannot set the group of its pod's volumes. Only
+clerk-sync's container mounts them.
 */}}
 {{- define "clerk-sync.ownVolumes" -}}
 {{- $values := .root.Values -}}
@@ -283,7 +283,7 @@ volumes; but only clerk-sync's container mounts them.
 {{- end }}
 {{- end }}
 {{- if has "no-token" .needs }}
-{{- /* Kubernetes leaves a container without the pod's token where something is mounted in its place. */}}
+{{- /* A mount at the token's path keeps Kubernetes from mounting the token there. */}}
 - name: clerk-sync-no-token
   emptyDir:
     sizeLimit: 1Mi
@@ -291,9 +291,8 @@ volumes; but only clerk-sync's container mounts them.
 {{- end -}}
 
 {{/*
-Changes with the secrets that are written down in the values, for annotations that anybody may read: so
-by scrypt, which makes guessing a password slow. Nothing, if none is written down. Takes what
-clerk-sync.secrets takes.
+A hash of the plain-text secrets in the values, empty if there are none. Anyone may read the annotation, so
+it uses scrypt, which makes guessing a password slow. Takes what clerk-sync.secrets takes.
 */}}
 {{- define "clerk-sync.secretsChecksum" -}}
 {{- $written := list -}}
@@ -312,8 +311,8 @@ clerk-sync.secrets takes.
 {{- end -}}
 
 {{/*
-The same as a ConfigMap's data. A file's first line may be indented; and YAML has more line breaks than
-`indent` knows, behind which the text would go on as the manifest.
+The mapping as a ConfigMap's data. Quoted, because a file's first line may be indented, and because YAML has
+line breaks that `indent` does not handle: text after one would become part of the manifest.
 */}}
 {{- define "clerk-sync.mapping.data" -}}
 {{- $text := include "clerk-sync.mapping" . -}}

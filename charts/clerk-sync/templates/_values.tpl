@@ -1,7 +1,7 @@
 {{/*
-A value that is missing or null is not given: it has its default. So it is where everything below a key
-is commented out, and with `--reuse-values`, which knows only the keys of the chart that was there
-before. Every template begins with this; what reads values then needs no defaults of its own.
+Replaces missing and null values by their defaults. They occur when everything below a key is commented out,
+and with `--reuse-values`, which has only the previous chart's keys. Every template begins with this, so none
+needs defaults of its own.
 */}}
 {{- define "clerk-sync.values" -}}
 {{- if not (hasKey . "clerkSyncValues") -}}
@@ -11,8 +11,8 @@ before. Every template begins with this; what reads values then needs no default
 {{- end -}}
 
 {{/*
-Completes a map of values where it stands. Takes a dict: values, defaults. In those, a list holds the
-default of one value, also of a map that users fill: there, only the map itself has a default.
+Completes a map of values in place. Takes a dict: values, defaults. In the defaults, a list wraps the default
+of one value. A map that users fill counts as one value.
 */}}
 {{- define "clerk-sync.filled" -}}
 {{- $values := .values -}}
