@@ -1,7 +1,7 @@
-"""Every alert, once. Symptoms wake somebody, causes make a ticket.
+"""Every alert, once. Symptoms page, causes open a ticket.
 
-Each has a page of its name in docs/runbooks. The chart's rules and the plain file are made of
-this list by `make generate`.
+Each has a runbook of its name in docs/runbooks. `make generate` writes the chart's rules and the
+plain file from this list.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _SECONDS: Final = {
 
 
 def burning(windows: tuple[tuple[str, str, float], ...]) -> str:
-    """Both a short and a long window burn, and both have something to judge by."""
+    """A short and a long window both burn, and both have enough events to judge by."""
     failed = {"5m": f"{recordings.FAILURES_RATE}{{$selector}}"} | {
         window: f"avg_over_time({recordings.FAILURES_RATE}{{$selector}}[{window}])"
         for window in ("30m", "2h", "6h")
@@ -68,9 +68,9 @@ ALERTS: Final = (
   unless on ({BY}) clerk_sync_build_info{{$selector}}
 )
 or on () absent(clerk_sync_build_info{{$selector}})""",
-        "No process of clerk-sync is scraped.",
+        "Prometheus scrapes no process of clerk-sync.",
         f"No process of {WHERE} has been scraped for 5 minutes. It is down, or Prometheus does not"
-        " find it. Its state is unknown, and none of the other alerts can fire.",
+        " find it. Its state is unknown, and no other alert can fire.",
     ),
     Alert(
         "ClerkSyncNotReady",
@@ -107,8 +107,8 @@ and on ({BY}) (
 )""",
         "Clerk's events no longer arrive, although Clerk's data changes.",
         f"{WHERE} got its last event {{{{ $value | humanizeDuration }}}} ago. That is more than"
-        " $threshold times its usual longest silence. Meanwhile Clerk's counts changed, or a"
-        " reconcile found what events should have brought.",
+        " $threshold times its usual longest silence. Since then, Clerk's counts changed, or a"
+        " reconcile found drift.",
         threshold=thresholds.SILENCE_FACTOR,
     ),
     Alert(
@@ -123,9 +123,9 @@ and on ({BY}) (
   or
   {recordings.PROBE_EXPECTED}{{$selector}}
 )""",
-        "Nothing gets through to clerk-sync: its probes do not arrive.",
-        f"The last probe came through the public URL to {WHERE}"
-        " {{ $value | humanizeDuration }} ago. What stops the probes stops Clerk's events.",
+        "Probes no longer reach clerk-sync.",
+        f"The last probe through the public URL reached {WHERE}"
+        " {{ $value | humanizeDuration }} ago. Clerk's events take the same path.",
         threshold=thresholds.PROBE_SECONDS,
         seconds=True,
     ),
@@ -156,7 +156,7 @@ and on ({BY})
 {_SIGNED} >= $threshold
 unless on ({BY}) {_ACCEPTED} > 0""",
         "clerk-sync rejects every delivery: wrong secret, clock or instance.",
-        f"{WHERE} rejected {{{{ $value | humanize }}}} signed deliveries within 15 minutes, and"
+        f"{WHERE} rejected {{{{ $value | humanize }}}} signed requests within 15 minutes, and"
         " accepted none. `reason` of clerk_sync_rejected_total says why.",
         threshold=thresholds.REJECTED_DELIVERIES,
     ),
@@ -194,8 +194,8 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "5m",
         f'max by ({BY}) (clerk_sync_unready{{reason="schema",$selector}}) == 1',
         "The database lacks a table or column that clerk-sync needs.",
-        f"A process of {WHERE} waits for a table or column: a migration did not run, or something"
-        " was dropped or renamed.",
+        f"A process of {WHERE} waits for a table or column: a migration did not run, or it was"
+        " dropped or renamed.",
     ),
     Alert(
         "ClerkSyncSecretStale",
@@ -211,7 +211,7 @@ unless on ({BY}) {_ACCEPTED} > 0""",
         "warning",
         "15m",
         f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}}) > $threshold",
-        "Events are in quarantine, and need attention.",
+        "Events in quarantine need attention.",
         f"{{{{ $value }}}} events of {WHERE} are in quarantine. They were answered 200, so Clerk"
         " will not send them again: their users are out of sync.",
         threshold=thresholds.QUARANTINED_EVENTS,
@@ -238,8 +238,8 @@ unless on ({BY}) (
 )""",
         "Far more requests than usual have no valid signature.",
         f"{WHERE} rejected {{{{ $value | humanize }}}} requests within 15 minutes for their"
-        " signature, while Clerk's own events pass or none came: somebody forges requests, or a"
-        " second endpoint in Clerk has another secret.",
+        " signature, while Clerk's own events were accepted or none arrived. Somebody forges"
+        " requests, or a second endpoint in Clerk has another secret.",
         threshold=thresholds.SIGNATURE_FAILURES,
     ),
     Alert(
@@ -250,8 +250,8 @@ unless on ({BY}) (
 time() - {recordings.RECONCILED}{{$selector}} > $threshold
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[4w]) >= 2""",
         "clerk-sync no longer reconciles.",
-        f"The last reconcile of {WHERE} ended {{{{ $value | humanizeDuration }}}} ago. There were"
-        " several before. Missed webhooks are not found.",
+        f"The last reconcile of {WHERE} ended {{{{ $value | humanizeDuration }}}} ago. It had run"
+        " several times before. Missed webhooks are not found.",
         threshold=thresholds.RECONCILE_SECONDS,
         seconds=True,
     ),
@@ -262,7 +262,7 @@ and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[4w]) >= 2""",
         f"""\
 max by ({BY}, result) (clerk_sync_reconcile_result{{result=~"failed|unmended",$selector}}) == 1""",
         "The last reconcile failed, or could not repair everything.",
-        f"The last reconcile of {WHERE} ended as {{{{ $labels.result }}}}.",
+        f"The last reconcile of {WHERE} ended with the result {{{{ $labels.result }}}}.",
     ),
     Alert(
         "ClerkSyncReconcileStopped",
@@ -285,9 +285,9 @@ min_over_time({recordings.DRIFT}{{$selector}}[3d])
   or {recordings.DRIFT}{{$selector}} * 0
 )
 and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
-        "Every reconcile finds something to repair again.",
-        f"For 3 days, each reconcile of {WHERE} found rows missing, outdated or not deleted; never"
-        " fewer than {{ $value }}. Events get lost.",
+        "Every reconcile finds drift.",
+        f"For 3 days, every reconcile of {WHERE} found at least {{{{ $value }}}} rows that were"
+        " missing, outdated or not deleted. Events are being lost.",
         threshold=thresholds.DRIFT_ENTITIES,
     ),
     Alert(
@@ -298,9 +298,9 @@ and on ({BY}) changes({recordings.RECONCILED}{{$selector}}[3d]) >= 2""",
 avg_over_time(clerk_sync_queue_depth{$selector}[5m])
 / avg_over_time(clerk_sync_queue_limit{$selector}[5m])
 > $threshold""",
-        "Events arrive faster than the database takes them.",
+        "Events arrive faster than the database commits them.",
         f"The queue of {{{{ or $labels.pod $labels.instance }}}} ({WHERE}) is"
-        " {{ $value | humanizePercentage }} full. Beyond its limit, deliveries are answered 503.",
+        " {{ $value | humanizePercentage }} full. At its limit, deliveries are answered 503.",
         threshold=thresholds.QUEUE_SHARE,
     ),
     Alert(

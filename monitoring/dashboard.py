@@ -27,7 +27,7 @@ UID: Final = "clerk-sync"
 README: Final = RUNBOOKS.removesuffix("docs/runbooks") + "README.md"
 
 # The variables, each narrowed by those before it. All of them at once is the default, so that
-# labels which a Prometheus does not have stand in nobody's way.
+# labels which a Prometheus does not have exclude nothing.
 VARIABLES: Final = {"cluster": ".*", "namespace": ".*", "job": ".+", "pod": ".*"}
 SELECTOR: Final = ",".join(f'{name}=~"${name}"' for name in VARIABLES)
 INSTALLATION: Final = ",".join(f'{name}=~"${name}"' for name in VARIABLES if name != "pod")

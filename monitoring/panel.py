@@ -1,7 +1,7 @@
-"""What a panel of the dashboard is made of, and how its queries are put together.
+"""The parts of a dashboard panel, and how its queries are built.
 
-`$selector` stands for the matchers that the dashboard's variables make, `$installation` for those
-without the pod, for series that are recorded by installation. Limits are those of the alerts.
+`$selector` stands for the matchers from the dashboard's variables. `$installation` stands for the
+same without the pod, for series recorded per installation. Limits are those of the alerts.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from monitoring.rules import INSTALLATION as BY
 
 Kind = Literal["stat", "lines", "stacked", "states", "table"]
 
-# What pages is red, what makes a ticket is orange.
+# Red pages, orange opens a ticket.
 PAGE: Final = "red"
 TICKET: Final = "orange"
 
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """One query and its legend; `unit` where it is another than the panel's.
+    """One query and its legend; `unit` if it differs from the panel's.
 
     `over` draws it as a line over a stack.
     """
@@ -69,7 +69,7 @@ def rate(metric: str, *matchers: str) -> str:
 
 
 def a_minute(by: str, one: str) -> str:
-    """Rates of a few a minute are what people can read: their sum by a label, if any."""
+    """A rate per minute, which is easier to read: the sum by a label, if any."""
     grouped = f"sum by ({by})" if by else "sum"
     return f"{grouped} ({one}) * 60"
 
@@ -83,7 +83,7 @@ def within(window: str, metric: str, *matchers: str) -> str:
 
 
 def of_clerk_sync(expr: str) -> str:
-    """What every process exposes, of ours alone."""
+    """Restrict a metric that every process exposes to clerk-sync's processes."""
     return f"{expr} and on ({BY}, instance) clerk_sync_build_info{{$selector}}"
 
 

@@ -1,4 +1,4 @@
-"""What the dashboard shows, from top to bottom, and what it draws across all panels."""
+"""The dashboard's rows, from top to bottom, and the events that it draws across all panels."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The rows about what comes from Clerk, and what becomes of it."""
+"""The rows about Clerk's deliveries and their outcomes."""
 
 from __future__ import annotations
 
@@ -51,11 +51,11 @@ HEALTH: Final = Row(
     "Is the sync healthy?",
     (
         Panel(
-            "Takes events",
+            "Accepts deliveries",
             "stat",
             "none",
-            "Whether any process accepts deliveries. While none does, Clerk keeps them and sends"
-            " them again for a day and a quarter.",
+            "Whether any process accepts deliveries. While none does, Clerk retries them for 28"
+            " hours.",
             (Query(f"min(max by ({BY}) (clerk_sync_ready{{$selector}}))", "ready"),),
             alerts=("ClerkSyncNotReady", "ClerkSyncAbsent"),
             empty="ABSENT",
@@ -65,8 +65,8 @@ HEALTH: Final = Row(
             "Silence",
             "stat",
             "s",
-            "Time since the last event of Clerk, and how far that is on the way to unusual for this"
-            " installation. Beyond 100 % it pages, if Clerk's data changes meanwhile.",
+            "Time since Clerk's last event, absolute and relative to the longest silence that is"
+            " usual here. Above 100 %, it pages if Clerk's data has changed since.",
             (
                 Query(f"max(time() - {_LAST_EVENT})", "last event", unit="s"),
                 Query(
@@ -83,7 +83,7 @@ HEALTH: Final = Row(
             "Late events",
             "stat",
             "percentunit",
-            f"Of the events of the last 30 minutes, those that reached the tables more than"
+            f"The share of the last 30 minutes' events that were committed more than"
             f" {number(LATE_SECONDS)} seconds after they happened in Clerk.",
             (
                 Query(
@@ -100,8 +100,8 @@ HEALTH: Final = Row(
             "Failed deliveries",
             "stat",
             "percentunit",
-            "Of Clerk's deliveries of the last hour, those that had no effect: answered 503 or 500,"
-            " or put into quarantine. A 503 is sent again by Clerk.",
+            "The share of the last hour's deliveries that had no effect: answered 503 or 500, or"
+            " quarantined. Clerk retries those answered 503.",
             (Query(f"({_FAILED}) / (({_DELIVERED}) > 0)", "failed"),),
             levels=(
                 Level(thresholds.ERROR_BUDGET, TICKET),
@@ -114,8 +114,8 @@ HEALTH: Final = Row(
             "In quarantine",
             "stat",
             "none",
-            "Events that could not be applied and wait for somebody to look. They do not come again"
-            " by themselves.",
+            "Events that could not be applied and that a person has to handle. Clerk does not retry"
+            " them.",
             (
                 Query(
                     f"sum(max by ({BY}) (clerk_sync_quarantine_events{{$selector}}))", "quarantined"
@@ -128,7 +128,7 @@ HEALTH: Final = Row(
             "Last reconcile",
             "stat",
             "s",
-            "Time since the tables were last compared with Clerk as a whole, wherever that ran.",
+            "Time since the last reconcile ended, in whichever process.",
             (
                 Query(
                     f"max(time() - max by ({BY}) ("
@@ -141,11 +141,11 @@ HEALTH: Final = Row(
             empty="never",
         ),
         Panel(
-            "Alerts that fire",
+            "Firing alerts",
             "table",
             "none",
-            "What is known to be wrong now. Each name leads to its runbook. Needs the rules, of the"
-            " chart or of docs/alerts.yaml.",
+            "Alerts that are firing now. Each name links to its runbook. Needs the alert rules from"
+            " the chart or from docs/alerts.yaml.",
             (
                 Query(
                     "max by (alertname, severity, namespace, job)"
@@ -158,14 +158,14 @@ HEALTH: Final = Row(
     ),
 )
 ARRIVES: Final = Row(
-    "What arrives, and what becomes of it",
+    "Deliveries and outcomes",
     (
         Panel(
             "Requests",
             "stacked",
             "cpm",
-            "Requests by what became of them. `applied` changed the tables. `stale`, `duplicate`"
-            " and `ignored` are right as they are. The line is all that was received.",
+            "Requests by outcome. `applied` changed the tables. `stale`, `duplicate` and `ignored`"
+            " are normal. The line shows all requests received.",
             (
                 Query(
                     a_minute("outcome", rate("clerk_sync_outcomes_total")),
@@ -192,16 +192,16 @@ ARRIVES: Final = Row(
             "Events by type",
             "stacked",
             "cpm",
-            "Which of Clerk's events come. Types that clerk-sync does not know are `other`, its own"
+            "Events by Clerk's type. Types that clerk-sync does not know are `other`; its own"
             f" probes are `{PROBE}`.",
             (Query(f"{a_minute('type', rate('clerk_sync_outcomes_total'))} > 0", "{{type}}"),),
         ),
         Panel(
-            "Put off or failed",
+            "Failed deliveries by cause",
             "stacked",
             "cpm",
-            "Deliveries answered 503 by reason, which Clerk sends again, and those answered 500,"
-            " which are a defect. Of `unread` ones nobody knows whose they were.",
+            "Deliveries answered 503, by reason, which Clerk retries, and those answered 500, which"
+            " are a defect. `unread` requests were not verified, so anyone may have sent them.",
             (
                 Query(a_minute("reason", rate("clerk_sync_unavailable_total")), "503 {{reason}}"),
                 Query(a_minute("", rate("clerk_sync_unread_total")), "503 unread"),
@@ -226,8 +226,8 @@ ARRIVES: Final = Row(
             "Silence and probes",
             "lines",
             "s",
-            "Time since the last event, and from where on it is unusual for this installation. Time"
-            " since the last probe, where probes run: they show that the way is open.",
+            "Time since the last event, and the limit above which it is unusual here. Time since"
+            " the last probe, if probes run: they show that the public URL works.",
             (
                 Query(f"time() - {_LAST_EVENT}", "last event"),
                 Query(_UNUSUAL, "unusual from here"),
@@ -240,27 +240,27 @@ ARRIVES: Final = Row(
     ),
 )
 LATE: Final = Row(
-    "How late",
+    "Latency",
     (
         Panel(
             "Age at commit",
             "lines",
             "s",
-            "Time from the change in Clerk to the commit here, without probes and repetitions. Half"
-            " of the events, nine in ten and 99 in a hundred were faster.",
+            "Time from the change in Clerk to the commit here, without probes and duplicates, at"
+            " the 50th, 90th and 99th percentile.",
             tuple(Query(quantile(q, _AGE), f"{q * 100:.0f} %") for q in (0.5, 0.9, 0.99)),
             levels=(Level(LATE_SECONDS, PAGE),),
             alerts=("ClerkSyncEventsLate",),
         ),
         Panel(
-            "In time",
+            "On time",
             "lines",
             "percentunit",
-            "The share of events that were in the tables within so many seconds of the change in"
-            f" Clerk. It pages when less than half are within {number(LATE_SECONDS)}.",
+            "The share of events committed within these numbers of seconds of the change in Clerk."
+            f" It pages when fewer than half are within {number(LATE_SECONDS)}.",
             (
                 Query(
-                    # Rates of two series are guessed at the edges of their window, each by itself.
+                    # Prometheus extrapolates the two rates separately, so a share may exceed 1.
                     f"clamp_max(sum by (le) ({rate(f'{_AGE}_bucket', _STEPS)})"
                     f" / ignoring (le) group_left () (sum ({rate(f'{_AGE}_count')}) > 0), 1)",
                     "within {{le}} s",
@@ -283,15 +283,14 @@ LATE: Final = Row(
     ),
 )
 REJECTED: Final = Row(
-    "Refused: an attack, or the wrong secret?",
+    "Rejected: an attack, or the wrong secret?",
     (
         Panel(
-            "Refused requests",
+            "Rejected requests",
             "stacked",
             "cpm",
-            "Why requests were refused. `wrong` is another secret, `expired` a wrong clock,"
-            " `instance` another Clerk application. The rest is what the internet sends to any"
-            " URL.",
+            "Why requests were rejected. `wrong`: another secret. `expired`: a wrong clock."
+            " `instance`: another Clerk instance. The rest is what the internet sends to any URL.",
             (Query(a_minute("reason", rate("clerk_sync_rejected_total")), "{{reason}}"),),
             alerts=("ClerkSyncDeliveriesRejected", "ClerkSyncSignatureFailures"),
             colors={
@@ -306,17 +305,18 @@ REJECTED: Final = Row(
             },
         ),
         Panel(
-            "Signed: refused or accepted",
+            "Signed: rejected or accepted",
             "lines",
             "none",
-            "Signed deliveries within 15 minutes. Both: somebody forges, or a second endpoint has"
-            " another secret. Only refused ones: the secret, the clock or the instance is wrong.",
+            "Signed requests within 15 minutes. Both: somebody forges requests, or a second"
+            " endpoint has another secret. Only rejected: the secret, the clock or"
+            " the instance is wrong.",
             (
-                Query(within("15m", "clerk_sync_rejected_total", _REFUSED), "refused"),
+                Query(within("15m", "clerk_sync_rejected_total", _REFUSED), "rejected"),
                 Query(within("15m", "clerk_sync_outcomes_total", _ACCEPTED), "accepted"),
             ),
             alerts=("ClerkSyncDeliveriesRejected", "ClerkSyncSignatureFailures"),
-            colors={"refused": PAGE, "accepted": "green"},
+            colors={"rejected": PAGE, "accepted": "green"},
         ),
     ),
 )

@@ -26,7 +26,7 @@ DATABASE: Final = Row(
             "Not ready, and why",
             "states",
             "none",
-            "Red while a process takes no deliveries for this reason. `draining` is a shutdown.",
+            "Red while a process is not ready for this reason. `draining` is a shutdown.",
             (Query("max by (reason) (clerk_sync_unready{$selector})", "{{reason}}"),),
             alerts=(
                 "ClerkSyncNotReady",
@@ -39,7 +39,7 @@ DATABASE: Final = Row(
             "Transaction time",
             "lines",
             "s",
-            "How long one transaction takes, COMMIT included. When it grows, the queue does.",
+            "Duration of a transaction, including COMMIT. When it grows, so does the queue.",
             tuple(
                 Query(quantile(q, "clerk_sync_apply_seconds"), f"{q * 100:.0f} %")
                 for q in (0.5, 0.9, 0.99)
@@ -49,15 +49,15 @@ DATABASE: Final = Row(
             "Transactions",
             "lines",
             "cpm",
-            "Transactions, those run again after a deadlock or a lock wait, and how many events"
-            " share one: more when more arrive at a time.",
+            "Transactions, those retried after a deadlock or a lock wait, and how many events share"
+            " one: more when more arrive at once.",
             (
                 Query(a_minute("", rate("clerk_sync_batch_events_count")), "transactions"),
-                Query(a_minute("", rate("clerk_sync_contention_retries_total")), "run again"),
+                Query(a_minute("", rate("clerk_sync_contention_retries_total")), "retried"),
                 Query(
                     f"sum({rate('clerk_sync_batch_events_sum')})"
                     f" / (sum({rate('clerk_sync_batch_events_count')}) > 0)",
-                    "events in one",
+                    "events per transaction",
                     unit="none",
                 ),
             ),
@@ -66,7 +66,7 @@ DATABASE: Final = Row(
             "Queue",
             "lines",
             "percentunit",
-            "How full each process' queue is. Beyond 100 %, deliveries are answered 503.",
+            "How full each process' queue is. At 100 %, deliveries are answered 503.",
             (
                 Query(
                     "clerk_sync_queue_depth{$selector} / clerk_sync_queue_limit{$selector}",
@@ -81,9 +81,9 @@ DATABASE: Final = Row(
             "Connections",
             "lines",
             "none",
-            "Database connections: the writers' own, and those of the pool that everything else"
-            " uses. A pool in full use makes `/profiles`, `/ensure` and"
-            " housekeeping wait. Readiness has a connection of its own.",
+            "Database connections: the writers' own, and the pool that everything else shares. When"
+            " the pool is exhausted, `/profiles`, `/ensure` and housekeeping wait. Readiness has"
+            " its own connection.",
             (
                 Query("sum(clerk_sync_writer_connections{$selector})", "writers"),
                 Query("sum(clerk_sync_pool_in_use{$selector})", "pool, in use"),
@@ -112,11 +112,11 @@ RECONCILE: Final = Row(
             alerts=("ClerkSyncSilent",),
         ),
         Panel(
-            "Out of step at the last reconcile",
+            "Out of sync at the last reconcile",
             "stacked",
             "none",
-            "What it found, before it mended it: rows missing, of an older version, with other"
-            " content, or of what Clerk has no more.",
+            "Rows that it found missing, outdated, drifted (same version, different content) or"
+            " orphaned, before it repaired them.",
             (
                 Query(
                     f"sum by (kind, drift) (max by ({BY}, kind, drift)"
@@ -130,10 +130,10 @@ RECONCILE: Final = Row(
             "How the last reconcile ended",
             "states",
             "none",
-            "Whether one runs now, and how the last one ended: in step, mended, not all mended,"
-            " stopped by its breaker, or failed.",
+            "Whether a run is in progress, and how the last one ended: in sync, repaired, not fully"
+            " repaired, stopped by the deletion guard, or failed.",
             (
-                Query("max(clerk_sync_lease_held{$selector})", "runs now"),
+                Query("max(clerk_sync_lease_held{$selector})", "running"),
                 Query("max by (result) (clerk_sync_reconcile_result{$selector})", "{{result}}"),
             ),
             alerts=("ClerkSyncReconcileFailing", "ClerkSyncReconcileStopped"),
@@ -160,8 +160,8 @@ RECONCILE: Final = Row(
             "Requests to Clerk's API",
             "lines",
             "cpm",
-            "By how they were answered; `none` is no answer. `waiting` is how many waited at a time"
-            " for Clerk's rate limit, or for our share of it.",
+            "Requests by status; `none` means no answer. `waiting` is the average number that"
+            " waited for Clerk's rate limit, or for our share of it.",
             (
                 Query(a_minute("status", rate("clerk_sync_clerk_requests_total")), "{{status}}"),
                 Query(
@@ -179,23 +179,23 @@ QUARANTINE: Final = Row(
             "Events in quarantine",
             "lines",
             "none",
-            "Counted once a minute. `clerk-sync quarantine list` tells which, and why.",
+            "Counted once a minute. `clerk-sync quarantine list` shows which, and why.",
             (
                 Query(f"max by ({BY}) (clerk_sync_quarantine_events{{$selector}})", "{{job}}"),
                 Query(
                     f"max by ({BY}) (clerk_sync_quarantine_retried_events{{$selector}})",
-                    "{{job}}, tried again by themselves",
+                    "{{job}}, retried automatically",
                 ),
             ),
             levels=(Level(thresholds.QUARANTINED_EVENTS + 1, TICKET),),
             alerts=("ClerkSyncQuarantineNotEmpty",),
         ),
         Panel(
-            "Put into quarantine",
+            "Newly quarantined",
             "stacked",
             "cpm",
-            "Why events could not be applied. Many at once are a mapping or a column that does not"
-            " fit.",
+            "Why events could not be applied. Many at once mean that the mapping or a column does"
+            " not fit.",
             (Query(a_minute("reason", rate("clerk_sync_quarantined_total")), "{{reason}}"),),
             alerts=("ClerkSyncQuarantineNotEmpty", "ClerkSyncErrorBudgetBurnFast"),
         ),
@@ -208,7 +208,7 @@ PROCESS: Final = Row(
             "CPU",
             "lines",
             "percentunit",
-            "Of one core. One process uses one: near 100 %, run more of them.",
+            "Of one core. A process uses only one: near 100 %, run more processes.",
             (
                 Query(
                     of_clerk_sync(rate("process_cpu_seconds_total")),
@@ -220,7 +220,7 @@ PROCESS: Final = Row(
             "Memory",
             "lines",
             "bytes",
-            "Resident memory. It stays flat; what grows without end is a defect.",
+            "Resident memory. It should stay flat; endless growth is a defect.",
             (
                 Query(
                     of_clerk_sync("process_resident_memory_bytes{$selector}"),
@@ -232,18 +232,18 @@ PROCESS: Final = Row(
             "Processes and starts",
             "lines",
             "none",
-            "Processes by version, how often one of them started anew within an hour, and how many"
-            " secrets' files are gone, empty or make no sense.",
+            "Processes by version, the most restarts of one process within an hour, and the number"
+            " of secret files that are missing, empty or invalid.",
             (
                 Query(
                     "count by (version) (clerk_sync_build_info{$selector})", "version {{version}}"
                 ),
                 Query(
-                    # Also of one that is down just now.
+                    # Includes processes that are down now.
                     "max(changes(process_start_time_seconds{$selector}[1h])"
                     f" and on ({BY}, instance)"
                     " last_over_time(clerk_sync_build_info{$selector}[1h]))",
-                    "starts of one",
+                    "starts of a process",
                 ),
                 Query("sum(max by (secret) (clerk_sync_secret_stale{$selector}))", "stale secrets"),
             ),

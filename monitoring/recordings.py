@@ -1,4 +1,4 @@
-"""Series that the alerts remember by: what a scrape alone does not know."""
+"""Series that the alerts need to remember: no single scrape contains them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from monitoring.rules import Recording
 from monitoring.thresholds import SILENCE_QUANTILE
 
 INSTALLED: Final = f"group by ({BY}) (clerk_sync_build_info{{$selector}})"
-# In a plain rules file `process_start_time_seconds` is everybody's.
+# In a plain rules file, `process_start_time_seconds` matches every process.
 LINE: Final = "\n"
 _STARTED: Final = f"""min by ({BY}) (
     process_start_time_seconds{{$selector}}
@@ -34,7 +34,7 @@ FAILURES_RATE: Final = "job:clerk_sync_failures:rate5m"
 
 
 def failures_ratio(window: str) -> str:
-    """The name of the share of deliveries that failed within this window."""
+    """Return the name of the series with the share of deliveries that failed in this window."""
     return f"job:clerk_sync_failures:ratio_rate{window}"
 
 
@@ -52,7 +52,7 @@ def deliveries(what: str) -> str:
 
 
 def failures(what: str) -> str:
-    """Those that had no effect at that attempt: 503, 500, or into quarantine."""
+    """Deliveries without effect at that attempt: answered 503 or 500, or quarantined."""
     function, _, window = what.partition(" ")
     return "\n+ ".join(
         f"sum by ({BY}) ({function}({counter}{{$selector}}{window}))"
@@ -78,28 +78,28 @@ RECORDINGS: Final = (
   )
 )
 and on ({BY}) clerk_sync_build_info{{$selector}}""",
-        "The gauge is 0 again after a restart. Before the first event, it is the start.",
+        "The gauge is 0 after a restart. Before the first event, this is the start time.",
     ),
     Recording(
         GAP,
         f"{LAST_EVENT}{{$selector}} - ({LAST_EVENT}{{$selector}} offset 5m)",
-        "A stretch without events, for five minutes after the event that ends it. A stretch that "
-        "goes on is not in it, so that it cannot make itself usual.",
+        "A period without events, for five minutes after the event that ends it. An ongoing one is "
+        "not included, so that it cannot raise its own limit.",
     ),
     Recording(
         LONGEST_GAP,
         f"max_over_time({GAP}{{$selector}}[1d])",
-        "The longest of a day.",
+        "The longest period of a day.",
     ),
     Recording(
         USUAL_SILENCE,
         f"quantile_over_time({SILENCE_QUANTILE}, {LONGEST_GAP}{{$selector}}[4w:1d])",
-        "What this installation's days look like.",
+        "The longest silence that is usual for this installation.",
     ),
     Recording(
         COUNTS,
         f"max by ({BY}, kind) (clerk_sync_clerk_entities{{$selector}} > 0)",
-        "What Clerk counts, whichever replica asked last. 0 is one that has not asked yet.",
+        "Clerk's count, from the replica that asked last. 0 means that it has not asked yet.",
     ),
     Recording(
         COUNTS_MOVED,
@@ -110,7 +110,7 @@ and on ({BY}) clerk_sync_build_info{{$selector}}""",
   last_over_time({COUNTS_MOVED}{{$selector}}[1d])
 )
 and on ({BY}) clerk_sync_build_info{{$selector}}""",
-        "When Clerk last counted something else than before.",
+        "When Clerk's count last changed.",
     ),
     Recording(
         LAST_PROBE,
@@ -124,12 +124,12 @@ and on ({BY}) clerk_sync_build_info{{$selector}}""",
   {_STARTED}
 )
 and on ({BY}) clerk_sync_build_info{{$selector}}""",
-        "When a probe last came through. Before the first, it is the start.",
+        "When a probe last arrived. Before the first, this is the start time.",
     ),
     Recording(
         RECONCILED,
         f"max by ({BY}) (clerk_sync_reconcile_finished_timestamp_seconds{{$selector}} > 0)",
-        "All replicas show the same run, each within a minute. 0 is one that has not looked yet.",
+        "All replicas show the same run within a minute. 0 means that one has not read it yet.",
     ),
     Recording(
         DRIFT,
@@ -140,17 +140,19 @@ sum by ({BY}) (
   )
 )
 and on ({BY}) {RECONCILED}{{$selector}}""",
-        "What missed events leave behind. Not `drifted`: some columns of Clerk's change without "
-        "an event, and somebody may write to a mapped column.",
+        "Drift from missed events. Not `drifted`: some of Clerk's fields change without an event, "
+        "and somebody may write to a mapped column.",
     ),
     Recording(
-        DELIVERIES_RATE, deliveries("rate [5m]"), "What the error budget is of, without probes."
+        DELIVERIES_RATE,
+        deliveries("rate [5m]"),
+        "All deliveries of the error budget, without probes.",
     ),
-    Recording(FAILURES_RATE, failures("rate [5m]"), "What uses the error budget up."),
+    Recording(FAILURES_RATE, failures("rate [5m]"), "Deliveries that use up the error budget."),
     Recording(
         DELIVERIES,
         deliveries("increase [1h]"),
-        "How many there were: a rate of few says nothing.",
+        "The number of deliveries: a ratio of few says nothing.",
     ),
     Recording(
         failures_ratio("5m"),

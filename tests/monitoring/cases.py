@@ -113,8 +113,8 @@ CASES: Final = (
         [_QUIET, _MOVED],
         DAY + 6 * HOUR,
         "clerk-sync in shop got its last event 6h 0m 0s ago. That is more than 1.25 times its usual"
-        " longest silence. Meanwhile Clerk's counts changed, or a reconcile"
-        " found what events should have brought.",
+        " longest silence. Since then, Clerk's counts changed, or a reconcile"
+        " found drift.",
         step=5 * MINUTE,
     ),
     Case(
@@ -132,8 +132,8 @@ CASES: Final = (
         ],
         DAY + 2 * HOUR + 10 * MINUTE,
         "clerk-sync in shop got its last event 6h 10m 0s ago. That is more than 1.25 times its"
-        " usual longest silence. Meanwhile Clerk's counts changed, or a reconcile"
-        " found what events should have brought.",
+        " usual longest silence. Since then, Clerk's counts changed, or a reconcile"
+        " found drift.",
         step=5 * MINUTE,
     ),
     Case(
@@ -142,8 +142,8 @@ CASES: Final = (
         [last_success(steady(0)), counts(until(HOUR, 100, 101))],
         2 * HOUR,
         "clerk-sync in shop got its last event 1h 59m 59s ago. That is more than 1.25 times its"
-        " usual longest silence. Meanwhile Clerk's counts changed, or a reconcile"
-        " found what events should have brought.",
+        " usual longest silence. Since then, Clerk's counts changed, or a reconcile"
+        " found drift.",
     ),
     Case(
         "ClerkSyncSilent",
@@ -180,8 +180,8 @@ CASES: Final = (
         "a probe came every five minutes, and then none",
         [probes(counting(0.2, end=HOUR))],
         HOUR + 32 * MINUTE,
-        "The last probe came through the public URL to clerk-sync in shop 28m 0s ago."
-        " What stops the probes stops Clerk's events.",
+        "The last probe through the public URL reached clerk-sync in shop 28m 0s ago."
+        " Clerk's events take the same path.",
     ),
     Case(
         "ClerkSyncProbeFailing",
@@ -191,8 +191,8 @@ CASES: Final = (
             Series("job:clerk_sync_probe_expected:group", steady(1), target=WHERE),
         ],
         30 * MINUTE,
-        "The last probe came through the public URL to clerk-sync in shop 29m 59s ago."
-        " What stops the probes stops Clerk's events.",
+        "The last probe through the public URL reached clerk-sync in shop 29m 59s ago."
+        " Clerk's events take the same path.",
     ),
     Case(
         "ClerkSyncProbeFailing",
@@ -234,7 +234,7 @@ CASES: Final = (
             rejected("wrong", counting(0.5, start=20 * MINUTE)),
         ],
         45 * MINUTE,
-        "clerk-sync in shop rejected 7.5 signed deliveries within 15 minutes, and accepted none."
+        "clerk-sync in shop rejected 7.5 signed requests within 15 minutes, and accepted none."
         " `reason` of clerk_sync_rejected_total says why.",
     ),
     Case(
@@ -242,7 +242,7 @@ CASES: Final = (
         "the secret is another one, and the probe's is the same as ours",
         [probes(counting(0.2)), rejected("wrong", counting(0.5, start=20 * MINUTE))],
         45 * MINUTE,
-        "clerk-sync in shop rejected 7.5 signed deliveries within 15 minutes, and accepted none."
+        "clerk-sync in shop rejected 7.5 signed requests within 15 minutes, and accepted none."
         " `reason` of clerk_sync_rejected_total says why.",
     ),
     Case(
@@ -330,7 +330,7 @@ CASES: Final = (
         [unready("schema", until(10 * MINUTE, 0, 1))],
         16 * MINUTE,
         "A process of clerk-sync in shop waits for a table or column: a migration did not run, or"
-        " something was dropped or renamed.",
+        " it was dropped or renamed.",
     ),
     Case(
         "ClerkSyncSchemaBehind",
@@ -349,7 +349,7 @@ CASES: Final = (
     ),
     Case(
         "ClerkSyncSecretStale",
-        "it was mended in time",
+        "it was repaired in time",
         [stale("app_token", within(0, 4 * MINUTE, 1))],
         5 * MINUTE,
     ),
@@ -373,8 +373,8 @@ CASES: Final = (
         [outcomes(counting(1)), rejected("wrong", counting(4, start=60 * MINUTE))],
         90 * MINUTE,
         "clerk-sync in shop rejected 60 requests within 15 minutes for their signature, while"
-        " Clerk's own events pass or none came: somebody forges requests, or a second endpoint in"
-        " Clerk has another secret.",
+        " Clerk's own events were accepted or none arrived. Somebody forges requests, or a second"
+        " endpoint in Clerk has another secret.",
     ),
     Case(
         "ClerkSyncSignatureFailures",
@@ -382,8 +382,8 @@ CASES: Final = (
         [rejected("missing", counting(4, start=60 * MINUTE))],
         90 * MINUTE,
         "clerk-sync in shop rejected 60 requests within 15 minutes for their signature, while"
-        " Clerk's own events pass or none came: somebody forges requests, or a second endpoint in"
-        " Clerk has another secret.",
+        " Clerk's own events were accepted or none arrived. Somebody forges requests, or a second"
+        " endpoint in Clerk has another secret.",
     ),
     Case(
         "ClerkSyncSignatureFailures",
@@ -397,8 +397,8 @@ CASES: Final = (
         "a daily reconcile has not run for over two days",
         [reconciled(every(DAY, last=3 * DAY))],
         5 * DAY + 2 * HOUR,
-        "The last reconcile of clerk-sync in shop ended 2d 2h 0m 0s ago. There were several before."
-        " Missed webhooks are not found.",
+        "The last reconcile of clerk-sync in shop ended 2d 2h 0m 0s ago. It had run several times"
+        " before. Missed webhooks are not found.",
         step=HOUR,
     ),
     Case(
@@ -420,12 +420,12 @@ CASES: Final = (
         "the last one failed",
         [reconciled(steady(1)), ended("failed", until(10 * MINUTE, 0, 1))],
         41 * MINUTE,
-        "The last reconcile of clerk-sync in shop ended as failed.",
+        "The last reconcile of clerk-sync in shop ended with the result failed.",
         labels={**WHERE, "result": "failed"},
     ),
     Case(
         "ClerkSyncReconcileFailing",
-        "the second attempt, a quarter of an hour later, mended all",
+        "the second attempt, a quarter of an hour later, repaired all",
         [
             reconciled(steady(1)),
             ended("failed", within(10 * MINUTE, 26 * MINUTE, 1)),
@@ -443,7 +443,7 @@ CASES: Final = (
     ),
     Case(
         "ClerkSyncReconcileStopped",
-        "it mended what it found",
+        "it repaired what it found",
         [reconciled(steady(1)), ended("mended", steady(1)), ended("stopped", steady(0))],
         30 * MINUTE,
     ),
@@ -456,8 +456,8 @@ CASES: Final = (
             drift("missing", lambda now: 1 + now // DAY),
         ],
         5 * DAY,
-        "For 3 days, each reconcile of clerk-sync in shop found rows missing, outdated or not"
-        " deleted; never fewer than 3. Events get lost.",
+        "For 3 days, every reconcile of clerk-sync in shop found at least 3 rows that were missing,"
+        " outdated or not deleted. Events are being lost.",
         step=HOUR,
     ),
     Case(
@@ -500,7 +500,7 @@ CASES: Final = (
         "the queue stays full",
         queue(until(10 * MINUTE, 0, 950)),
         22 * MINUTE,
-        "The queue of clerk-sync-0 (clerk-sync in shop) is 95% full. Beyond its limit, deliveries"
+        "The queue of clerk-sync-0 (clerk-sync in shop) is 95% full. At its limit, deliveries"
         " are answered 503.",
         labels=POD,
     ),

@@ -53,7 +53,7 @@ from tools.servers import Managed
 
 CHOSEN: Final = os.environ.get("EVENING_SCENES", "").split()
 # Panels that are empty while all is well.
-EMPTY_WHEN_WELL: Final = {"Alerts that fire"}
+EMPTY_WHEN_WELL: Final = {"Firing alerts"}
 
 
 @dataclass
@@ -156,7 +156,7 @@ async def a_normal_evening(evening: Evening) -> None:
                 assert bool(found) != (panel.title in EMPTY_WHEN_WELL), f"{panel.title}: {query}"
         for event in EVENTS:
             assert await evening.watching.query(query_of(event.expr)), event.name
-        await evening.shows("Takes events", "ready", exactly(1))
+        await evening.shows("Accepts deliveries", "ready", exactly(1))
         await evening.shows("Silence", "of unusual", below(0.5))
         await evening.shows("Failed deliveries", "failed", exactly(0))
         await evening.shows("Late events", "late", exactly(0))
@@ -166,7 +166,7 @@ async def a_normal_evening(evening: Evening) -> None:
 async def a_burst(evening: Evening) -> None:
     async with evening.scene("a burst"):
         await evening.clerk.burst(1500, posters=64)
-        await evening.shows("Transactions", "events in one", above(2))
+        await evening.shows("Transactions", "events per transaction", above(2))
         await evening.quiet_for(minutes(10))
 
 
@@ -181,17 +181,17 @@ async def forged_requests(evening: Evening) -> None:
 
         async with doing(forge()):
             await evening.fires("ClerkSyncSignatureFailures", seconds=30)
-            await evening.shows("Signed: refused or accepted", "refused", above(0))
-            await evening.shows("Signed: refused or accepted", "accepted", above(0))
-            await evening.shows("Refused requests", "wrong", above(0))
+            await evening.shows("Signed: rejected or accepted", "rejected", above(0))
+            await evening.shows("Signed: rejected or accepted", "accepted", above(0))
+            await evening.shows("Rejected requests", "wrong", above(0))
 
 
 async def the_wrong_secret(evening: Evening) -> None:
     async with evening.scene("the wrong secret", "ClerkSyncDeliveriesRejected"):
         evening.clerk.secret = OTHER_SECRET
         await evening.fires("ClerkSyncDeliveriesRejected", seconds=30)
-        await evening.shows("Signed: refused or accepted", "accepted", exactly(0))
-        await evening.shows("Alerts that fire", "", exactly(1))
+        await evening.shows("Signed: rejected or accepted", "accepted", exactly(0))
+        await evening.shows("Firing alerts", "", exactly(1))
         evening.clerk.secret = SECRET
         await evening.clerk.recover()
 
@@ -201,9 +201,9 @@ async def the_database_is_gone(evening: Evening) -> None:
     async with evening.scene("the database is gone", *symptoms, "ClerkSyncDatabaseUnreachable"):
         await asyncio.to_thread(evening.database.stop)
         await evening.fires(*symptoms, "ClerkSyncDatabaseUnreachable", seconds=30)
-        await evening.shows("Takes events", "ready", exactly(0))
+        await evening.shows("Accepts deliveries", "ready", exactly(0))
         await evening.shows("Not ready, and why", "database", exactly(1))
-        await evening.shows("Put off or failed", "503 database", above(0))
+        await evening.shows("Failed deliveries by cause", "503 database", above(0))
         await evening.shows("Failed deliveries", "failed", above(0.072))
         evening.clerk.silent = True
         await asyncio.to_thread(evening.database.start)
@@ -221,7 +221,7 @@ async def a_poisoned_event(evening: Evening) -> None:
         reply = await evening.clerk.send(event)
         assert reply is not None
         assert reply.said == (200, "quarantined", "too_long")
-        await evening.shows("Put into quarantine", "too_long", above(0))
+        await evening.shows("Newly quarantined", "too_long", above(0))
         # The count is looked at once a minute of ours, and at the start.
         await evening.deployment.roll()
         await evening.fires("ClerkSyncQuarantineNotEmpty", seconds=30)
@@ -242,10 +242,10 @@ async def silence(evening: Evening) -> None:
 
         async with doing(go_on()):
             await evening.quiet_for(minutes(60))
-            # Each reconcile mends, and the next finds something again.
+            # Each reconcile repairs, and the next finds drift again.
             await evening.fires(*names, seconds=60)
             await evening.shows("Silence", "of unusual", above(1))
-            await evening.shows("Out of step at the last reconcile", "user missing", above(0))
+            await evening.shows("Out of sync at the last reconcile", "user missing", above(0))
             await evening.shows("How the last reconcile ended", "mended", exactly(1))
         evening.clerk.silent = False
 
@@ -254,7 +254,7 @@ async def a_reconcile_finds_drift(evening: Evening) -> None:
     async with evening.scene("a reconcile finds drift, once"):
         evening.clerk.newcomer()
         await evening.shows(
-            "Out of step at the last reconcile", "user missing", exactly(1), seconds=20
+            "Out of sync at the last reconcile", "user missing", exactly(1), seconds=20
         )
         await evening.quiet_for(5)
 
@@ -368,7 +368,7 @@ async def a_defect(evening: Evening) -> None:
             await asyncio.sleep(2 * SCRAPE_SECONDS)
             assert (await at.post(evening.clerk.change())).status == 500
             await evening.fires("ClerkSyncInternalErrors", seconds=20)
-            await evening.shows("Put off or failed", "500", above(0))
+            await evening.shows("Failed deliveries by cause", "500", above(0))
 
 
 async def a_crash_loop(evening: Evening) -> None:
@@ -378,14 +378,14 @@ async def a_crash_loop(evening: Evening) -> None:
             async with evening.deployment.pod(evening.deployment.spare, crashes=True):
                 await asyncio.sleep(2 * SCRAPE_SECONDS)
         await evening.fires(name, seconds=10)
-        await evening.shows("Processes and starts", "starts of one", above(RESTARTS))
+        await evening.shows("Processes and starts", "starts of a process", above(RESTARTS))
 
 
 async def nobody_is_there(evening: Evening) -> None:
     async with evening.scene("nobody is there", "ClerkSyncAbsent"):
         await evening.deployment.stop()
         await evening.fires("ClerkSyncAbsent", seconds=30)
-        shown = await seen(evening.watching, "Takes events")
+        shown = await seen(evening.watching, "Accepts deliveries")
         assert not shown, "the stat says ABSENT where there is no value"
         await evening.deployment.roll()
         await evening.clerk.recover()
@@ -443,7 +443,7 @@ async def doing(work: Any) -> AsyncIterator[None]:
 
 @contextlib.asynccontextmanager
 async def beginning(folder: Path, database: Managed) -> AsyncIterator[Evening]:
-    """Everything runs, and is in step."""
+    """Everything runs, and is in sync."""
     database_url = database.create_database("clerk_sync_evening")
     await deliveries.migrate(database_url)
     async with clerk_api.running(key=KEY, tick_ms=1) as api:

@@ -81,8 +81,8 @@ ELSEWHERE = {
     "Status, Targets",
     "every",
     "The history of an installation",
-    "Rates of few are no rates.",
-    "Counters may start anew.",
+    "A rate of few events says nothing.",
+    "Counters may reset.",
     "Several installations",
     "A probe that never arrived",
 }

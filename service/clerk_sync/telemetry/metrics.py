@@ -1,4 +1,4 @@
-"""Every metric, declared once: closed label sets, each series there from the start at 0."""
+"""Every metric, declared once, with closed label sets. Each series starts at 0."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ _Made = TypeVar("_Made", bound=MetricWrapperBase)
 class Metrics:
     """One service's metrics in a registry of their own.
 
-    Each is declared with its unit and with every value that its labels can have, and so has all
-    of its series from the start. `units` has the units by name, as the registry has it.
+    Each is declared with its unit and every value that its labels can have, so all of its series
+    exist from the start. `units` maps each metric's full name to its unit.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Metrics:
     ) -> None:
         """Declare them for these event types, and for these kinds of objects in Clerk's API.
 
-        An event of `probe_type` is counted, but is no sign that Clerk's events arrive.
+        An event of `probe_type` is counted, but does not show that Clerk's events arrive.
         """
         types = (*event_types, probe_type, OTHER)
         self._kinds = tuple(kinds)
@@ -76,19 +76,19 @@ class Metrics:
         for collector in (ProcessCollector, PlatformCollector, GCCollector):
             collector(registry=self.registry)
         self.received = self._counter(
-            "received", "Requests that reached the webhook listener.", "requests"
+            "received", "Requests that reached the public listener.", "requests"
         )
         self.outcomes = self._counter(
             "outcomes",
-            "Verified events by Clerk's type and what became of them. A probe's type is its own; "
-            "types that Clerk does not have yet are other.",
+            "Verified events by Clerk's type and by outcome. Probes have their own type; types "
+            "that clerk-sync does not know are other.",
             "events",
             type=types,
             outcome=SETTLED,
         )
         self.rejected = self._counter(
             "rejected",
-            "Requests refused with 4xx before they were an event.",
+            "Requests rejected with 4xx before an event was read.",
             "requests",
             reason=REJECTIONS,
         )
@@ -97,13 +97,13 @@ class Metrics:
         )
         self.unavailable = self._counter(
             "unavailable",
-            "Deliveries with a good signature answered 503, for the sender to retry.",
+            "Deliveries with a valid signature answered 503, for the sender to retry.",
             "requests",
             reason=UNAVAILABILITIES,
         )
         self.unread = self._counter(
             "unread",
-            "Requests answered 503 before their signature was verified. Anybody can send them.",
+            "Requests answered 503 before their signature was verified. Anyone can send them.",
             "requests",
         )
         self.errors = self._counter(
@@ -111,13 +111,13 @@ class Metrics:
         )
         self.quarantine_size = self._gauge(
             "quarantine_events",
-            "Events in quarantine that want somebody's look, counted once a minute: without those"
-            " that are tried again by themselves, for their first ten minutes.",
+            "Events in quarantine that a person has to handle, counted once a minute. Events that"
+            " are retried automatically count after ten minutes.",
             "events",
         )
         self.quarantine_retried = self._gauge(
             "quarantine_retried_events",
-            "Events in quarantine that are tried again by themselves, counted once a minute.",
+            "Events in quarantine that are retried automatically, counted once a minute.",
             "events",
         )
         self.batch_size = self._histogram(
@@ -128,7 +128,7 @@ class Metrics:
         )
         self.apply_seconds = self._histogram(
             "apply_seconds",
-            "Time that one transaction took, COMMIT included.",
+            "Duration of a transaction, including COMMIT.",
             "seconds",
             (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5),
         )
@@ -142,40 +142,40 @@ class Metrics:
             "event_age_seconds",
             "Time from Clerk's event to its commit here, without probes and duplicates.",
             "seconds",
-            # Up to a minute the objectives; then Svix's attempts, which end after 28 hours.
-            # Beyond are only what people sent again, and the examples in Clerk's dashboard.
+            # Objectives up to a minute, then Svix's attempts, which end after 28 hours. Older
+            # are only manual replays and the examples in Clerk's dashboard.
             (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 1800, 7200, 43200, 100000),
         )
         self.contention = self._counter(
             "contention_retries",
-            "Transactions run again after a deadlock or a lock wait.",
+            "Transactions retried after a deadlock or a lock wait.",
             "retries",
         )
         self.queue_depth = self._gauge("queue_depth", "Events waiting for a writer.", "events")
         self.queue_limit = self._gauge(
-            "queue_limit", "Events that may wait. Beyond it, 503 with queue_full.", "events"
+            "queue_limit", "Events that may wait. At the limit: 503 with queue_full.", "events"
         )
         self.writer_connections = self._gauge(
             "writer_connections", "Database connections held by the writers.", "connections"
         )
         self.pool_in_use = self._gauge(
-            "pool_in_use", "Connections of the read side's pool in use.", "connections"
+            "pool_in_use", "Connections in use in the read side's pool.", "connections"
         )
         self.pool_size = self._gauge(
             "pool_size", "Connections the read side's pool may hold.", "connections"
         )
         self.ready = self._gauge(
-            "ready", "1 while the service takes deliveries, as /readyz says.", "1 or 0"
+            "ready", "1 while the service accepts deliveries, as /readyz says.", "1 or 0"
         )
         self.unready = self._gauge(
             "unready",
-            "1 for why the service takes no deliveries. All are 0 while it does.",
+            "1 for the reason why the service is not ready. All are 0 while it is.",
             "1 or 0",
             reason=UNREADINESSES,
         )
         self.secret_stale = self._gauge(
             "secret_stale",
-            "1 while a secret's file is gone, empty or makes no sense. The last good one is used.",
+            "1 while a secret's file is missing, empty or invalid. The last valid one is used.",
             "1 or 0",
             secret=SECRETS,
         )
@@ -186,7 +186,7 @@ class Metrics:
         )
         self.clerk_requests = self._counter(
             "clerk_requests",
-            "Requests to Clerk's API by how they were answered; none is no answer.",
+            "Requests to Clerk's API by status; none means no answer.",
             "requests",
             status=CLERK_STATUSES,
         )
@@ -197,26 +197,26 @@ class Metrics:
         )
         self.clerk_entities = self._gauge(
             "clerk_entities",
-            "Objects that Clerk counted when it was last asked, by whichever process.",
+            "Clerk's count of objects when any process last asked.",
             "objects",
             kind=self._kinds,
         )
         self.table_entities = self._gauge(
             "table_entities",
-            "Rows that the mapped table had at the same time, without marked ones.",
+            "Rows of the mapped table at the same time, without soft-deleted ones.",
             "rows",
             kind=self._kinds,
         )
         self.drift = self._gauge(
             "reconcile_drift_entities",
-            "What the last reconcile found out of step, wherever it ran.",
+            "Rows that the last reconcile found out of sync, in whichever process.",
             "rows",
             kind=self._kinds,
             drift=DRIFTS,
         )
         self.reconcile_result = self._gauge(
             "reconcile_result",
-            "1 for how the last reconcile ended, wherever it ran.",
+            "1 for the result of the last reconcile, in whichever process.",
             "1 or 0",
             result=Ending,
         )
@@ -230,14 +230,14 @@ class Metrics:
         )
         self.lease_held = self._gauge(
             "lease_held",
-            "1 while this process backfills or reconciles, which one does at a time.",
+            "1 while this process backfills or reconciles. Only one process does at a time.",
             "1 or 0",
         )
         self.units["clerk_sync_build"] = "always 1"
         Info("clerk_sync_build", "The running version.", registry=self.registry).info(
             {"version": __version__}
         )
-        # Looking a child up by its labels takes a lock: the hot path has them ready.
+        # Looking up a child by its labels takes a lock, so the hot path has them ready.
         self._outcomes = {
             (type_, outcome): self.outcomes.labels(type_, outcome.value)
             for type_ in types
@@ -283,8 +283,8 @@ class Metrics:
     def exposed(self, accept: str) -> tuple[bytes, str]:
         """The exposition that a scraper accepts, and its content type.
 
-        OpenMetrics has the times at which series were made, so that a counter's first increase
-        counts. In the plain text format they would be series of their own, and are left out.
+        OpenMetrics has the times at which series were created, so that a counter's first increase
+        counts. In the plain text format they would be extra series, so they are omitted.
         """
         encode, content_type = choose_encoder(_readable(accept))
         if "openmetrics" in content_type:
@@ -352,7 +352,7 @@ class Metrics:
         elif answer.outcome is Outcome.REJECTED and answer.reason is not None:
             self._rejected[answer.reason].inc()
         elif answer.outcome is Outcome.UNAVAILABLE and not verified:
-            # Strangers who begin requests and never end them are not to use up the error budget.
+            # Unverified clients that never finish their requests must not use up the error budget.
             self.unread.inc()
         elif answer.outcome is Outcome.UNAVAILABLE and answer.reason is not None:
             self._unavailable[answer.reason].inc()
@@ -361,9 +361,9 @@ class Metrics:
 
 
 def _readable(accept: str) -> str:
-    """What of an `Accept` header may be given to the library.
+    """Return the part of an `Accept` header that the library can read.
 
-    It compares versions as numbers, fails where they are none, and repeats them in its answer.
+    It compares versions as numbers, fails on others, and repeats them in its answer.
     """
     return ",".join(
         accepted
@@ -373,7 +373,7 @@ def _readable(accept: str) -> str:
 
 
 class _Uncreated(Collector):
-    """A registry without the samples that say when a series was made."""
+    """A registry without the samples that say when a series was created."""
 
     def __init__(self, registry: CollectorRegistry) -> None:
         self._registry = registry
