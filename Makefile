@@ -1,4 +1,4 @@
-# clerk-sync, for those who work on it. `make` lists the verbs; each sets up what it needs.
+# For developers of clerk-sync. `make` lists the targets; each sets up what it needs.
 
 BIN := .venv/bin
 READY := .venv/.ready
@@ -6,22 +6,22 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check --quiet
 
 .PHONY: help install run demo test check fmt docs generate chart k8s image test-image cluster test-cluster test-evening bench lock release clean
 
-help: ## List these verbs
+help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' Makefile
 
-install: $(READY) ## Set up .venv with everything, from the lock files
+install: $(READY) ## Create .venv from the lock files
 
 run: install ## Start the service on an SQLite database, with a development secret
 	@exec $(BIN)/python -m tools.run
 
-demo: install ## Show a user's whole story: created, updated, late, deleted
+demo: install ## Demonstrate a user's life: created, updated, a late event, deleted
 	@$(BIN)/python -m tools.demo
 
-test: check ## Check, get the test databases, run every test (ARGS="-k name" for some)
+test: check ## Run `check`, then every test, with the test databases (ARGS="-k name" for some)
 	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
-check: install ## Format, lint, types, layers and YAML, without changing anything
+check: install ## Check format, lint, types, layers and YAML, without changing anything
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
@@ -31,23 +31,23 @@ check: install ## Format, lint, types, layers and YAML, without changing anythin
 	$(BIN)/actionlint
 	$(BIN)/zizmor --offline --quiet --persona pedantic .github
 
-fmt: install ## Format, and fix what the linter can fix
+fmt: install ## Format the code, and apply the linter's fixes
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 docs: install ## Build the site in docs/_build, with warnings as errors
 	$(BIN)/sphinx-build --builder dirhtml --fail-on-warning --keep-going --quiet docs docs/_build
 
-generate: install ## Rewrite what is made of the code: reference pages, rules, dashboard
+generate: install ## Regenerate the reference pages, the alert rules and the dashboard
 	$(BIN)/python -m monitoring
 	$(BIN)/python -m tools.metrics_reference
 	$(BIN)/python -m tools.cli_reference
 	$(BIN)/python -m tools.sql_reference
 
-chart: install ## Rewrite what follows from the chart: its schema, README tables, golden manifests
+chart: install ## Regenerate the chart's schema, README tables and golden manifests
 	$(BIN)/python -m tests.chart.generate
 
-k8s: install ## Rewrite what k8s/, for Kustomize, has of the chart
+k8s: install ## Regenerate the parts of k8s/ that come from the chart
 	$(BIN)/python -m tests.k8s.generate
 
 VERSION = $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' service/clerk_sync/__init__.py)
@@ -64,35 +64,35 @@ image: ## Build the container image clerk-sync:VERSION (IMAGE=name, ENGINE=podma
 	$(ENGINE) build --tag $(IMAGE) $(STAMP) --build-arg VERSION=$(VERSION) \
 	  --build-arg REVISION=$(call COMMIT,%H) --build-arg CREATED=$(call COMMIT,%cd) $(ARGS) .
 
-test-image: install ## Build the image, and run it as a cluster would (TEST_IMAGE=name: that one)
+test-image: install ## Build the image, and run it as a cluster would (TEST_IMAGE=name to test another)
 	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest tests/image $(ARGS)
 
-test-evening: install ## Watch the service through an evening of trouble: every alert, in some seven minutes
+test-evening: install ## Make every alert fire on a running service, in about seven minutes
 	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest --numprocesses 0 --capture no tests/monitoring/evening.py
 
-cluster: install ## Run a Kubernetes control plane, built once from Go modules; Ctrl-C stops it
+cluster: install ## Run a Kubernetes control plane until Ctrl-C (built once from Go modules)
 	@exec $(BIN)/python -m tests.cluster.control_plane
 
-test-cluster: install ## Test the chart on the cluster of KUBECONFIG (ARGS="-k name" for some)
+test-cluster: install ## Test the chart on the cluster in KUBECONFIG (ARGS="-k name" for some)
 	$(BIN)/python -m tools.provision
 	$(BIN)/python -m pytest tests/cluster --numprocesses 2 --dist loadfile --timeout 600 $(ARGS)
 
-bench: install ## Measure events and walks beside the baselines (ARGS="--help")
+bench: install ## Benchmark events, backfill and reconcile against the baselines (ARGS="--help")
 	$(BIN)/python -m bench $(ARGS)
 
 LOCK := $(BIN)/uv pip compile pyproject.toml --extra otel --quiet --upgrade --universal \
   --python-version 3.11 --generate-hashes --no-header
 
-lock: install ## Rewrite the lock files with the newest versions that pyproject.toml allows
+lock: install ## Update the lock files to the newest versions that pyproject.toml allows
 	$(LOCK) --output-file requirements.lock
 	$(LOCK) --group dev --constraint requirements.lock --output-file requirements-dev.lock
 
-release: install ## Set VERSION=x.y.z wherever it stands, and date the changelog
+release: install ## Set VERSION=x.y.z everywhere, and date the changelog
 	$(BIN)/python -m tools.release $(VERSION)
 
-clean: ## Remove everything that the other verbs made here
+clean: ## Remove everything that the other targets created here
 	rm -rf .venv .dev docs/_build .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
 	find service tests tools monitoring bench -name __pycache__ -prune -exec rm -rf {} +
 

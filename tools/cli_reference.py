@@ -20,8 +20,8 @@ _HEAD: Final = """\
 `clerk-sync` is one program with these commands. `python -m clerk_sync` is the same. `clerk-sync
 COMMAND --help` prints what is written here. Exit code 0 means success.
 
-An unexpected failure ends with one sentence and exit code 1. `LOG_LEVEL=debug` adds the
-traceback, which may quote personal data.
+An unexpected failure prints one sentence and ends with exit code 1. `LOG_LEVEL=debug` prints the
+traceback instead, which may quote personal data.
 
 `make generate` writes this page from the code.
 """

@@ -516,7 +516,7 @@ async def test_an_instance_without_organizations(embedded_url: str, tmp_path: Pa
     async with site(people(3, organizations_enabled=False), embedded_url, tmp_path) as here:
         done = await here.run("backfill")
         assert done.code == 0, done.err
-        switched_off = "skipped, this Clerk instance has organizations switched off"
+        switched_off = "skipped: organizations are disabled in this Clerk instance"
         assert done.out.splitlines()[1:] == [
             f"organization: {switched_off}",
             f"organizationMembership: {switched_off}",

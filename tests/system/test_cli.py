@@ -324,7 +324,7 @@ def test_a_port_that_is_taken_is_told() -> None:
 def test_check_fails_before_migrate_and_passes_after() -> None:
     before = run("check")
     assert before.exit_code == 1
-    assert "FAIL database  sqlite clerk-sync.db: there is no such file yet: run `clerk-sync" in (
+    assert "FAIL database  sqlite clerk-sync.db: the file does not exist yet: run `clerk-sync" in (
         before.stdout
     )
     assert not Path("clerk-sync.db").exists()
@@ -427,7 +427,10 @@ def test_check_and_migrate_try_a_row_and_leave_none() -> None:
     untried = run("check", **off)
     assert untried.exit_code == 0
     assert "ok   schema    as the mapping needs it\n" in untried.stdout
-    assert "warn schema    no row was tried, as CLERK_SYNC_PROBE_ROWS is false" in untried.stdout
+    assert (
+        "warn schema    no probe row was written, because CLERK_SYNC_PROBE_ROWS is false"
+        in untried.stdout
+    )
     query("DROP TABLE people")
     people_with(username="TEXT")
     tried = run("check", CLERK_SYNC_CONFIG="m.yaml")

@@ -197,7 +197,7 @@ async def test_every_other_answer_of_clerk_sync_is_told(answer: Answer) -> None:
     assert found.text.endswith(f" ({said})")
     # What a probe can meet has a sentence of its own.
     odd = answer.reason in (Reason.INSTANCE, Reason.TOO_LARGE) or response.status == 200
-    assert odd == found.text.startswith("clerk-sync did not take it as a probe")
+    assert odd == found.text.startswith("clerk-sync did not recognize the probe")
 
 
 # --- What is in front of it --------------------------------------------------------------------
@@ -206,19 +206,19 @@ async def test_every_other_answer_of_clerk_sync_is_told(answer: Answer) -> None:
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (200, "something else than clerk-sync answers, with text/html: if it is a login, it has"),
-        (204, "something else than clerk-sync answers, with text/html: "),
-        (401, "something in front of clerk-sync wants a login: it has to let this path through"),
+        (200, "something other than clerk-sync answers, with text/html: if it is a login, it has"),
+        (204, "something other than clerk-sync answers, with text/html: "),
+        (401, "something in front of clerk-sync requires a login: it must let this path through"),
         (403, "something in front of clerk-sync forbids it: a firewall, or a list of addresses"),
-        (404, "nothing of clerk-sync's is there: compare host and path with the ingress"),
-        (405, "what is there takes no POST, and is not clerk-sync"),
-        (413, "something in front of clerk-sync takes only smaller bodies"),
-        (418, "something else than clerk-sync answers, with text/html: "),
+        (404, "clerk-sync is not at this URL: compare host and path with the ingress"),
+        (405, "the server there accepts no POST, so it is not clerk-sync"),
+        (413, "something in front of clerk-sync limits the size of bodies"),
+        (418, "something other than clerk-sync answers, with text/html: "),
         (429, "something in front of clerk-sync limits the rate (429)"),
-        (500, "something else than clerk-sync answers, with text/html: "),
-        (502, "the proxy in front is there, and reaches no clerk-sync behind it (502)"),
-        (503, "the proxy in front is there, and has no ready clerk-sync behind it (503)"),
-        (504, "the proxy in front is there, and gets no answer from clerk-sync (504)"),
+        (500, "something other than clerk-sync answers, with text/html: "),
+        (502, "the proxy in front answers, but cannot reach clerk-sync (502)"),
+        (503, "the proxy in front answers, but has no ready clerk-sync behind it (503)"),
+        (504, "the proxy in front answers, but gets no answer from clerk-sync (504)"),
     ],
 )
 async def test_whatever_else_answers_is_told(status: int, told: str) -> None:
@@ -236,8 +236,8 @@ async def test_only_the_words_of_clerk_sync_are_taken_for_its_answer(body: bytes
     found = await met(200, body, type_="application/json")
     assert (found.through, found.lasting) == (False, True)
     assert found.text == (
-        "something else than clerk-sync answers, with application/json: compare host and path with "
-        "the ingress or route (200)"
+        "something other than clerk-sync answers, with application/json: compare host and path "
+        "with the ingress or route (200)"
     )
 
 
@@ -287,7 +287,7 @@ async def test_a_type_that_a_terminal_would_obey_is_told_without_that() -> None:
     head = b"HTTP/1.1 200 OK\r\nContent-Length: 0\r\nContent-Type: text/\x1b[2Jx\r\n\r\n"
     async with saying(head) as url:
         assert (await probed(url)).text == (
-            "something else than clerk-sync answers, with text/?[2jx: compare host and path with "
+            "something other than clerk-sync answers, with text/?[2jx: compare host and path with "
             "the ingress or route (200)"
         )
 
@@ -298,8 +298,8 @@ async def test_a_type_that_a_terminal_would_obey_is_told_without_that() -> None:
 async def test_a_redirect_to_elsewhere_may_be_a_login(to: str) -> None:
     found = await met(302, Location=f"{to}?token=hunter2")
     assert found.text == (
-        f"redirects to {to}, where Clerk does not follow: if it is a login, it has to let this "
-        "path through, else give Clerk that URL (302)"
+        f"redirects to {to}, where Clerk does not follow: if it is a login, it must let this "
+        "path through; otherwise give Clerk that URL (302)"
     )
 
 
@@ -345,7 +345,9 @@ async def test_tls_that_nobody_would_trust_is_told(tmp_path: Path) -> None:
     async with answering(never) as url:
         port = address(url).port
         plain = await probed(url.replace("http:", "https:"))
-        assert plain.text == f"no TLS is spoken on port {port}, or none that this side knows"
+        assert (
+            plain.text == f"port {port} does not speak TLS, or no version that this client supports"
+        )
     assert untrusted.lasting
     assert plain.lasting
 
@@ -444,12 +446,12 @@ async def test_the_command_ends_in_its_time() -> None:
     "url", ["hooks.example.com/hunter2", "ftp://hunter2@x/", "https://", "http://[::1/hunter2", ""]
 )
 async def test_what_is_no_url_is_told_and_not_repeated(url: str) -> None:
-    with pytest.raises(ValueError, match=r"^is no URL of the form https://HOST/webhooks/clerk$"):
+    with pytest.raises(ValueError, match=r"^is not a URL of the form https://HOST/webhooks/clerk$"):
         address(url)
     if url.startswith("ftp"):
         done = await command("--url", url, CLERK_WEBHOOK_SIGNING_SECRET=SECRET)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr.startswith("clerk-sync: --url: is no URL of the form ")
+        assert done.stderr.startswith("clerk-sync: --url: is not a URL of the form ")
         assert "hunter2" not in done.stderr
 
 

@@ -225,7 +225,7 @@ async def test_rows_of_the_apps_own_are_told_and_left(embedded_url: str, tmp_pat
         await here.rows("INSERT INTO clerk_users (clerk_id) VALUES ('admin'), ('root')")
         done = await here.run("reconcile")
         assert (done.code, done.err) == (0, "")
-        assert "user: 2 unmanaged rows stay: their keys are no Clerk ids" in done.out
+        assert "user: 2 unmanaged rows stay: their keys are not Clerk ids" in done.out
         assert {"admin", "root"} <= await here.ids("clerk_users")
         assert (await here.run("reconcile", "--dry-run")).code == 0
 

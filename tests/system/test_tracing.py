@@ -392,7 +392,7 @@ async def test_a_collector_that_is_away_holds_nothing_up(tmp_path: Path) -> None
 
 # --- Whether at all ----------------------------------------------------------------------------
 
-ONLY_HTTP: Final = "no traces, as there is only http/protobuf, which collectors take on port 4318"
+ONLY_HTTP: Final = "no traces, because only http/protobuf is supported, usually on port 4318"
 ENDPOINT: Final = {"OTEL_EXPORTER_OTLP_ENDPOINT": "http://127.0.0.1:1"}
 
 
@@ -452,7 +452,7 @@ async def test_the_standard_s_variables_ask_for_them(environment: dict[str, str]
     [
         (
             {"OTEL_TRACES_EXPORTER": "zipkin"},
-            "OTEL_TRACES_EXPORTER is zipkin: no traces, as there is only otlp",
+            "OTEL_TRACES_EXPORTER is zipkin: no traces, because only otlp is supported",
         ),
         (
             ENDPOINT | {"OTEL_EXPORTER_OTLP_PROTOCOL": "grpc"},

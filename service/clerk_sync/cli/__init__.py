@@ -21,8 +21,11 @@ COMMANDS: Final = {
     "backfill": ("sync", "Write all users, organizations and memberships that Clerk has."),
     "check": ("check", "Check settings, secrets, database, schema, mapping and Clerk's key."),
     "ensure": ("sync", "Read one user from Clerk, write the row, and print it."),
-    "erase": ("erase", "Remove a person from every mapped table and from clerk-sync's own."),
-    "migrate": ("migrate", "Create clerk-sync's tables, and what the mapping needs of others."),
+    "erase": ("erase", "Erase a person from every mapped table and from clerk-sync's own tables."),
+    "migrate": (
+        "migrate",
+        "Create clerk-sync's tables, and the tables and columns that the mapping needs.",
+    ),
     "probe": ("probe", "Send a signed event through the public URL; say whether it was committed."),
     "quarantine": ("quarantine", "List, replay or drop events that could not be applied."),
     "reconcile": ("sync", "Find missing, outdated, drifted and orphaned rows, and repair them."),
@@ -101,6 +104,6 @@ def main() -> None:
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(
             f"{type(error).__name__} in {'/'.join(where.filename.split('/')[-2:])}:{where.lineno}, "
-            "which is a defect of clerk-sync. Run it again with LOG_LEVEL=debug, and report what "
-            "that shows (read it first: it may show people's data)"
+            "which is a defect of clerk-sync. Run it again with LOG_LEVEL=debug, and report the "
+            "output (read it first: it may contain personal data)"
         )

@@ -33,7 +33,7 @@ _CLERK_SECONDS: Final = 10
 async def check() -> int:
     """Check settings, secrets, database, schema, mapping and Clerk's key.
 
-    A line for each. Exit code 1 if any fails.
+    Prints one line per check. Exit code 1 if any fails.
     """
     settings, faults = load()
     failed = False
@@ -100,7 +100,7 @@ async def _of_database(settings: Settings, mapping: Mapping | None) -> AsyncIter
             yield Finding("FAIL", "database", fault)
         return
     if target.path is not None and not Path(target.path).exists():  # noqa: ASYNC240 -- once
-        missing = f"{target.where}: there is no such file yet: {RUN_MIGRATE}"
+        missing = f"{target.where}: the file does not exist yet: {RUN_MIGRATE}"
         yield Finding("FAIL", "database", missing)
         return
     async with app.open_engine(settings, size=1) as engine:
@@ -133,7 +133,7 @@ async def _of_schema(
     checked = "as the mapping needs it"
     warnings = [*advice(mapping, live)]
     if settings.probe_rows == "false":
-        warnings.append("no row was tried, as CLERK_SYNC_PROBE_ROWS is false")
+        warnings.append("no probe row was written, because CLERK_SYNC_PROBE_ROWS is false")
         yield Finding("ok", "schema", checked)
     else:
         try:

@@ -16,7 +16,7 @@ from clerk_sync.store import erasure
 @command("clerk-sync erase user_2x…")
 @click.argument("user_id", metavar="USER_ID", type=text)
 async def erase(user_id: str) -> int:
-    """Remove a person from every mapped table and from clerk-sync's own. It cannot be undone.
+    """Erase a person from every mapped table and from clerk-sync's own tables. It cannot be undone.
 
     Only the id stays, as a tombstone, so that a late event does not bring the person back. Clerk
     is not called: delete the user there as well.
@@ -32,7 +32,7 @@ async def erase(user_id: str) -> int:
         fail(f"{user_id}: {error}")
     for table, number in sorted(removed.items()):
         click.echo(f"{table}: removed {number}")
-    click.echo(f"{user_id} is remembered as deleted, and nothing else is")
+    click.echo(f"{user_id} is erased: only a tombstone with the id remains")
     for kind in erasure.out_of_reach(store):
         click.echo(f"warning: rows of `{kind}` may be this user's, but no column says so", err=True)
     return 0

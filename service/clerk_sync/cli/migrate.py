@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 @command("DATABASE_URL=mysql://… clerk-sync migrate --print > clerk-sync.sql")
 @click.option("--print", "print_", is_flag=True, help="Print the SQL instead of running it.")
 async def migrate(*, print_: bool) -> int:
-    """Create clerk-sync's tables, and what the mapping needs of others.
+    """Create clerk-sync's tables, and the tables and columns that the mapping needs.
 
-    Safe to run from several pods at once, and again. With --print nothing is changed: the SQL
-    that is missing now goes to stdout, as for a PlanetScale deploy request.
+    Safe to repeat, and to run from several pods at once. With --print nothing is changed: the
+    missing SQL goes to stdout, for example for a PlanetScale deploy request.
     """
     settings, mapping = load()
     for warning in mapping.warnings:
@@ -63,7 +63,7 @@ async def _migrate(engine: AsyncEngine, mapping: Mapping, *, probe_rows: bool) -
         try:
             rehearsed = await rehearsal.rehearse(engine, mapping, live)
         except rehearsal.AccessDenied as error:  # who runs DDL may be somebody else than who serves
-            click.echo(f"advice: no row was tried: {error}", err=True)
+            click.echo(f"advice: no probe row was written: {error}", err=True)
             return
         for warning in rehearsed.warnings:
             click.echo(f"advice: {warning}", err=True)

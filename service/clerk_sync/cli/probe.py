@@ -46,33 +46,34 @@ _OURS: Final = {
     Reason.MISSING: "something on the way drops the svix-… headers",
     Reason.MALFORMED: "something on the way alters the svix-… headers or the body",
     Reason.METHOD: "the POST arrives as something else: a proxy on the way turns it into a GET",
-    Reason.PATH: "clerk-sync is there, and takes webhooks at another path: "
+    Reason.PATH: "clerk-sync is there, but expects webhooks at another path: "
     "CLERK_SYNC_WEBHOOK_PATH says which",
-    Reason.QUEUE_FULL: "more comes in than clerk-sync's database takes: its queue is full",
-    Reason.DATABASE: "clerk-sync's database is away, or takes no writes: "
+    Reason.QUEUE_FULL: "events arrive faster than clerk-sync's database commits them: "
+    "its queue is full",
+    Reason.DATABASE: "clerk-sync's database is down, or accepts no writes: "
     "run `clerk-sync check` where it runs",
     Reason.SCHEMA: "clerk-sync's tables are not what it needs: run `clerk-sync migrate`",
     Reason.DEADLINE: "clerk-sync's database does not commit in time: a lock, or a slow disk",
-    Reason.DRAINING: "only a clerk-sync that is shutting down answers",
-    Reason.INTERNAL: "clerk-sync fails by a defect of its own: its log has the traceback",
+    Reason.DRAINING: "clerk-sync is shutting down, and no other process answers",
+    Reason.INTERNAL: "clerk-sync has a defect: its log has the traceback",
 }
 # What something else is likely to mean that answers in its place.
 _THEIRS: Final = {
-    HTTPStatus.UNAUTHORIZED: "something in front of clerk-sync wants a login: "
-    "it has to let this path through",
+    HTTPStatus.UNAUTHORIZED: "something in front of clerk-sync requires a login: "
+    "it must let this path through",
     HTTPStatus.FORBIDDEN: "something in front of clerk-sync forbids it: a firewall, "
     "or a list of addresses that this machine is not on",
-    HTTPStatus.NOT_FOUND: "nothing of clerk-sync's is there: compare host and path with the "
+    HTTPStatus.NOT_FOUND: "clerk-sync is not at this URL: compare host and path with the "
     "ingress or route",
-    HTTPStatus.METHOD_NOT_ALLOWED: "what is there takes no POST, and is not clerk-sync: "
+    HTTPStatus.METHOD_NOT_ALLOWED: "the server there accepts no POST, so it is not clerk-sync: "
     "compare host and path with the ingress or route",
-    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "something in front of clerk-sync takes only smaller "
-    "bodies: Clerk's are up to 1 MiB",
+    HTTPStatus.REQUEST_ENTITY_TOO_LARGE: "something in front of clerk-sync limits the size "
+    "of bodies: Clerk's are up to 1 MiB",
     HTTPStatus.TOO_MANY_REQUESTS: "something in front of clerk-sync limits the rate",
-    HTTPStatus.BAD_GATEWAY: "the proxy in front is there, and reaches no clerk-sync behind it",
-    HTTPStatus.SERVICE_UNAVAILABLE: "the proxy in front is there, and has no ready clerk-sync "
+    HTTPStatus.BAD_GATEWAY: "the proxy in front answers, but cannot reach clerk-sync",
+    HTTPStatus.SERVICE_UNAVAILABLE: "the proxy in front answers, but has no ready clerk-sync "
     "behind it",
-    HTTPStatus.GATEWAY_TIMEOUT: "the proxy in front is there, and gets no answer from clerk-sync",
+    HTTPStatus.GATEWAY_TIMEOUT: "the proxy in front answers, but gets no answer from clerk-sync",
 }
 
 
@@ -85,13 +86,13 @@ _THEIRS: Final = {
     type=click.FloatRange(min=1),
     default=30,
     show_default=True,
-    help="Retry for so long where that may help.",
+    help="How long to retry, if retrying may help.",
 )
 async def probe(url: str | None, seconds: float) -> int:
     """Send a signed event through the public URL; say whether it was committed.
 
-    It changes no mapped table, and needs nothing but the URL and the signing secret. Exit code
-    1 says that what Clerk sends does not get through, and why.
+    It changes no mapped table, and needs only the URL and the signing secret. Exit code 1 if
+    Clerk's events would not get through; the output says why.
     """
     settings = load_settings(signing=True, located=False)
     try:
@@ -124,7 +125,7 @@ def address(url: str) -> yarl.URL:
     except ValueError:
         where = yarl.URL()
     if where.scheme not in ("http", "https") or not where.host:
-        raise ValueError("is no URL of the form https://HOST/webhooks/clerk")
+        raise ValueError("is not a URL of the form https://HOST/webhooks/clerk")
     return where
 
 
@@ -176,7 +177,7 @@ async def _tried(
         ) as response:
             answer = await response.content.read(_READ_LIMIT)
     except TimeoutError:
-        text = f"no answer within {seconds:.0f} s: it hangs, or packets are dropped on the way"
+        text = f"no answer within {seconds:.0f} s: the server hangs, or packets are dropped"
         return Found(through=False, text=text, lasting=False)
     except (aiohttp.ClientError, OSError) as error:
         return _unconnected(url, error)
@@ -194,7 +195,7 @@ def _unconnected(url: yarl.URL, error: Exception) -> Found:
             text = f"the certificate is not accepted: {why or 'it is not valid'}"
             lasting = True
         case aiohttp.ClientConnectorSSLError():
-            text = f"no TLS is spoken on port {url.port}, or none that this side knows"
+            text = f"port {url.port} does not speak TLS, or no version that this client supports"
             lasting = True
         case aiohttp.ClientConnectorError():
             # What asyncio makes of it repeats the address, and not what happened.
@@ -218,15 +219,15 @@ def _read(response: aiohttp.ClientResponse, body: bytes, ms: int) -> Found:
     said = str(status)
     if outcome is not None:
         said += f" {outcome.value}" + (f" {reason.value}" if reason else "")
-        text = (reason and _OURS.get(reason)) or "clerk-sync did not take it as a probe"
+        text = (reason and _OURS.get(reason)) or "clerk-sync did not recognize the probe"
     elif status in _THEIRS:
         text = _THEIRS[HTTPStatus(status)]
     elif HTTPStatus.MULTIPLE_CHOICES <= status < HTTPStatus.BAD_REQUEST:
         text = _redirected(response)
     else:
-        text = f"something else than clerk-sync answers, with {_printable(response.content_type)}"
+        text = f"something other than clerk-sync answers, with {_printable(response.content_type)}"
         if response.content_type == "text/html":
-            text += ": if it is a login, it has to let this path through, else"
+            text += ": if it is a login, it must let this path through; otherwise"
         else:
             text += ":"
         text += " compare host and path with the ingress or route"
@@ -243,7 +244,9 @@ def _redirected(response: aiohttp.ClientResponse) -> str:
         path = ""
     if path.strip("/") == response.url.path.strip("/"):
         return f"{leads}: give Clerk that URL instead"
-    return f"{leads}: if it is a login, it has to let this path through, else give Clerk that URL"
+    return (
+        f"{leads}: if it is a login, it must let this path through; otherwise give Clerk that URL"
+    )
 
 
 def _location(given: str) -> str:

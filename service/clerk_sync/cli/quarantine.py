@@ -44,7 +44,7 @@ async def _open_engine() -> AsyncIterator[AsyncEngine]:
 @command("clerk-sync quarantine list --json", name="list")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object per line, with payloads.")
 async def list_(*, as_json: bool) -> int:
-    """Show what is in quarantine, oldest first, and why."""
+    """List the events in quarantine, oldest first, and why they are there."""
     async with _open_engine() as engine:
         events = await dead_letters.listed(engine, payloads=as_json)
     for one in events:
@@ -64,11 +64,11 @@ async def list_(*, as_json: bool) -> int:
 
 @command("clerk-sync quarantine replay --all")
 @click.argument("svix_ids", nargs=-1, metavar="[SVIX_ID]…", type=text)
-@click.option("--all", "everything", is_flag=True, help="Everything that is in quarantine.")
+@click.option("--all", "everything", is_flag=True, help="Replay every event in quarantine.")
 async def replay(svix_ids: tuple[str, ...], *, everything: bool) -> int:
-    """Apply events again, after the column or the mapping was corrected.
+    """Apply quarantined events again, after you corrected the column or the mapping.
 
-    What succeeds leaves the quarantine. Exit code 1 if anything stays in it.
+    Events that succeed leave the quarantine. Exit code 1 if any stays in it.
     """
     if bool(svix_ids) == everything:
         fail("name the events (clerk-sync quarantine list), or give --all")
@@ -96,7 +96,7 @@ async def _deliveries(engine: AsyncEngine, ids: Sequence[str]) -> AsyncIterator[
 @command("clerk-sync quarantine drop msg_2x…")
 @click.argument("svix_ids", nargs=-1, required=True, metavar="SVIX_ID…", type=text)
 async def drop(svix_ids: tuple[str, ...]) -> int:
-    """Delete events from the quarantine for good. Exit code 1 if one was not there."""
+    """Delete events from the quarantine for good. Exit code 1 if one was not in quarantine."""
     async with _open_engine() as engine:
         dropped = await dead_letters.drop(engine, svix_ids)
     click.echo(f"dropped {dropped} of {len({*svix_ids})}")

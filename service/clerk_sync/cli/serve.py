@@ -52,13 +52,15 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
     if exporter == "none" or environ.get("OTEL_SDK_DISABLED", "").strip().lower() == "true":
         return None, []
     if "otlp" not in re.split(r"[\s,]+", exporter):
-        return None, [f"OTEL_TRACES_EXPORTER is {exporter}: no traces, as there is only otlp"]
+        return None, [
+            f"OTEL_TRACES_EXPORTER is {exporter}: no traces, because only otlp is supported"
+        ]
     for name in ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"):
         protocol = environ.get(name, "").strip()
         if protocol == "http/protobuf":
             break
         if protocol:
-            only = "no traces, as there is only http/protobuf, which collectors take on port 4318"
+            only = "no traces, because only http/protobuf is supported, usually on port 4318"
             return None, [f"{name} is {protocol}: {only}"]
     try:
         from clerk_sync.telemetry.tracing import Tracing  # noqa: PLC0415 -- off, it costs nothing
@@ -72,7 +74,7 @@ def tracing_of(environ: Mapping[str, str]) -> tuple[Tracing | None, list[str]]:
             return None, [f"no traces: {name} has a line break in it, as %0A or %0D"]
         parts = (part for part in headers.split(",") if part.strip())
         if not all(re.fullmatch(r"\s*[^\s:=]+\s*=.*\s*", part) for part in parts):
-            warnings.append(f"{name} is no list of name=value, separated by commas")
+            warnings.append(f"{name} is not a comma-separated list of name=value")
     try:
         return Tracing.by_environment(), warnings
     except (ValueError, RuntimeError) as error:

@@ -78,9 +78,9 @@ def _collect_seldom() -> None:
 async def backfill(*, restart: bool) -> int:
     """Write all users, organizations and memberships that Clerk has.
 
-    Safe beside the running service: a row that is newer stays. After a crash or Ctrl-C the same
-    command resumes from its checkpoint. Exit code 1 if anything could not be written, or if Clerk
-    and the tables do not have the same number in the end.
+    Safe while the service runs: newer rows are kept. After a crash or Ctrl-C, the same command
+    resumes from its checkpoint. Exit code 1 if anything could not be written, or if Clerk's counts
+    and the tables' differ at the end.
     """
     settings, mapping = _load()
     report = Report()
@@ -101,15 +101,15 @@ async def backfill(*, restart: bool) -> int:
         )
     _print_rest(
         report,
-        "not everything is in sync: the log names what could not be written; `clerk-sync "
-        "reconcile` finds the rest, and deletes orphaned rows",
+        "not everything is in sync: the log names the objects that could not be written; "
+        "`clerk-sync reconcile` finds the rest, and deletes orphaned rows",
     )
     return FAILED if ending is Ending.UNMENDED else IN_SYNC
 
 
 @command("clerk-sync reconcile --dry-run")
-@click.option("--dry-run", is_flag=True, help="Write nothing, and print what differs.")
-@click.option("--show-values", is_flag=True, help="Print values as well: they are people's data.")
+@click.option("--dry-run", is_flag=True, help="Write nothing; print what differs.")
+@click.option("--show-values", is_flag=True, help="Also print the values, which are personal data.")
 @click.option(
     "--breaker",
     type=click.FloatRange(0, 100),
@@ -118,15 +118,15 @@ async def backfill(*, restart: bool) -> int:
     "Default: CLERK_SYNC_BREAKER_PERCENT.",
 )
 @click.option(
-    "--mended-ok", is_flag=True, help="Exit code 0 also if everything was repaired: for cron."
+    "--mended-ok", is_flag=True, help="Exit code 0 if everything was repaired, for example in cron."
 )
 async def reconcile(
     *, dry_run: bool, show_values: bool, breaker: float | None, mended_ok: bool
 ) -> int:
     """Find missing, outdated, drifted and orphaned rows, and repair them.
 
-    One at a time, over all replicas. Exit code 0: in sync, 2: something was not, 1: it failed,
-    or would have deleted too much, and deleted nothing.
+    Only one run at a time, across all replicas. Exit code 0: everything was in sync. 2: something
+    was not. 1: the run failed, or the deletion guard stopped it before it deleted anything.
     """
     if show_values and not dry_run:
         fail("--show-values needs --dry-run")
@@ -163,8 +163,8 @@ async def reconcile(
         click.echo(f"{'to purge' if dry_run else 'purged'}: {report.purged}")
     _print_rest(
         report,
-        "the counts do not agree: run it again; if it stays, see `tombstone_conflict` and "
-        "`deletion_unconfirmed` in the log, and whether Clerk's API is well",
+        "the counts differ: run it again; if they still differ, see `tombstone_conflict` and "
+        "`deletion_unconfirmed` in the log, and check Clerk's status page",
     )
     fine = (Ending.IN_STEP, Ending.MENDED) if mended_ok else (Ending.IN_STEP,)
     return IN_SYNC if ending in fine else DRIFT
@@ -202,9 +202,9 @@ def _print_rest(report: Report, advice: str) -> None:
         )
     for kind, rows in report.unmanaged.items():
         if rows:
-            click.echo(f"{kind}: {rows} unmanaged rows stay: their keys are no Clerk ids")
+            click.echo(f"{kind}: {rows} unmanaged rows stay: their keys are not Clerk ids")
     for kind in report.switched_off:
-        click.echo(f"{kind}: skipped, this Clerk instance has organizations switched off")
+        click.echo(f"{kind}: skipped: organizations are disabled in this Clerk instance")
     for discrepancy in report.discrepancies:
         click.echo(f"clerk-sync: {discrepancy}: {advice}", err=True)
 

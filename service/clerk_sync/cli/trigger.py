@@ -33,8 +33,8 @@ _ANSWER_SECONDS: Final = 15
 async def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path | None) -> int:
     """Post a signed, realistic event of this TYPE, such as user.created.
 
-    It is of the instance that CLERK_INSTANCE_ID names. Exit code 0 if it was answered 2xx, and not
-    quarantined.
+    The event belongs to the instance in CLERK_INSTANCE_ID. Exit code 0 if it was answered 2xx and
+    not quarantined.
     """
     settings = load_settings(signing=True)
     instance = {"instance_id": settings.instance_id} if settings.instance_id else {}
@@ -62,7 +62,7 @@ async def trigger(type_: str, url: str | None, clerk_id: str | None, file: Path 
     named = data.get("id") if isinstance(data, dict) else None
     click.echo(f"{event.get('type')} {named or ''} as {svix_id}: {response.status} {answer}")
     if '"quarantined"' in answer:
-        click.echo("`clerk-sync quarantine list` says what it failed on", err=True)
+        click.echo("`clerk-sync quarantine list` says why", err=True)
         return 1
     return 0 if response.ok else 1
 
