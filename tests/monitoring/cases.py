@@ -53,7 +53,7 @@ CASES: Final = (
         ],
         25 * MINUTE,
         "No process of clerk-sync in shop has been scraped for 5 minutes. It is down, or Prometheus"
-        " does not find it. Its state is unknown, and none of the other alerts can fire.",
+        " does not find it. Its state is unknown, and no other alert can fire.",
         here=False,
     ),
     Case(
@@ -62,7 +62,7 @@ CASES: Final = (
         [],
         6 * MINUTE,
         "No process of  has been scraped for 5 minutes. It is down, or Prometheus"
-        " does not find it. Its state is unknown, and none of the other alerts can fire.",
+        " does not find it. Its state is unknown, and no other alert can fire.",
         labels={},
         here=False,
     ),

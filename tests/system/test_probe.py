@@ -206,7 +206,7 @@ async def test_every_other_answer_of_clerk_sync_is_told(answer: Answer) -> None:
 @pytest.mark.parametrize(
     ("status", "told"),
     [
-        (200, "something other than clerk-sync answers, with text/html: if it is a login, it has"),
+        (200, "something other than clerk-sync answers, with text/html: if it is a login, it must"),
         (204, "something other than clerk-sync answers, with text/html: "),
         (401, "something in front of clerk-sync requires a login: it must let this path through"),
         (403, "something in front of clerk-sync forbids it: a firewall, or a list of addresses"),
