@@ -480,7 +480,7 @@ def test_what_cannot_be_done_is_a_doubt(environment: dict[str, str], doubt: str)
 )
 async def test_headers_that_would_be_left_out_are_a_doubt(headers: str) -> None:
     tracing, doubts = serve.tracing_of(ENDPOINT | {"OTEL_EXPORTER_OTLP_HEADERS": headers})
-    assert doubts == ["OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"]
+    assert doubts == ["OTEL_EXPORTER_OTLP_HEADERS is not a comma-separated list of name=value"]
     assert tracing is not None
     await tracing.close()
 
@@ -517,7 +517,7 @@ async def test_faulty_variables_are_told_without_a_token_and_stop_nothing(tmp_pa
             process.signal(signal.SIGTERM)
             assert await process.ended(seconds=8) == 0
         told = [line["detail"] for line in process.lines() if line["event"] == "config_warning"]
-        headers = "OTEL_EXPORTER_OTLP_HEADERS is no list of name=value, separated by commas"
+        headers = "OTEL_EXPORTER_OTLP_HEADERS is not a comma-separated list of name=value"
         assert told == [headers, *last]
         assert "hunter2" not in process.log
 
