@@ -61,7 +61,7 @@ def files() -> list[str]:
     return [
         text
         for text in blocks("yaml")
-        if not text.startswith(("dependencies:", "clerk-sync:", "{{", "apiVersion:"))
+        if not text.startswith(("dependencies:", "clerk-sync:", "auth-eu:", "{{", "apiVersion:"))
     ]
 
 
@@ -134,6 +134,22 @@ def test_every_command_is_of_a_kind_that_is_tried_here() -> None:
 @pytest.mark.parametrize("text", files(), ids=lambda text: text.split("\n")[0])
 def test_values_files_work(text: str) -> None:
     assert installed(text)
+
+
+@pytest.mark.parametrize("text", files(), ids=lambda text: text.split("\n")[0])
+def test_values_files_work_beside_those_of_the_install(text: str) -> None:
+    """A reader adds a guide's values to a release that exists."""
+    beside = merged(yaml.safe_load(files()[0]), yaml.safe_load(text))
+    assert _render(beside, ("--kube-version=1.37", "--name-template=clerk-sync"))
+
+
+def test_each_alias_has_values_that_work() -> None:
+    (text,) = [text for text in blocks("yaml") if text.startswith("auth-eu:")]
+    (parent,) = [text for text in blocks("yaml") if "alias: auth-eu" in text]
+    given = yaml.safe_load(text)
+    assert [*given] == [one["alias"] for one in yaml.safe_load(parent)["dependencies"]]
+    for one in given.values():
+        assert _render(one, ("--kube-version=1.37", "--name-template=clerk-sync"))
 
 
 @pytest.mark.parametrize("by", HELMS)
@@ -244,7 +260,7 @@ def test_commands_name_what_is_there() -> None:
             assert named or words[-2] == "-l", words
         if verb_of(words) == "describe":
             kind, *names = words[words.index("describe") + 1 :]
-            assert kind in {"job", "pod", "replicaset", "externalsecret"}, words
+            assert kind in {"job", "job,pod", "pod", "replicaset", "externalsecret"}, words
             assert kind != "job" or names[0] == "-l" or {*names} <= there["job"], words
     for words in of("helm", "test", "uninstall"):
         assert words[-1] == "clerk-sync" or words[-2:] == ["clerk-sync", "--logs"]
@@ -254,7 +270,7 @@ def test_what_hooks_have_left_is_deleted_by_labels_that_nothing_else_has() -> No
     (words,) = (words for words in of("kubectl", "delete") if "-l" in words)
     kinds = words[words.index("delete") + 1].split(",")
     deleted = re.fullmatch(
-        r"app\.kubernetes\.io/instance=clerk-sync,app\.kubernetes\.io/component in \((.*)\)",
+        r"clerk-sync\.dev/instance=clerk-sync,app\.kubernetes\.io/component in \((.*)\)",
         words[-1],
     )
     assert deleted
@@ -274,7 +290,7 @@ def test_what_hooks_have_left_is_deleted_by_labels_that_nothing_else_has() -> No
         assert (component in deleted[1].split(",")) == hook, one
         if hook:
             hooks += 1
-            assert labels["app.kubernetes.io/instance"] == "clerk-sync"
+            assert labels["clerk-sync.dev/instance"] == "clerk-sync"
             plural = {"NetworkPolicy": "networkpolicies"}.get(
                 one["kind"], f"{one['kind'].lower()}s"
             )
