@@ -213,7 +213,7 @@ def test_the_app_s_token_is_in_a_secret_of_its_own(mode: str, given: str) -> Non
 def test_a_token_that_the_service_refuses_is_refused_by_the_chart(text: str) -> None:
     with pytest.raises(InvalidToken):
         access.tokens(text)
-    with pytest.raises(HelmError, match=r"`appToken\.value` has to be a token"):
+    with pytest.raises(HelmError, match=r"`appToken\.value` must be a token"):
         render(LEAST | {"appToken": {"value": text}})
 
 

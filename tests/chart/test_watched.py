@@ -118,7 +118,7 @@ def test_alerts_can_be_tuned() -> None:
     url = tuned["annotations"]["runbook_url"]
     assert url == "https://runbooks.example.com/ClerkSyncQuarantineNotEmpty.md"
     assert made[other]["expr"].count("> 14.4 * 0.02") == 2
-    assert "above the 0.02 that may" in made[other]["annotations"]["description"]
+    assert "above the 0.02 that is allowed" in made[other]["annotations"]["description"]
 
 
 def test_the_dashboard_is_the_one_that_is_tested() -> None:

@@ -111,7 +111,7 @@ async def test_a_server_that_turned_read_only_is_not_ready_until_it_is_writable(
             assert reply.said == (503, "unavailable", "database")
             signers = signature.signers(SECRET)
             probed = await probe.send(probe.address(at.url + PATH), signers, seconds=1)
-            assert "is away, or takes no writes" in probed.text
+            assert "is down, or accepts no writes" in probed.text
             unready = await at.until_ready(ready=False)
             assert "has to lead to the primary" in unready.json["detail"]
             (found,) = await found_by_check(url)
