@@ -880,7 +880,7 @@ async def test_how_the_next_ended_stays_when_one_that_lost_its_lease_ends(world:
     [("/v1/users", 1), ("/v1/users/user_0000", 1)],
     ids=["walking", "deleting"],
 )
-async def test_nothing_is_written_once_the_lease_is_stolen(
+async def test_a_run_whose_lease_is_stolen_is_fenced_off(
     world: Walking, path: str, page: int, *, known: bool
 ) -> None:
     """Also not in the time until its holder knows."""
@@ -912,7 +912,7 @@ async def test_nothing_is_written_once_the_lease_is_stolen(
     assert holder == "the second"
 
 
-async def test_nothing_new_is_written_once_the_lease_is_stolen(
+async def test_a_run_whose_lease_is_stolen_is_fenced_off_from_new_rows(
     shared_url: str, stores: Mapping[bool, Store]
 ) -> None:
     async with walking(shared_url, store=stores[False], most=10) as world:

@@ -1073,7 +1073,7 @@ LEASE: Final = "INSERT INTO clerk_sync_leases VALUES ('walk', 'a run', 1, 0)"
 TAKEN_OVER: Final = "UPDATE clerk_sync_leases SET token = 2 WHERE name = 'walk'"
 
 
-async def test_nothing_is_written_under_a_lease_that_another_process_has(world: World) -> None:
+async def test_a_write_with_an_old_fencing_token_is_fenced_off(world: World) -> None:
     clerk = Clerk(PEOPLE)
     store = (await world.of(PEOPLE)).fenced("walk", 1)
     await world.execute("DELETE FROM clerk_sync_leases", LEASE)
