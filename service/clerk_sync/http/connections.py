@@ -13,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
+import functools
 import gc
 import itertools
 import math
@@ -421,12 +422,14 @@ class Connections:
         if cause is not None:
             self._cuts[cause] += 1
 
-    def _close_soon(self, peer: Peer, turns: int = TURNS) -> None:
+    def _close_soon(self, peer: Peer) -> None:
         """Close it, unless a request is read to its end by then."""
-        if turns:
-            asyncio.get_running_loop().call_soon(self._close_soon, peer, turns - 1)
-        elif peer.rank is not None:
-            peer.transport.close()
+
+        def close() -> None:
+            if peer.rank is not None:
+                peer.transport.close()
+
+        _after(TURNS, close)
 
     def _forget(self, peer: Peer) -> None:
         if peer.gone:
@@ -441,12 +444,9 @@ class Connections:
     def _collect_soon(self) -> None:
         if self._lost > COLLECT_LIMIT and not self._collecting:
             self._collecting = True
-            asyncio.get_running_loop().call_soon(self._collect, TURNS, self._lost)
+            _after(TURNS + 1, functools.partial(self._collect, self._lost))
 
-    def _collect(self, turns: int, lost: int) -> None:
-        if turns:
-            asyncio.get_running_loop().call_soon(self._collect, turns - 1, lost)
-            return
+    def _collect(self, lost: int) -> None:
         gc.collect()
         self._lost -= lost
         self._collecting = False
@@ -465,6 +465,14 @@ class Connections:
         if rank is not None:
             self._ranks[rank][peer] = None
         peer.rank = rank
+
+
+def _after(turns: int, work: Callable[[], None]) -> None:
+    """Do the work after so many turns of the event loop."""
+    if turns:
+        asyncio.get_running_loop().call_soon(_after, turns - 1, work)
+    else:
+        work()
 
 
 def listeners(own: int) -> tuple[Connections, Connections]:
