@@ -307,11 +307,14 @@ async def running(
             return STARTING
         return health.readiness
 
+    def ready() -> bool:
+        return readiness().ready
+
     def unready(reason: Reason) -> float:
         return readiness().reason is reason
 
     # What a scrape says is what /readyz says at that moment.
-    metrics.ready.set_function(lambda: readiness().ready)
+    metrics.ready.set_function(ready)
     for reason in UNREADINESSES:
         metrics.unready.labels(reason.value).set_function(functools.partial(unready, reason))
     scheduler = Scheduler(
@@ -319,7 +322,7 @@ async def running(
         lambda: open_runs(settings, mapping, metrics),
         engine,
         metrics,
-        lambda: readiness().ready,
+        ready,
     )
     async with contextlib.AsyncExitStack() as stack:
         stack.callback(webhook.close)
@@ -347,7 +350,7 @@ async def running(
             mapping,
             committer,
             instance_id=settings.instance_id,
-            ready=lambda: readiness().ready,
+            ready=ready,
         )
         tasks = [
             asyncio.create_task(work)

@@ -24,6 +24,7 @@ import yarl
 from pydantic_core import from_json
 
 from clerk_sync.clerk.decoding import decoded
+from clerk_sync.clock import now_ms
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -360,7 +361,7 @@ class Clerk:
             "Clerk-API-Version": API_VERSION,
             "Accept": "application/json",
         }
-        began_ms = time.time_ns() // 1_000_000
+        began_ms = now_ms()
         try:
             async with self._session.get(
                 url, headers=headers, timeout=_TIMEOUT, allow_redirects=False

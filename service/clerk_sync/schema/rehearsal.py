@@ -11,7 +11,6 @@ import re
 import secrets
 import sqlite3
 import string
-import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
@@ -23,6 +22,7 @@ from asyncmy.errors import MySQLError
 
 from clerk_sync.clerk import samples
 from clerk_sync.clerk.catalog import KINDS, PROBE_IDS, TYPES
+from clerk_sync.clock import now_ms
 from clerk_sync.database.connection import COMMIT, Connection, Result, Step, shared
 from clerk_sync.database.errors import (
     Contention,
@@ -154,7 +154,7 @@ class _Rehearsal:
         # Those that others belong to come first, and go last.
         self._mapped = sorted(mapping.tables.values(), key=lambda one: KINDS.index(one.kind))
         self._mapping = mapping
-        self._now_ms = time.time_ns() // 1_000_000
+        self._now_ms = now_ms()
         self._ids = _ids()
         self._found = Rehearsed()
 

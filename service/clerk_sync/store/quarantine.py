@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 import sqlalchemy as sa
 
 from clerk_sync.clerk.signature import Delivery
+from clerk_sync.clock import now_utc
 from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import quarantine
 from clerk_sync.store.values import time_text
@@ -115,7 +116,7 @@ async def size(engine: AsyncEngine) -> Size:
     Raises DatabaseUnavailable.
     """
     retried = quarantine.c.retry_at.is_not(None)
-    young = quarantine.c.quarantined_at > _now() - PATIENCE
+    young = quarantine.c.quarantined_at > now_utc() - PATIENCE
     query = sa.select(
         sa.func.count(),
         sa.func.count(quarantine.c.retry_at),
@@ -145,7 +146,7 @@ async def claim(engine: AsyncEngine, limit: int) -> list[Quarantined]:
 
     Raises DatabaseUnavailable.
     """
-    now = _now()
+    now = now_utc()
     due = sa.select(quarantine).where(quarantine.c.retry_at <= now)
     claimed = []
     found = await _read(engine, due.order_by(quarantine.c.retry_at).limit(limit))
@@ -181,10 +182,6 @@ async def next_due(engine: AsyncEngine) -> datetime | None:
                 sa.select(sa.func.min(quarantine.c.retry_at))
             )
     return at
-
-
-def _now() -> datetime:
-    return datetime.now(UTC).replace(tzinfo=None)
 
 
 async def _read(engine: AsyncEngine, query: sa.Select[Any]) -> list[Quarantined]:

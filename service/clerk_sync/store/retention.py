@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime, timedelta
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final
 
 import sqlalchemy as sa
 
 from clerk_sync.clerk.catalog import PROBE, PROBE_IDS
+from clerk_sync.clock import now_utc
 from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import events, quarantine
 
@@ -24,7 +25,7 @@ async def expire(engine: AsyncEngine, *, ledger_days: int, quarantine_days: int)
     Ledger rows of end-to-end probes, which may come every minute for years, expire after an hour.
     Raises DatabaseUnavailable.
     """
-    now = datetime.now(UTC).replace(tzinfo=None)
+    now = now_utc()
     gone = 0
     for table, outlived in (
         (events, events.c.committed_at < now - timedelta(days=ledger_days)),

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import time
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Final
 
 import structlog
 
 from clerk_sync.clerk.signature import InvalidSignature
+from clerk_sync.clock import now_ms, now_utc
 from clerk_sync.database.errors import DatabaseUnavailable
 from clerk_sync.mapping.change import Delete, Upsert
 from clerk_sync.mapping.ingest import change_of
@@ -92,7 +91,7 @@ class Retries:
         at = await quarantine.next_due(self._engine)
         if at is None:
             return LOOK_SECONDS
-        wait = (at.replace(tzinfo=UTC) - datetime.now(UTC)).total_seconds()
+        wait = (at - now_utc()).total_seconds()
         return min(max(wait, _SHORTEST_SECONDS), LOOK_SECONDS)
 
     def _change(self, one: Quarantined) -> Change | None:
@@ -124,6 +123,6 @@ class Retries:
 
     async def _postpone(self, one: Quarantined, reason: str) -> bool:
         """Schedule the next retry; False when its time is over."""
-        again = quarantine.next_retry(time.time_ns() // 1_000_000, one.since_ms)
+        again = quarantine.next_retry(now_ms(), one.since_ms)
         await quarantine.postpone(self._engine, one.svix_id, reason, again)
         return again is not None

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 import sqlalchemy as sa
 
+from clerk_sync.clock import now_utc
 from clerk_sync.database.errors import translate_engine_errors
 from clerk_sync.store.tables import entities
 
@@ -26,7 +26,7 @@ async def check_writes(engine: AsyncEngine) -> None:
         async with engine.connect() as connection:
             await connection.execute(nothing)
             if connection.dialect.name == "sqlite":
-                now = datetime.now(UTC).replace(tzinfo=None)
+                now = now_utc()
                 row = entities.insert().values(
                     kind="", clerk_id="", version_ms=0, event_ms=0, source="", synced_at=now
                 )

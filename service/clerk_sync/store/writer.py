@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Final, TypeVar
 import stamina
 import structlog
 
+from clerk_sync.clock import now_ms
 from clerk_sync.database.connection import Connection
 from clerk_sync.database.errors import (
     Contention,
@@ -272,7 +273,7 @@ class Writer:
             return False
         elif not error.depends or not self._held.hold(entry):
             log.warning("rejected_by_database", reason=error.reason.value, **about)
-            again = first_retry(_now_ms()) if error.depends else None
+            again = first_retry(now_ms()) if error.depends else None
             if again is not None:
                 self._status.parked.set()
             effect = quarantined(change.effect, error.reason, str(error), retry_at_ms=again)
@@ -376,7 +377,7 @@ class Writer:
                 return {}
             changes = [entry.change for entry in batch]
             moving = [entry.change for entry in vacating]
-            return await store.refusals(self._there, changes, now_ms=_now_ms(), vacating=moving)
+            return await store.refusals(self._there, changes, now_ms=now_ms(), vacating=moving)
 
         return await self._persistently(refusals)
 
@@ -396,10 +397,10 @@ class Writer:
             if store is None:
                 return [self._status.refusal] * len(changes)
             started = time.perf_counter()
-            answers = await store.apply(self._there, changes, now_ms=_now_ms(), vacating=moving)
+            answers = await store.apply(self._there, changes, now_ms=now_ms(), vacating=moving)
             self._status.commits += 1
             self._metrics.applied(len(changes), time.perf_counter() - started, exemplar)
-            committed_ms = _now_ms()
+            committed_ms = now_ms()
             for entry, answer in zip(batch, answers, strict=True):
                 source = entry.change.source
                 # A replayed event had its effect before, and time spent in quarantine says nothing
@@ -448,7 +449,3 @@ def _resolve(batch: Sequence[Entry], answers: Sequence[Answer]) -> None:
         if entry.trace is not None:
             entry.trace.settled(len(batch))
         entry.resolve(answer)
-
-
-def _now_ms() -> int:
-    return time.time_ns() // 1_000_000
